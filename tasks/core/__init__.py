@@ -1,0 +1,1 @@
+"""What every station stands on: identity, workspace, settings, the ledger, locks and errors."""

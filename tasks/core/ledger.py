@@ -1,0 +1,193 @@
+"""The ledger: one append-only, hash-chained table of every change of state. It is the authority.
+
+MLflow aliases and files are its projections. Appending takes the database's write lock first, so a
+`check` sees the last word and compare-and-set holds between processes (SQLite) and machines (PostgreSQL).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from tasks.core.digest import canonical_json, sha256_bytes
+from tasks.core.errors import Corrupt, Unavailable
+
+GENESIS = "0" * 64
+
+_metadata = sa.MetaData()
+_table = sa.Table(
+    "ledger",
+    _metadata,
+    sa.Column("seq", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=False),
+    sa.Column("time", sa.Text, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False, index=True),
+    sa.Column("subject", sa.Text, nullable=False, index=True),
+    sa.Column("payload", sa.Text, nullable=False),
+    sa.Column("prev", sa.Text, nullable=False),
+    sa.Column("digest", sa.Text, nullable=False, unique=True),
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the ledger. `digest` is the SHA-256 over everything else, `prev` included."""
+
+    seq: int
+    time: str
+    kind: str
+    subject: str
+    payload: Mapping[str, Any]
+    prev: str
+    digest: str
+
+
+class LedgerView:
+    """A consistent, read-only look at the ledger through one connection."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection = connection
+
+    def entries(self, kind: str | None = None, subject: str | None = None) -> list[Entry]:
+        """Return the entries in order, of one kind and subject where given."""
+        return [_entry(row) for row in self._connection.execute(_select(kind, subject).order_by(_table.c.seq))]
+
+    def last(self, kind: str | None = None, subject: str | None = None) -> Entry | None:
+        """Return the newest entry of that kind and subject, or None."""
+        row = self._connection.execute(_select(kind, subject).order_by(_table.c.seq.desc()).limit(1)).first()
+        return None if row is None else _entry(row)
+
+
+class Ledger:
+    """The ledger at a SQLAlchemy `url` (SQLite file or PostgreSQL)."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    @cached_property
+    def _engine(self) -> sa.Engine:
+        url = sa.make_url(self.url)
+        sqlite = url.get_backend_name() == "sqlite"
+        if sqlite and url.database:
+            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = sa.create_engine(
+            url,
+            # AUTOCOMMIT hands BEGIN to us: SQLite must take its write lock before the first read of an append.
+            isolation_level="AUTOCOMMIT" if sqlite else None,
+            connect_args={"timeout": 60} if sqlite else {},
+        )
+        try:
+            with engine.begin() as connection:
+                _metadata.create_all(connection)
+        except sa.exc.OperationalError as error:
+            if "already exists" not in str(error):  # another process made the table between check and create
+                reason = str(error.orig).strip().splitlines()[0]
+                raise Unavailable(f"The ledger at {url.render_as_string()} cannot be opened: {reason}.") from error
+        except sa.exc.IntegrityError:
+            pass  # the same race on PostgreSQL
+        return engine
+
+    def append(
+        self,
+        kind: str,
+        subject: str,
+        payload: Mapping[str, Any],
+        check: Callable[[LedgerView], None] | None = None,
+    ) -> Entry:
+        """Add one entry and return it.
+
+        Args:
+            check: looks at the ledger under the write lock and raises to refuse (compare-and-set).
+
+        Raises:
+            Unavailable: the disk is full or the database cannot be written.
+        """
+        text = canonical_json(dict(payload)).decode()
+        with self._engine.connect() as connection:
+            try:
+                self._lock(connection)
+                view = LedgerView(connection)
+                if check is not None:
+                    check(view)
+                last = view.last()
+                seq, prev = (last.seq + 1, last.digest) if last else (1, GENESIS)
+                time = datetime.now(UTC).isoformat(timespec="microseconds")
+                row = {"seq": seq, "time": time, "kind": kind, "subject": subject, "payload": text, "prev": prev}
+                row["digest"] = _digest(row)
+                connection.execute(_table.insert().values(**row))
+                self._end(connection, "COMMIT")
+            except sa.exc.OperationalError as error:
+                self._end(connection, "ROLLBACK")
+                reason = str(error.orig).strip().splitlines()[0]
+                raise Unavailable(f"The ledger could not be written ({reason}); nothing was recorded.") from error
+            except BaseException:
+                self._end(connection, "ROLLBACK")
+                raise
+        return Entry(**{**row, "payload": json.loads(text)})
+
+    def entries(self, kind: str | None = None, subject: str | None = None) -> list[Entry]:
+        """Return the entries in order, of one kind and subject where given."""
+        with self._engine.connect() as connection:
+            return LedgerView(connection).entries(kind, subject)
+
+    def last(self, kind: str | None = None, subject: str | None = None) -> Entry | None:
+        """Return the newest entry of that kind and subject, or None."""
+        with self._engine.connect() as connection:
+            return LedgerView(connection).last(kind, subject)
+
+    def head(self) -> str:
+        """Return the digest of the newest entry: the one value that pins the whole history."""
+        last = self.last()
+        return last.digest if last else GENESIS
+
+    def verify_chain(self) -> int:
+        """Re-hash every entry; return how many there are.
+
+        Raises:
+            Corrupt: an entry was changed, removed or put in between; its number is named.
+        """
+        prev, seq = GENESIS, 0
+        with self._engine.connect() as connection:
+            for row in connection.execute(sa.select(_table).order_by(_table.c.seq)):
+                values = dict(row._mapping)
+                seq += 1
+                if values["seq"] != seq or values["prev"] != prev or values["digest"] != _digest(values):
+                    raise Corrupt(f"The ledger was altered at entry {seq}: its digest does not follow from entry {seq - 1}.")
+                prev = values["digest"]
+        return seq
+
+    def _lock(self, connection: sa.Connection) -> None:
+        if self._engine.dialect.name == "sqlite":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        else:
+            connection.execute(sa.text("LOCK TABLE ledger IN EXCLUSIVE MODE"))
+
+    def _end(self, connection: sa.Connection, word: str) -> None:
+        if self._engine.dialect.name != "sqlite":
+            connection.commit() if word == "COMMIT" else connection.rollback()
+        elif connection.connection.dbapi_connection.in_transaction:  # type: ignore[union-attr]
+            connection.exec_driver_sql(word)
+
+
+def _select(kind: str | None, subject: str | None) -> sa.Select[Any]:
+    query = sa.select(_table)
+    if kind is not None:
+        query = query.where(_table.c.kind == kind)
+    if subject is not None:
+        query = query.where(_table.c.subject == subject)
+    return query
+
+
+def _entry(row: sa.Row[Any]) -> Entry:
+    values = dict(row._mapping)
+    return Entry(**{**values, "payload": json.loads(values["payload"])})
+
+
+def _digest(row: Mapping[str, Any]) -> str:
+    return sha256_bytes(canonical_json({key: row[key] for key in ("seq", "time", "kind", "subject", "payload", "prev")}))
