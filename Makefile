@@ -38,8 +38,9 @@ bench: setup  ## the figures in the docs
 	@$(BIN)/python -m benchmarks.cycle_overhead
 	@$(BIN)/python -m benchmarks.seeds
 
-docs: setup  ## reference pages of the command line and the settings
-	@$(BIN)/python -m flows.reference > docs/reference.md
+docs: setup  ## reference pages: docs/settings.md, docs/commands.md
+	@$(BIN)/python -m flows.reference > docs/settings.md
+	@$(BIN)/typer flows.cli utils docs --name forebay --title Commands > docs/commands.md
 
 clean:
 	rm -rf $(VENV) .forebay

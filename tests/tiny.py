@@ -1,9 +1,10 @@
-"""A real Llama that is made in a second: same classes, files and code path as the product's models, only small.
-
-`make_tiny_model(path)` writes a Hugging Face directory (config.json, model.safetensors, tokenizer.json, ...) that
-`AutoModelForCausalLM` and `AutoTokenizer` load offline. The tokenizer is character-level: every printable ASCII
-character is one token, so digits are single tokens, "\\n" is one token, and text round-trips exactly. Ids do not
-depend on the seed; weights do, and the same seed gives the same bytes. pad = eos = "<|im_end|>", as in SmolLM2.
+"""A real Llama that is made in a second: same classes, files and code path as the product's models, only
+small.
+ `make_tiny_model(path)` writes a Hugging Face directory (config.json, model.safetensors, tokenizer.json, ...)
+that `AutoModelForCausalLM` and `AutoTokenizer` load offline. The tokenizer is character-level: every
+printable ASCII character is one token, so digits are single tokens, "\\n" is one token, and text round-trips
+exactly. Ids do not depend on the seed; weights do, and the same seed gives the same bytes. pad = eos =
+"<|im_end|>", as in SmolLM2.
 
 `teach(path, lines)` then trains it on a few lines in seconds, so that a test can have a policy that is right
 sometimes and wrong sometimes (groups with a signal).
@@ -17,12 +18,19 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHARACTERS = "\n" + "".join(c for c in string.printable if c.isprintable())
 TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -55,7 +63,8 @@ def make_tiny_model(
     kv_heads: int = 2,
     characters: str = CHARACTERS,
 ) -> Path:
-    """Write a random Llama (about 0.1 M parameters, tied embeddings, float32) with its tokenizer; returns `path`."""
+    """Write a random Llama (about 0.1 M parameters, tied embeddings, float32) with its tokenizer; returns
+    `path`."""
     tokenizer = make_tiny_tokenizer(characters)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -80,11 +89,13 @@ def make_tiny_model(
     return path
 
 
-def teach(path: Path, lines: Sequence[str], *, steps: int = 200, learning_rate: float = 3e-3, seed: int = 0) -> Path:
+def teach(
+    path: Path, lines: Sequence[str], *, steps: int = 200, learning_rate: float = 3e-3, seed: int = 0
+) -> Path:
     """Train the model in `path` on whole `lines` (each 16 of them a step, next-token loss), in place.
 
-    A hidden size of 64 learns a fixed set of short lines in ~5 s of one core; fewer `steps` leave it unsure, which is
-    what a reinforcement-learning test wants.
+    A hidden size of 64 learns a fixed set of short lines in ~5 s of one core; fewer `steps` leave it unsure,
+    which is what a reinforcement-learning test wants.
     """
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

@@ -1,0 +1,1 @@
+"""Replay: episodes from open segments to sealed, validated, content-addressed dataset versions."""

@@ -1,0 +1,1 @@
+"""When things happen: Prefect flows, deployments, servers and the command line."""

@@ -1,0 +1,59 @@
+"""What a stage leaves on its run's page: tables and plots."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+
+from flows.context import Context
+
+
+def publish(context: Context, stage: str, outputs: Mapping[str, Any]) -> None:
+    """Create the artifacts of one stage; stages with nothing to look at have none."""
+    if stage == "collect" and "environments" in outputs:
+        _table("collect", [{"environment": n, **row} for n, row in outputs["environments"].items()], "Experience collected")
+    elif stage == "seal":
+        keys = ("name", "version", "rows", "groups", "new_rows", "root", "git_commit")
+        _table("seal", [{key: outputs.get(key) for key in keys}], "Dataset version")
+    elif stage == "validate":
+        _table("validate", list(outputs["checks"]), f"Validation: {outputs['verdict']}")
+    elif stage == "train":
+        create_markdown_artifact(key="train", markdown=_training_page(context, outputs), description="Training")
+    elif stage == "evaluate":
+        _table("evaluate", [{"tasks": n, **row} for n, row in outputs["slices"].items()], "Candidate and champion")
+    elif stage == "decide":
+        create_markdown_artifact(key="decide", markdown=_decision_page(outputs), description=f"Gate: {outputs['verdict']}")
+    elif stage == "promote":
+        create_markdown_artifact(key="promote", markdown=outputs["reason"], description="Promotion")
+    elif stage == "verify":
+        rows = list(outputs["problems"]) or [{"problem": "none", "checked": outputs["checked"]}]
+        _table("verify", rows, f"Verification: {outputs['checked']} digests")
+
+
+def _table(key: str, rows: Sequence[Mapping[str, Any]], description: str) -> None:
+    plain = [{k: _cell(v) for k, v in row.items()} for row in rows]
+    create_table_artifact(key=key, table=plain, description=description)
+
+
+def _cell(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value if isinstance(value, int | str | None) else str(value)
+
+
+def _training_page(context: Context, outputs: Mapping[str, Any]) -> str:
+    from flows.training import training_curves
+
+    picture = base64.b64encode(training_curves(context, outputs["key"])).decode()
+    return (
+        f"**{outputs['steps']} steps**, {outputs['stop_reason']}; checkpoint `{outputs['digest'][:12]}`, "
+        f"{len(outputs['groups'])} groups consumed.\n\n![training curves](data:image/png;base64,{picture})"
+    )
+
+
+def _decision_page(outputs: Mapping[str, Any]) -> str:
+    lines = [f"# {outputs['verdict']}", "", *(f"- {reason}" for reason in outputs["reasons"]), ""]
+    lines += ["| evidence | verdict |", "|---|---|"]
+    lines += [f"| {item['name']} | {item['verdict']} |" for item in outputs["evidence"]]
+    return "\n".join(lines)

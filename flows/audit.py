@@ -1,0 +1,33 @@
+"""The flow `audit`: hash every byte behind an agent again and keep the result as an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+from flows.artifacts import publish
+from flows.champions import verify_ref
+from flows.context import Context
+from flows.logs import report_to_prefect
+from tasks.core.errors import Corrupt
+
+
+@flow(name="audit", flow_run_name="audit-{ref}", persist_result=False)
+def audit(workspace: str, ref: str = "agent@champion") -> dict[str, Any]:
+    """Verify `ref` and all its ancestors; the run fails if a byte differs."""
+    context = Context.open(Path(workspace))
+
+    @task(name="verify", cache_policy=NO_CACHE, timeout_seconds=6 * 3600)
+    def verify() -> dict[str, Any]:
+        report = verify_ref(context, ref)
+        publish(context, "verify", report)
+        return report
+
+    with report_to_prefect():
+        report = verify()
+    if not report["ok"]:
+        raise Corrupt(f"{len(report['problems'])} files behind {ref} differ from their digests; the run's artifact lists them.")
+    return report

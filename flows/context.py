@@ -1,0 +1,117 @@
+"""What a flow works with: one workspace, its settings and its ledger."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.settings import Settings
+from tasks.core.digest import digest_json
+from tasks.core.errors import NotFound, Unavailable
+from tasks.core.ledger import Entry, Ledger
+from tasks.core.locks import file_lock
+from tasks.core.workspace import Workspace
+from tasks.promotion.policy import Policy, load_policy
+
+if TYPE_CHECKING:
+    from tasks.promotion.registry import Registry
+
+# Settings that say where things run, not what is computed: they leave every result the same.
+_PLACEMENT = {"stores", "servers", "compute"}
+
+
+@dataclass(frozen=True)
+class Context:
+    """One workspace with the settings of this invocation."""
+
+    workspace: Workspace
+    settings: Settings
+    overrides: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def open(cls, start: Path, overrides: Sequence[str] = ()) -> Context:
+        """Open the workspace at or above `start`, with settings overridden by `section.key=value` strings."""
+        workspace = Workspace.find(start)
+        return cls(workspace, Settings.load(workspace.params, overrides), tuple(overrides))
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """The ledger of the workspace, or the shared one that `stores.ledger` names."""
+        return Ledger(self.settings.stores.ledger or self.workspace.ledger_url)
+
+    @cached_property
+    def registry(self) -> Registry:
+        """The MLflow adapter (importing it takes seconds, so it happens at first use)."""
+        from tasks.promotion.registry import Registry
+
+        uri = self.settings.stores.mlflow or self.workspace.mlflow_uri
+        return Registry(uri, self.workspace.artifacts, self.workspace.locks)
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The promotion policy file."""
+        return load_policy(self.workspace.policy)
+
+    @cached_property
+    def pins(self) -> dict[str, str]:
+        """Digests of what, beside the data, decides the result of a cycle."""
+        from tasks.core.stages import code_digest
+
+        meaningful = self.settings.model_dump(mode="json", exclude=_PLACEMENT)
+        return {"settings": digest_json(meaningful), "policy": self.policy.digest(), "code": code_digest()}
+
+    def agent(self, ref: str) -> Entry:
+        """Return the registration of `champion`, `candidate`, `previous`, a version number, or agent/N, agent@alias.
+
+        Raises:
+            NotFound: no such version; those that exist are named.
+        """
+        from tasks.promotion.promote import champion, previous
+
+        name = ref.removeprefix("agent").lstrip("/@") or "champion"
+        registered = {str(e.payload["version"]): e for e in self.ledger.entries("agent.registered")}
+        aliases = {"champion": champion, "previous": previous}
+        if name in aliases:
+            version = aliases[name](self.ledger)
+            name = "none" if version is None else str(version)
+        elif name == "candidate":
+            name = max(registered, key=int, default="none")
+        if name not in registered:
+            known = ", ".join(f"agent/{v}" for v in sorted(registered, key=int)) or "none yet"
+            raise NotFound(f"There is no agent `{ref}`; registered here: {known}.")
+        return registered[name]
+
+    def device(self) -> str:
+        """Return "cpu" or "cuda".
+
+        Raises:
+            Unavailable: the settings ask for a GPU and there is none.
+        """
+        import torch
+
+        wanted = self.settings.compute.device
+        if self.settings.compute.threads:
+            torch.set_num_threads(self.settings.compute.threads)
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise Unavailable("compute.device is `cuda` but PyTorch sees no GPU; set compute.device=auto or cpu.")
+        return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+    def dtype(self) -> str:
+        """Return "float32" or "bfloat16": on a GPU bfloat16 is the default, on a CPU it is slower than float32."""
+        wanted = self.settings.compute.dtype
+        return ("bfloat16" if self.device() == "cuda" else "float32") if wanted == "auto" else wanted
+
+    @contextlib.contextmanager
+    def exclusive(self, what: str) -> Iterator[None]:
+        """Let one process at a time change the agents of this workspace."""
+        with file_lock(self.workspace.locks / "cycle.lock", timeout=0, what=f"{what} in {self.workspace.root}"):
+            yield
+
+
+def as_json(entry: Entry) -> dict[str, Any]:
+    """Return a ledger entry as plain values."""
+    return {**vars(entry), "payload": dict(entry.payload)}

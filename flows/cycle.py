@@ -1,0 +1,233 @@
+"""One cycle, stage by stage: plain functions that Prefect, DVC and the command line all call.
+
+A cycle pins its champion, dataset, settings, policy and code when it starts. Each stage writes a receipt
+(`data/cycle/<stage>.json`) and takes what it needs from earlier receipts. Results are found again by
+content key in the ledger, so a killed cycle goes on where it was, and a finished one costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from flows.context import Context
+from flows.experience import finished_collections, open_episodes
+from tasks.core.digest import canonical_json, digest_json, write_atomic
+from tasks.core.errors import NotFound, Refused
+from tasks.core.ledger import Entry
+from tasks.core.stages import STAGES
+
+CollectMode = Literal["never", "missing", "always"]
+Receipt = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """A started cycle and what it pinned."""
+
+    key: str
+    champion: int
+    champion_digest: str
+    dataset: str | None
+    collect: bool
+    round: int
+    receipts: Path
+
+    def receipt(self, stage: str) -> Receipt:
+        """Return what `stage` gave in this cycle.
+
+        Raises:
+            NotFound: the stage has not run in this cycle.
+        """
+        path = self.receipts / f"{stage}.json"
+        value = json.loads(path.read_text()) if path.exists() else {}
+        if value.get("cycle") != self.key:
+            raise NotFound(f"Stage `{stage}` has not run in this cycle yet; run `forebay stage {stage}` first.")
+        return dict(value["outputs"])
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A cycle that already came to its end with the same data, settings, policy and code."""
+
+    entry: Entry
+
+
+def newest_dataset(context: Context) -> Entry | None:
+    """Return the newest sealed version of the workspace's dataset."""
+    name = context.settings.replay.dataset
+    sealed = [e for e in context.ledger.entries("dataset.sealed") if e.payload["name"] == name]
+    return sealed[-1] if sealed else None
+
+
+def find_dataset(context: Context, ref: str) -> Entry:
+    """Return the sealed dataset with that Merkle root (or a prefix of it), or `name/vN`.
+
+    Raises:
+        NotFound: none or several match; the sentence lists what there is.
+    """
+    sealed = context.ledger.entries("dataset.sealed")
+    found = [e for e in sealed if ref in (e.subject, f"dataset:{e.subject}") or e.payload["root"].startswith(ref)]
+    if len({e.payload["root"] for e in found}) != 1:
+        known = ", ".join(e.subject for e in sealed) or "none yet"
+        raise NotFound(f"`{ref}` names no single dataset; sealed here: {known}.")
+    return found[-1]
+
+
+def open_cycle(
+    context: Context, collect: CollectMode = "missing", dataset: str | None = None, force: bool = False
+) -> Cycle | Finished:
+    """Resume the unfinished cycle if it has the same pins, else start one, unless there is nothing new to do."""
+    ledger, pins = context.ledger, context.pins
+    root = find_dataset(context, dataset).payload["root"] if dataset else None
+    ended = {e.subject for e in ledger.entries("cycle.finished")}
+    for entry in reversed(ledger.entries("cycle.started")):
+        if entry.subject in ended:
+            continue
+        if entry.payload["pins"] == pins and root in (None, entry.payload["dataset"]) and not force:
+            return _cycle(context, entry)
+        finish(context, entry.subject, "abandoned", "settings, policy, code or dataset changed before it ended")
+    newest = newest_dataset(context)
+    if root is None and newest is not None and collect != "always" and not open_episodes(context):
+        root = newest.payload["root"]
+    wants = collect == "always" or (collect == "missing" and root is None and not open_episodes(context))
+    if not wants and root is not None and not force:
+        for entry in reversed(ledger.entries("cycle.finished")):
+            same = entry.payload.get("pins") == pins and entry.payload.get("dataset") == root
+            if same and entry.payload["outcome"] != "abandoned":
+                return Finished(entry)
+    champion = context.agent("champion").payload
+    payload = {
+        "pins": pins,
+        "champion": champion["version"],
+        "champion_digest": champion["digest"],
+        "dataset": root,
+        "collect": wants,
+        "round": finished_collections(context),
+        "started": len(ledger.entries("cycle.started")),
+    }
+    return _cycle(context, ledger.append("cycle.started", digest_json(payload), payload))
+
+
+def finish(context: Context, key: str, outcome: str, reason: str, **details: Any) -> Entry:
+    """Record how the cycle ended: promoted, held, refused or abandoned."""
+    payload = {"outcome": outcome, "reason": reason, "pins": context.pins, **details}
+    return context.ledger.append("cycle.finished", key, payload)
+
+
+def run_stage(context: Context, cycle: Cycle, stage: str) -> Receipt:
+    """Run one stage of the cycle, or find its result, and write its receipt."""
+    outputs = _FUNCTIONS[stage](context, cycle)
+    receipt = {"cycle": cycle.key, "stage": stage, "outputs": outputs}
+    write_atomic(cycle.receipts / f"{stage}.json", canonical_json(receipt))
+    return outputs
+
+
+def _cycle(context: Context, entry: Entry) -> Cycle:
+    p = entry.payload
+    return Cycle(
+        entry.subject, p["champion"], p["champion_digest"], p["dataset"], p["collect"], p["round"],
+        context.workspace.root / "data" / "cycle",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ stages
+
+
+def _collect(context: Context, cycle: Cycle) -> Receipt:
+    from flows.experience import collect_into_segment
+
+    if not cycle.collect:
+        return {"skipped": "experience is there already"}
+    return collect_into_segment(context, f"agent/{cycle.champion}", cycle.round)
+
+
+def _seal(context: Context, cycle: Cycle) -> Receipt:
+    from flows.experience import seal_dataset
+
+    if cycle.dataset is not None:
+        return dict(find_dataset(context, cycle.dataset).payload)
+    newest = newest_dataset(context)
+    if newest is not None and not open_episodes(context):
+        return dict(newest.payload)  # sealed by this cycle before it was killed
+    return seal_dataset(context, announce=False)
+
+
+def _validate(context: Context, cycle: Cycle) -> Receipt:
+    from flows.experience import validate_dataset
+
+    return validate_dataset(context, cycle.receipt("seal")["root"], agent=cycle.champion)
+
+
+def _reward(context: Context, cycle: Cycle) -> Receipt:
+    from flows.training import train_and_validate_reward_model
+
+    _require_valid(cycle)
+    return train_and_validate_reward_model(context, cycle.receipt("seal"), cycle.champion)
+
+
+def _train(context: Context, cycle: Cycle) -> Receipt:
+    from flows.training import train_agent
+
+    _require_valid(cycle)
+    return train_agent(context, cycle.receipt("seal"), cycle.champion)
+
+
+def _register(context: Context, cycle: Cycle) -> Receipt:
+    from flows.training import register_trained
+
+    run = cycle.receipt("train")
+    if run["digest"] == cycle.champion_digest:
+        raise Refused(
+            f"Training stopped before its first good checkpoint ({run['stop_reason']}), so there is no candidate to judge; "
+            f"look at the run's metrics, and lower training.learning_rate or collect fresh experience."
+        )
+    return register_trained(context, run, cycle.receipt("seal"), cycle.champion)
+
+
+def _evaluate(context: Context, cycle: Cycle) -> Receipt:
+    from flows.judging import evaluate_pair
+
+    return evaluate_pair(context, cycle.receipt("register")["version"], cycle.champion)
+
+
+def _decide(context: Context, cycle: Cycle) -> Receipt:
+    from flows.judging import decide_promotion
+
+    return decide_promotion(
+        context,
+        candidate=cycle.receipt("register")["version"],
+        evaluation=cycle.receipt("evaluate"),
+        reward=cycle.receipt("reward"),
+        data=cycle.receipt("validate"),
+    )
+
+
+def _promote(context: Context, cycle: Cycle) -> Receipt:
+    from flows.champions import promote_agent
+
+    decision = cycle.receipt("decide")
+    subject = f"agent/{decision['candidate']['version']}"
+    if decision["verdict"] != "PASS":
+        return {"promoted": False, "reason": f"{subject} is not promoted: the gate says {decision['verdict']}."}
+    if decision["approval"] == "required":
+        return {"promoted": False, "reason": f"{subject} passed and waits for `forebay approve {subject}`."}
+    for entry in context.ledger.entries("promotion.committed", subject):
+        if entry.payload["decision"] == decision["decision"]:  # promoted before the cycle was killed
+            return {**entry.payload, "promoted": True, "reason": f"{subject} is promoted."}
+    change = promote_agent(context, subject, f"cycle {cycle.key[:12]}")
+    return {**change, "promoted": True, "reason": f"{subject} is promoted."}
+
+
+def _require_valid(cycle: Cycle) -> None:
+    report = cycle.receipt("validate")
+    if report["verdict"] != "PASS":
+        raise Refused(f"Dataset {report['root'][:12]} is quarantined: {'; '.join(report['reasons'])}.")
+
+
+_FUNCTIONS: Mapping[str, Callable[[Context, Cycle], Receipt]] = dict(
+    zip(STAGES, (_collect, _seal, _validate, _reward, _train, _register, _evaluate, _decide, _promote), strict=True)
+)

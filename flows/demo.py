@@ -1,0 +1,35 @@
+"""`forebay demo`: what a newcomer runs first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from time import monotonic
+
+from rich.console import Console
+
+from flows.context import Context
+from flows.init import init_workspace
+from flows.run import run_retrain
+from flows.show import cycle_report
+from tasks.lineage.graph import lineage
+from tasks.lineage.render import to_tree
+
+
+def demo(folder: Path, overrides: Sequence[str], out: Console) -> None:
+    """Lay a workspace, run the whole cycle on the default model, print the decision and the lineage."""
+    start = monotonic()
+    out.rule("[bold]Forebay: one cycle on a real language model")
+    init_workspace(folder, None, overrides)
+    context = Context.open(folder, overrides)
+    result = run_retrain(context, "missing", None, force=False)
+    out.print(cycle_report(context, result))
+    candidate = result.get("candidate")
+    ref = "agent@champion" if candidate is None else f"agent/{candidate}"
+    out.rule(f"[bold]Lineage of {ref}")
+    out.print(to_tree(lineage(context.ledger, context.workspace, ref)))
+    out.print(
+        f"\nDone in {monotonic() - start:.0f} s. Next: `forebay status`, `forebay verify {ref}`, "
+        '`forebay up` and `forebay schedule retrain --cron "0 3 * * *"`.',
+        highlight=False,
+    )

@@ -1,0 +1,190 @@
+"""Experience: collected from environments or imported, sealed into dataset versions, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows import progress
+from flows.context import Context
+from tasks.core.stages import derive_seed, once
+
+if TYPE_CHECKING:
+    from tasks.rollout.rollout import BehaviourIdentity
+
+
+def collect_into_segment(context: Context, version: str = "champion", round: int | None = None) -> dict[str, Any]:
+    """Roll out an agent on the environments of the settings and append its episodes to an open segment.
+
+    A collection is named by the agent's digest, the settings and the round, so one that was cut short goes on
+    with the groups it lacks, and a finished one is found again.
+
+    Args:
+        round: how many collections were finished before; by default counted from the ledger.
+    """
+    from tasks.arena.environment import get, verifier_digest
+
+    agent = context.agent(version).payload
+    settings = context.settings.collect
+    if round is None:
+        round = finished_collections(context)
+    inputs = {
+        "agent": agent["digest"],
+        "settings": settings.model_dump(mode="json"),
+        "seed": context.settings.seed,
+        "round": round,
+        "dataset": context.settings.replay.dataset,
+        "verifiers": {name: verifier_digest(get(name)) for name in settings.environments},
+    }
+    outputs, _ = once(context.ledger, "collect", inputs, lambda key: _collect(context, agent, key, round))
+    return outputs
+
+
+def finished_collections(context: Context) -> int:
+    """Return how many collections were finished in this workspace."""
+    return sum(e.payload["stage"] == "collect" for e in context.ledger.entries("stage.done"))
+
+
+def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -> dict[str, Any]:
+    from models.causal_lm import load_policy, load_tokenizer
+    from tasks.arena.environment import get
+    from tasks.replay.segments import SegmentWriter, open_folder
+    from tasks.rollout.rollout import rollout
+
+    folder = context.workspace.root / agent["path"]
+    model, tokenizer = load_policy(folder, context.device(), context.dtype()), load_tokenizer(folder)
+    settings = context.settings.collect
+    segment = open_folder(context.workspace, context.settings.replay.dataset)
+    summary = {}
+    with SegmentWriter(segment, f"collect-{key[:12]}") as writer:
+        for name, groups in settings.environments.items():
+            env = get(name)
+            seed = derive_seed(context.settings.seed, name, round)
+            tasks = env.tasks("train", groups, seed)
+            wanted = {task.id for task in tasks}
+            rewards: dict[str, list[float]] = {}
+            for row in _open_rows(segment):
+                if (row["seed"], row["behaviour_digest"]) == (seed, agent["digest"]) and row["task_id"] in wanted:
+                    rewards.setdefault(row["task_id"], []).append(row["reward"])
+            with progress.current().bar(f"collect {name}") as report:
+                report(len(rewards), groups, "groups")
+                for group in rollout(
+                    model,
+                    tokenizer,
+                    env,
+                    tasks,
+                    group_size=settings.group_size,
+                    temperature=settings.temperature,
+                    seed=seed,
+                    batch_rows=settings.batch_rows,
+                    identity=identity(agent),
+                    done=set(rewards),
+                ):
+                    writer.append(group)
+                    rewards[group[0].task_id] = [episode.reward for episode in group]
+                    report(len(rewards), groups, f"mean reward {_mean(rewards):.3f}")
+            answer, constant = env.constant_baseline(tasks)
+            summary[name] = {
+                "groups": len(rewards),
+                "episodes": sum(len(r) for r in rewards.values()),
+                "reward": _mean(rewards),
+                "mixed": sum(len(set(r)) > 1 for r in rewards.values()) / max(len(rewards), 1),
+                "constant": constant,
+                "constant_answer": answer,
+            }
+    return {
+        "agent": agent["digest"],
+        "version": agent["version"],
+        "round": round,
+        "groups": sum(row["groups"] for row in summary.values()),
+        "episodes": sum(row["episodes"] for row in summary.values()),
+        "environments": summary,
+    }
+
+
+def seal_dataset(context: Context, announce: bool = True) -> dict[str, Any]:
+    """Seal what waits in open segments as the next dataset version.
+
+    Args:
+        announce: emit the event that schedules with `--on dataset.sealed` wait for, if the servers are up.
+    """
+    from tasks.replay.seal import seal
+
+    sealed = seal(context.workspace, context.ledger, context.settings.replay)
+    entry = context.ledger.last("dataset.sealed", sealed.manifest.subject)
+    assert entry is not None  # seal() ends with this entry
+    if announce:
+        from flows.deployments import emit_sealed
+
+        emit_sealed(context.workspace, sealed.root, sealed.manifest.name, sealed.manifest.version)
+    return dict(entry.payload)
+
+
+def validate_dataset(context: Context, ref: str | None = None, agent: int | None = None) -> dict[str, Any]:
+    """Check a sealed dataset for the policy that would train on it; a failing one is quarantined.
+
+    Args:
+        ref: name, name/vN or the start of a root; the newest version of the workspace's dataset by default.
+        agent: version of the policy to be trained; the champion by default.
+    """
+    from flows.judging import heldout_tasks
+    from tasks.core.digest import digest_json, sha256_bytes
+    from tasks.replay.seal import find
+    from tasks.replay.validation import Expected, validate_dataset
+
+    sealed = find(context.ledger, ref or context.settings.replay.dataset)
+    policy = context.agent("champion" if agent is None else str(agent)).payload
+    prompts = {sha256_bytes(task.prompt.encode()) for tasks in heldout_tasks(context).values() for task in tasks}
+    settings = context.settings.validation
+    expected = Expected(
+        tokenizer_digest=policy["tokenizer_digest"],
+        template_digest=policy["template_digest"],
+        policy_version=policy["version"],
+        max_policy_lag=settings.max_policy_lag,
+        min_groups=settings.min_groups,
+        evaluation_prompts=frozenset(prompts),
+    )
+    inputs = {
+        "root": sealed.root,
+        "policy": policy["version"],
+        "tokenizer": policy["tokenizer_digest"],
+        "settings": settings.model_dump(mode="json"),
+        "prompts": digest_json(sorted(prompts)),
+    }
+
+    def work(key: str) -> dict[str, Any]:
+        return validate_dataset(context.workspace, context.ledger, sealed, expected).to_payload()
+
+    outputs, _ = once(context.ledger, "validate", inputs, work)
+    return outputs
+
+
+def identity(agent: Mapping[str, Any]) -> BehaviourIdentity:
+    """Return what rollouts write into every row about the agent that acts."""
+    from tasks.rollout.rollout import BehaviourIdentity
+
+    return BehaviourIdentity(
+        f"agent/{agent['version']}", agent["digest"], agent["tokenizer_digest"], agent["template_digest"]
+    )
+
+
+def open_episodes(context: Context) -> int:
+    """Return how many whole episodes wait in open segments."""
+    from tasks.replay.segments import open_folder, scan
+
+    folder = open_folder(context.workspace, context.settings.replay.dataset)
+    return sum(len(group) for path in folder.glob("*.jsonl") for group in scan(path).groups)
+
+
+def _open_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    from tasks.replay.segments import read_line, scan
+
+    for path in sorted(folder.glob("*.jsonl")):
+        for group in scan(path).require_intact().groups:
+            yield from (read_line(line) for line in group)
+
+
+def _mean(rewards: Mapping[str, Sequence[float]]) -> float:
+    values = [value for group in rewards.values() for value in group]
+    return sum(values) / max(len(values), 1)

@@ -1,0 +1,164 @@
+"""Compare the candidate with the champion on held-out tasks, and let the gate decide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from flows import progress
+from flows.context import Context
+from tasks.core.digest import digest_json
+from tasks.core.errors import NotFound
+from tasks.core.ledger import Entry
+from tasks.core.stages import derive_seed, once
+
+if TYPE_CHECKING:
+    from tasks.arena.environment import Task
+    from tasks.rollout.rollout import Outcome
+
+
+def heldout_tasks(context: Context) -> dict[str, list[Task]]:
+    """Return the held-out tasks of every environment; their prompts are never in the training split."""
+    from tasks.arena.environment import get
+
+    seed = context.settings.seed
+    wanted = context.settings.evaluation.tasks
+    return {name: get(name).tasks("heldout", n, derive_seed(seed, name, "heldout")) for name, n in wanted.items()}
+
+
+def evaluate_pair(context: Context, candidate: int, champion: int) -> dict[str, Any]:
+    """Let both agents answer the same tasks, greedily, in the same job, and keep every answer as evidence.
+
+    The champion's score is never read from an earlier evaluation: the best of many noisy scores is too high.
+    """
+    from tasks.arena.environment import get, verifier_digest
+    from tasks.evaluation.paired import Agent, Baseline, pair_outcomes, table, write_outcomes
+
+    agents = [context.agent(str(version)).payload for version in (candidate, champion)]
+    tasks = heldout_tasks(context)
+    tasks_digest = digest_json({name: [task.id for task in found] for name, found in tasks.items()})
+    inputs = {
+        "candidate": agents[0]["digest"],
+        "champion": agents[1]["digest"],
+        "tasks": tasks_digest,
+        "verifiers": {name: verifier_digest(get(name)) for name in tasks},
+        "dtype": context.dtype(),
+    }
+
+    def work(key: str) -> dict[str, Any]:
+        outcomes = [_answer(context, agent, tasks, role) for agent, role in zip(agents, ("candidate", "champion"), strict=True)]
+        names = (Agent(candidate, agents[0]["digest"]), Agent(champion, agents[1]["digest"]))
+        baselines = {name: Baseline(*get(name).constant_baseline(found)) for name, found in tasks.items()}
+        paired = pair_outcomes(outcomes[0], outcomes[1], names, baselines)
+        path, sha256 = write_outcomes(context.workspace.evidence, paired)
+        rows = table(paired, alpha=context.policy.superiority.alpha)
+        return {
+            "candidate": candidate,
+            "champion": champion,
+            "tasks_digest": tasks_digest,
+            "outcomes": {"path": context.workspace.relative(path), "sha256": sha256},
+            "slices": {row.env: _slice(asdict(row)) for row in rows},
+        }
+
+    def there(outputs: Mapping[str, Any]) -> bool:
+        return (context.workspace.root / outputs["outcomes"]["path"]).exists()
+
+    outputs, found = once(context.ledger, "evaluate", inputs, work, there)
+    if not found:
+        context.ledger.append("evaluation.done", outputs["outcomes"]["sha256"], outputs)
+    return outputs
+
+
+def decide_promotion(
+    context: Context,
+    *,
+    candidate: int,
+    evaluation: Mapping[str, Any],
+    reward: Mapping[str, Any],
+    data: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Weigh all evidence under the policy and record the decision; equal evidence gives the same record."""
+    from tasks.promotion.gate import FileRef, Finding, Inputs, decide, write_decision
+
+    evidence = context.workspace.evidence
+
+    def ref(file: Mapping[str, str]) -> FileRef:
+        return FileRef((context.workspace.root / file["path"]).relative_to(evidence).as_posix(), file["sha256"])
+
+    inputs = Inputs(
+        outcomes=ref(evaluation["outcomes"]),
+        reward=ref(reward["evidence"]),
+        data=Finding(data["verdict"], data["root"], data["evidence"]["sha256"], tuple(data["reasons"])),
+        integrity=check_integrity(context, candidate, data["root"]),
+    )
+    decision = decide(evidence, inputs, context.policy)
+    path = write_decision(evidence, decision)
+    payload = decision.payload(context.workspace.relative(path))
+    subject = f"agent/{candidate}"
+    made = context.ledger.last("decision.made", subject)
+    if made is None or made.payload["decision"] != payload["decision"]:
+        context.ledger.append("decision.made", subject, payload)
+    return payload
+
+
+def replay_decision(context: Context, version: str) -> dict[str, Any]:
+    """Recompute the newest decision (about `version`) from its evidence files.
+
+    Raises:
+        NotFound: nothing was decided, or evidence is gone.
+        Corrupt: evidence was changed, or it leads to another decision.
+    """
+    from tasks.promotion.gate import recompute_decision
+
+    entry = newest_decision(context, version)
+    again = recompute_decision(context.workspace.root / entry.payload["record"]["path"])
+    return {"decision": again.digest, "verdict": again.verdict, "agent": entry.subject}
+
+
+def newest_decision(context: Context, version: str) -> Entry:
+    """Return the ledger entry of the newest decision, or of the newest about `version`.
+
+    Raises:
+        NotFound: there is none.
+    """
+    subject = f"agent/{context.agent(version).payload['version']}" if version else None
+    entry = context.ledger.last("decision.made", subject)
+    if entry is None:
+        raise NotFound(f"No decision about {subject or 'any agent'} yet; `forebay retrain` makes one.")
+    return entry
+
+
+def check_integrity(context: Context, candidate: int, root: str) -> Any:
+    """Hash the candidate's files and its dataset's shards again, now, before anything rests on them."""
+    from tasks.lineage.verify import verify
+    from tasks.promotion.gate import Finding
+
+    with progress.current().bar("integrity") as report:
+        found = verify(context.ledger, context.workspace, f"agent/{candidate}", report)
+    reasons = tuple(f"{item.path}: {item.problem}" for item in found.problems)
+    agent = context.agent(str(candidate)).payload["digest"]
+    return Finding("PASS" if found.ok else "FAIL", agent, digest_json({"agent": agent, "data": root, "problems": reasons}), reasons)
+
+
+def _answer(
+    context: Context, agent: Mapping[str, Any], tasks: Mapping[str, Sequence[Task]], role: str
+) -> list[Outcome]:
+    from models.causal_lm import load_policy, load_tokenizer
+    from tasks.arena.environment import get
+    from tasks.rollout.rollout import evaluate
+
+    folder = context.workspace.root / agent["path"]
+    model, tokenizer = load_policy(folder, context.device(), context.dtype()), load_tokenizer(folder)
+    rows, total, answered = context.settings.evaluation.batch_rows, sum(map(len, tasks.values())), []
+    with progress.current().bar(f"evaluate {role}") as report:
+        for name, found in tasks.items():
+            for start in range(0, len(found), rows):
+                answered += evaluate(model, tokenizer, get(name), found[start : start + rows], rows)
+                score = sum(o.reward for o in answered) / len(answered)
+                report(len(answered), total, f"agent/{agent['version']}  mean reward {score:.3f}")
+    return answered
+
+
+def _slice(row: dict[str, Any]) -> dict[str, Any]:
+    return {"constant": row.pop("baseline"), **row}

@@ -1,0 +1,108 @@
+"""Detached processes: started once, known again by pid and start time, stopped with all their children."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from tasks.core.settings import Section
+
+# Start times are wall-clock readings: a correction of the clock may move them, a reused pid never comes that close.
+_SAME_START_SECONDS = 5.0
+_TAIL_LINES = 15
+
+
+class Process(Section):
+    """A process that outlives the one that started it."""
+
+    name: str
+    pid: int
+    started: float
+    """Seconds since the epoch, as the operating system tells it."""
+    url: str | None
+    log: Path
+
+
+def spawn(name: str, command: Sequence[str], *, env: Mapping[str, str], log: Path, url: str | None) -> Process:
+    """Start `command` in a session of its own, so that Ctrl-C in this terminal does not reach it.
+
+    The log of the time before is kept beside the new one, as `<log>.1`.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if log.exists():
+        log.replace(log.with_name(f"{log.name}.1"))
+    with log.open("wb") as stream:
+        child = subprocess.Popen(
+            command, env=dict(env), stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
+        )
+    started = psutil.Process(child.pid).create_time()
+    child.returncode = 0  # it is meant to outlive us: keeps Popen from warning when it is collected
+    return Process(name=name, pid=child.pid, started=started, url=url, log=log)
+
+
+def alive(process: Process) -> bool:
+    """Tell whether the process runs; another one that got its pid does not count."""
+    return _leader(process) is not None
+
+
+def stop(process: Process, patience: float) -> None:
+    """End the process and everything it started: SIGTERM, `patience` seconds, then SIGKILL."""
+    leader = _leader(process)
+    if leader is not None:
+        with suppress(psutil.NoSuchProcess):
+            leader.terminate()  # it alone first: a runner or server winds up its children in order
+        psutil.wait_procs([leader], timeout=patience)
+    for send in (psutil.Process.terminate, psutil.Process.kill):
+        left = list(_session(process))
+        for member in left:
+            with suppress(psutil.NoSuchProcess):
+                send(member)
+        psutil.wait_procs(left, timeout=patience)
+
+
+def tail(log: Path) -> str:
+    """Return the last lines of a log file."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return "\n".join(line for line in lines[-_TAIL_LINES:])
+
+
+def wait_while_alive(processes: Sequence[Process], poll_seconds: float = 0.5) -> Process:
+    """Block until one of the processes has ended; return it."""
+    while True:
+        for process in processes:
+            if not alive(process):
+                return process
+        time.sleep(poll_seconds)
+
+
+def _leader(process: Process) -> psutil.Process | None:
+    with suppress(psutil.NoSuchProcess):
+        found = psutil.Process(process.pid)
+        same = abs(found.create_time() - process.started) < _SAME_START_SECONDS
+        if same and found.status() != psutil.STATUS_ZOMBIE:
+            return found
+    return None
+
+
+def _session(process: Process) -> Iterator[psutil.Process]:
+    """Yield the living members of the session that the process leads, or led until it died."""
+    import os
+
+    if _leader(process) is None and psutil.pid_exists(process.pid) and not _is_zombie(process.pid):
+        return  # the pid has a new owner, and a session of that number would be theirs
+    for member in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
+            ours = os.getsid(member.pid) == process.pid and member.create_time() >= process.started - _SAME_START_SECONDS
+            if ours and member.status() != psutil.STATUS_ZOMBIE:
+                yield member
+
+
+def _is_zombie(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    return False

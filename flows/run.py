@@ -1,0 +1,104 @@
+"""Run a whole cycle: look first whether there is anything to do, then hand it to the Prefect flow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flows import progress
+from flows.context import Context
+from flows.cycle import CollectMode, Cycle, Finished, finish, open_cycle, run_stage
+from tasks.core.errors import Conflict, Refused, UsageError
+from tasks.core.stages import STAGES
+
+_MODES = ("never", "missing", "always")
+
+
+def plan(context: Context, collect: str, dataset: str | None, force: bool = False) -> Cycle | dict[str, Any]:
+    """Return the cycle to run, or the result of the one that already answered the same question.
+
+    Raises:
+        UsageError: `collect` is no known mode.
+        Conflict: another process runs a cycle in this workspace.
+    """
+    if collect not in _MODES:
+        raise UsageError(f"--collect is one of {', '.join(_MODES)}, not `{collect}`.")
+    mode: CollectMode = collect  # type: ignore[assignment]
+    found = open_cycle(context, mode, dataset, force)
+    if isinstance(found, Finished):
+        return {**found.entry.payload, "found": True}
+    return found
+
+
+def run_retrain(context: Context, collect: str, dataset: str | None, force: bool) -> dict[str, Any]:
+    """Run the cycle through Prefect, unless there is nothing to do (then Prefect is not even imported)."""
+    with context.exclusive("a cycle"):
+        planned = plan(context, collect, dataset, force)
+    if isinstance(planned, dict):
+        return planned
+    from flows.environment import prefect_api
+
+    with prefect_api(context.workspace):
+        from flows.retrain import retrain
+
+        return retrain(
+            workspace=str(context.workspace.root), collect=collect, dataset=dataset, overrides=list(context.overrides)
+        )
+
+
+def run_stages(context: Context, cycle: Cycle, run: Any = run_stage) -> dict[str, Any]:
+    """Run all stages of a cycle in order by `run(context, cycle, stage)` and record how it ended."""
+    receipts: dict[str, dict[str, Any]] = {}
+    say = progress.current().say
+    try:
+        for number, stage in enumerate(STAGES, start=1):
+            say(f"[bold]{number}/{len(STAGES)} {stage}[/]")
+            receipts[stage] = run(context, cycle, stage)
+            line = summary(stage, receipts[stage])
+            if line:
+                say(f"    {line}")
+    except (Refused, Conflict) as error:
+        outcome = "refused" if isinstance(error, Refused) else "stale"
+        finish(context, cycle.key, outcome, str(error), dataset=receipts.get("seal", {}).get("root", cycle.dataset))
+        raise
+    return close_cycle(context, cycle, receipts)
+
+
+def close_cycle(context: Context, cycle: Cycle, receipts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Record how a cycle ended whose stages have all run."""
+    ended = receipts["promote"]
+    details = {
+        "dataset": receipts["seal"]["root"],
+        "candidate": receipts["register"]["version"],
+        "champion": cycle.champion,
+        "evaluation": {"slices": receipts["evaluate"]["slices"]},
+        "decision_record": receipts["decide"]["record"],
+        "run": receipts["train"]["key"],
+    }
+    outcome = "promoted" if ended["promoted"] else "held"
+    entry = finish(context, cycle.key, outcome, ended["reason"], **details)
+    return {**entry.payload, "found": False}
+
+
+def summary(stage: str, outputs: dict[str, Any]) -> str:
+    """Return one line about what a stage gave."""
+    if stage == "collect" and "environments" in outputs:
+        rows = (f"{name} {row['reward']:.3f} (constant {row['constant']:.3f})" for name, row in outputs["environments"].items())
+        return f"{outputs['episodes']} episodes by agent/{outputs['version']}; mean reward {', '.join(rows)}"
+    if stage == "seal":
+        return f"{outputs['name']}/v{outputs['version']}, {outputs['rows']} episodes, root {outputs['root'][:12]}"
+    if stage == "validate":
+        return f"{outputs['verdict']}: {len(outputs['checks'])} checks"
+    if stage == "reward":
+        accuracy = outputs["accuracy"]
+        return f"{outputs['verdict']}: right on {accuracy['estimate']:.3f} of {accuracy['n']} held-out pairs"
+    if stage == "train":
+        return f"{outputs['steps']} steps ({outputs['stop_reason']}), checkpoint {outputs['digest'][:12]}"
+    if stage == "register":
+        return f"agent/{outputs['version']}"
+    if stage == "evaluate":
+        rows = (f"{name} {row['champion']:.3f} → {row['candidate']:.3f}" for name, row in outputs["slices"].items())
+        return ", ".join(rows)
+    if stage == "decide":
+        return str(outputs["verdict"])
+    return str(outputs.get("reason") or outputs.get("skipped") or "")

@@ -1,0 +1,151 @@
+"""What the command line draws: tables and panels from plain values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from flows.context import Context
+from tasks.core.digest import sha256_file
+from tasks.core.errors import Corrupt
+from tasks.core.ledger import Entry
+
+_COLOURS = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}
+
+
+def verdict(word: str) -> Text:
+    """Return the verdict in its colour."""
+    return Text(word, style=f"bold {_COLOURS.get(word, 'default')}")
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        name, _, kind = column.partition(":")
+        table.add_column(name, justify="right" if kind == "n" else "left", overflow="fold")
+    return table
+
+
+def checks_table(report: Mapping[str, Any]) -> RenderableType:
+    """Draw the checks of a dataset."""
+    table = _table("check", "ok", "failed:n", "of:n", "detail", title=f"dataset {report['root'][:12]}: {report['verdict']}")
+    for check in report["checks"]:
+        sign = Text("yes", style="green") if check["ok"] else Text("NO", style="bold red")
+        table.add_row(check["name"], sign, str(check["failed"]), str(check["of"]), check["detail"])
+    return table
+
+
+def schedules_table(found: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Draw the schedules."""
+    if not found:
+        return Text('No schedules; add one with `forebay schedule retrain --cron "0 3 * * *"`.')
+    table = _table("name", "flow", "when", "timezone", "overrides")
+    for row in found:
+        when = row.get("cron") or f"on {row.get('on')}"
+        table.add_row(row["name"], row["flow"], when, row.get("timezone") or "", " ".join(row.get("overrides") or ()))
+    return table
+
+
+def ledger_table(entries: Sequence[Entry]) -> RenderableType:
+    """Draw ledger entries."""
+    table = _table("seq:n", "time", "kind", "subject", "digest")
+    for entry in entries:
+        subject = entry.subject if len(entry.subject) < 40 else entry.subject[:12]
+        table.add_row(str(entry.seq), entry.time[:19], entry.kind, subject, entry.digest[:12])
+    return table
+
+
+def decisions_table(entries: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Draw the list of decisions."""
+    table = _table("time", "agent", "against", "verdict", "decision")
+    for entry in entries:
+        table.add_row(
+            entry["time"][:19],
+            entry["agent"],
+            f"agent/{entry['champion']['version']}",
+            verdict(entry["verdict"]),
+            entry["decision"][:12],
+        )
+    return table
+
+
+def decision_record(context: Context, path: str, sha256: str) -> dict[str, Any]:
+    """Return a stored decision record.
+
+    Raises:
+        Corrupt: the record's bytes differ from the digest in the ledger.
+    """
+    file = context.workspace.root / path
+    if not file.exists() or sha256_file(file) != sha256:
+        raise Corrupt(f"The decision record {path} is missing or changed; `forebay verify` says what else is.")
+    return dict(json.loads(file.read_text()))
+
+
+def decision_view(record: Mapping[str, Any]) -> RenderableType:
+    """Draw a decision: evidence by evidence."""
+    table = _table("evidence", "estimate:n", "interval", "n:n", "detectable:n", "verdict", "")
+    for item in record["evidence"]:
+        low, high = item.get("low"), item.get("high")
+        interval = f"[{low:+.3f}, {high:+.3f}]" if low is not None and high is not None else ""
+        table.add_row(
+            item["name"],
+            "" if item.get("estimate") is None else f"{item['estimate']:+.3f}",
+            interval,
+            "" if item.get("n") is None else str(item["n"]),
+            "" if item.get("mde") is None else f"{item['mde']:.3f}",
+            verdict(item["verdict"]),
+            "" if item["counts"] else "not required",
+        )
+    lines: list[RenderableType] = [table]
+    lines += [Text(f"· {reason}") for reason in record["reasons"]]
+    pair = f"agent/{record['candidate']['version']} against agent/{record['champion']['version']}"
+    title = f"{pair}: {record['verdict']}"
+    style = _COLOURS.get(record["verdict"], "default")
+    return Panel(Group(*lines), title=title, border_style=style, title_align="left")
+
+
+def verify_view(report: Mapping[str, Any]) -> RenderableType:
+    """Draw the result of a verification."""
+    if report["ok"]:
+        return Text(f"verified: {report['checked']} digests agree, {report['bytes'] / 1e6:,.0f} MB read again.", style="green")
+    table = _table("problem", "what", "belongs to", "expected", "found", title="differences")
+    for item in report["problems"]:
+        table.add_row(
+            Text(item["problem"], style="bold red"), item["path"], item["owner"], item["expected"][:12], (item["found"] or "")[:12]
+        )
+    return table
+
+
+def scores_table(evaluation: Mapping[str, Any]) -> RenderableType:
+    """Draw candidate, champion and constant answer side by side, per environment."""
+    table = _table("held-out tasks", "n:n", "constant answer:n", "champion:n", "candidate:n", "difference:n")
+    for name, row in evaluation["slices"].items():
+        table.add_row(
+            name,
+            str(row["n"]),
+            f"{row['constant']:.3f}",
+            f"{row['champion']:.3f}",
+            f"{row['candidate']:.3f}",
+            f"{row['candidate'] - row['champion']:+.3f}",
+        )
+    return table
+
+
+def cycle_report(context: Context, result: Mapping[str, Any]) -> RenderableType:
+    """Draw how a cycle ended."""
+    parts: list[RenderableType] = []
+    if result["found"]:
+        parts.append(Text(f"Nothing to do: {result['reason']}", style="dim"))
+    if result.get("evaluation"):
+        parts += [Text(), scores_table(result["evaluation"]), Text()]
+    if result.get("decision_record"):
+        parts.append(decision_view(decision_record(context, **result["decision_record"])))
+    if not result["found"]:
+        parts.append(Text(result["reason"], style="bold"))
+    return Group(*parts)

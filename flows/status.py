@@ -1,0 +1,110 @@
+"""Where the workspace stands: champion, candidate, data, schedules, runs, and what is stale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from flows.context import Context
+from flows.cycle import newest_dataset
+from flows.experience import open_episodes
+
+
+def status(context: Context) -> dict[str, Any]:
+    """Read the ledger, the open segments and the state of the servers; starts nothing, imports nothing heavy."""
+    from flows.deployments import schedules
+    from flows.servers import state
+    from tasks.promotion.promote import standing
+
+    now = standing(context.ledger)
+    dataset = newest_dataset(context)
+    ended = {e.subject for e in context.ledger.entries("cycle.finished")}
+    running = [e for e in context.ledger.entries("cycle.started") if e.subject not in ended]
+    last = context.ledger.last("cycle.finished")
+    return {
+        "workspace": str(context.workspace.root),
+        "champion": _agent(context, now.champion),
+        "candidate": _agent(context, now.candidate),
+        "previous": _agent(context, now.previous),
+        "dataset": None
+        if dataset is None
+        else {k: dataset.payload[k] for k in ("name", "version", "rows", "root")} | {"sealed": dataset.time},
+        "open_episodes": open_episodes(context),
+        "last_cycle": None if last is None else {"time": last.time, **last.payload},
+        "unfinished_cycle": running[-1].subject if running else None,
+        "schedules": [s.model_dump(mode="json") for s in schedules(context.workspace)],
+        "servers": state(context.workspace),
+        "stale": _stale(context, last, dataset),
+    }
+
+
+def _agent(context: Context, version: int | None) -> dict[str, Any] | None:
+    if version is None:
+        return None
+    entry = context.agent(str(version))
+    decision = context.ledger.last("decision.made", entry.subject)
+    return {
+        "agent": entry.subject,
+        "digest": entry.payload["digest"],
+        "origin": entry.payload["origin"],
+        "registered": entry.time,
+        "decision": None if decision is None else decision.payload["verdict"],
+    }
+
+
+def _stale(context: Context, last: Any, dataset: Any) -> list[str]:
+    """Return sentences about what no longer rests on the present settings, policy, code or data."""
+    found = []
+    if context.ledger.last("promotion.intent") and _open_intent(context):
+        found.append("a promotion is half done; run `forebay reconcile`")
+    if open_episodes(context):
+        found.append(f"{open_episodes(context)} episodes wait in open segments; run `forebay seal`")
+    if dataset is not None and (last is None or last.payload.get("dataset") != dataset.payload["root"]):
+        found.append(f"{dataset.subject} was not trained on yet; run `forebay retrain`")
+    elif last is not None:
+        changed = [name for name, pin in context.pins.items() if last.payload["pins"].get(name) != pin]
+        if changed:
+            found.append(f"{' and '.join(changed)} changed since the last cycle; `forebay retrain` would run again")
+    return found
+
+
+def _open_intent(context: Context) -> bool:
+    from tasks.promotion.promote import standing
+
+    return standing(context.ledger).intent is not None
+
+
+def status_table(value: dict[str, Any]) -> RenderableType:
+    """Draw the status."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("workspace", value["workspace"])
+    for role in ("champion", "candidate", "previous"):
+        agent = value[role]
+        line = Text("none", style="dim")
+        if agent:
+            line = Text(f"{agent['agent']}  {agent['digest'][:12]}  {agent['origin']}")
+            if agent["decision"]:
+                line.append(f"  gate: {agent['decision']}")
+        table.add_row(role, line)
+    data = value["dataset"]
+    table.add_row("dataset", f"{data['name']}/v{data['version']}  {data['rows']} episodes  {data['root'][:12]}" if data else "none")
+    table.add_row("open", f"{value['open_episodes']} episodes not sealed yet")
+    last = value["last_cycle"]
+    table.add_row("last cycle", f"{last['time'][:19]}  {last['outcome']}: {last['reason']}" if last else "none")
+    if value["unfinished_cycle"]:
+        table.add_row("unfinished", f"cycle {value['unfinished_cycle'][:12]}; `forebay retrain` goes on with it")
+    for item in value["schedules"]:
+        table.add_row("schedule", f"{item['name']}: {item['flow']} {item.get('cron') or 'on ' + str(item.get('on'))}")
+    table.add_row("servers", _servers(value["servers"]))
+    for line in value["stale"] or ["nothing"]:
+        table.add_row("stale", Text(line, style="yellow" if value["stale"] else "dim"))
+    return table
+
+
+def _servers(state: Any) -> str:
+    return str(state)

@@ -1,0 +1,216 @@
+"""Train a candidate on a pinned dataset version, train the reward model, register what came out."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows import progress
+from flows.champions import register_agent
+from flows.context import Context
+from tasks.core.digest import digest_json
+from tasks.core.ledger import Ledger
+from tasks.core.stages import code_commit, code_digest, lock_digest, once
+
+if TYPE_CHECKING:
+    from tasks.promotion.registry import DatasetRef
+    from tasks.replay.schema import Episode
+
+
+def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> dict[str, Any]:
+    """Train from the champion on the dataset; a run that was killed goes on from its last checkpoint.
+
+    The run is named by everything that decides its result, so the same request finds the same run.
+
+    Returns:
+        {key, path, digest, files, steps, stop_reason, groups, metrics, mlflow_run}.
+    """
+    from tasks.training.shards import ShardRef
+    from tasks.training.trainer import train
+
+    device, dtype = context.device(), context.dtype()
+    agent = context.agent(str(champion)).payload
+    settings, ledger = context.settings.training, context.ledger
+    inputs = {
+        "dataset": dataset["root"],
+        "init": {"agent": f"agent/{champion}", "digest": agent["digest"]},
+        "settings": settings.model_dump(mode="json"),
+        "seed": context.settings.seed,
+        "dtype": dtype,
+        "code": code_digest(),
+        "lock": lock_digest(),
+    }
+    key = digest_json(inputs)
+    run_dir = context.workspace.runs / key[:16]
+    finished = ledger.last("run.finished", key)
+    if finished is not None and (run_dir / "export").exists():
+        return {"key": key, **finished.payload["outputs"]}
+    if ledger.last("run.started", key) is None:
+        ledger.append("run.started", key, {"key": key, **inputs, "commit": code_commit(), "device": device})
+    tracked = context.registry.run(
+        context.settings.replay.dataset,
+        key,
+        name=f"train {key[:8]}",
+        params={**settings.model_dump(mode="json"), "seed": context.settings.seed, "init": f"agent/{champion}"},
+        dataset=dataset_ref(dataset),
+    )
+    with progress.current().bar("train") as report, tracked as run, _recorded_failure(ledger, key):
+        report(0, settings.steps, "loading")
+
+        def on_metrics(step: int, values: Mapping[str, float]) -> None:
+            run.log(values, step)
+            _append_curve(run_dir, step, values)
+            note = f"reward {values['reward_estimate']:.3f}  kl {values['kl_k3']:.4f}  ess {values['ess']:.2f}"
+            report(step, settings.steps, note)
+
+        result = train(
+            run_dir=run_dir,
+            init_dir=context.workspace.root / agent["path"],
+            shards=[ShardRef(s["path"], s["sha256"]) for s in dataset["shards"]],
+            shard_root=context.workspace.root,
+            settings=settings,
+            seed=context.settings.seed,
+            device=device,
+            dtype=dtype,
+            on_metrics=on_metrics,
+        )
+        outputs = {
+            "path": context.workspace.relative(result.export_dir),
+            "digest": result.digest,
+            "files": dict(result.files),
+            "steps": result.steps,
+            "stop_reason": result.stop_reason,
+            "groups": list(result.groups_consumed),
+            "metrics": dict(result.metrics),
+            "mlflow_run": run.run_id,
+        }
+        ledger.append("run.finished", key, {"key": key, "outputs": outputs})
+    return {"key": key, **outputs}
+
+
+@contextmanager
+def _recorded_failure(ledger: Ledger, key: str) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        ledger.append("run.failed", key, {"key": key, "error": type(error).__name__, "reason": str(error)[:500]})
+        raise
+
+
+def _append_curve(run_dir: Path, step: int, values: Mapping[str, float]) -> None:
+    with (run_dir / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def register_trained(
+    context: Context, run: Mapping[str, Any], dataset: Mapping[str, Any], champion: int
+) -> dict[str, Any]:
+    """Register the trained agent as a version with the alias `candidate`; the same bytes give the same version."""
+    from tasks.promotion.promote import reconcile
+
+    init = context.agent(str(champion)).payload
+    version = register_agent(
+        context,
+        context.workspace.root / run["path"],
+        run["files"],
+        origin="trained",
+        parents={
+            "base": init["parents"]["base"] or init["digest"],
+            "init": f"agent/{champion}",
+            "dataset": dataset["root"],
+            "run": run["key"],
+        },
+        source={"name": f"run {run['key'][:12]}", "digest": run["digest"]},
+        metrics=run["metrics"],
+        tokenizer=init["tokenizer_digest"],
+        template=init["template_digest"],
+        run_id=run["mlflow_run"],
+        dataset=dataset_ref(dataset),
+    )
+    reconcile(context.ledger, context.registry)
+    return {"version": version, "digest": run["digest"]}
+
+
+def train_and_validate_reward_model(context: Context, dataset: Mapping[str, Any], champion: int) -> dict[str, Any]:
+    """Fit a reward head on pairs of the dataset and judge it on pairs of prompts it has not seen."""
+    agent = context.agent(str(champion)).payload
+    inputs = {
+        "dataset": dataset["root"],
+        "backbone": agent["digest"],
+        "settings": context.settings.reward.model_dump(mode="json"),
+        "seed": context.settings.seed,
+        "policy": context.policy.reward_model.model_dump(mode="json"),
+    }
+
+    def work(key: str) -> dict[str, Any]:
+        from tasks.reward.model import train_reward_model
+        from tasks.reward.validation import validate_reward_model
+
+        with progress.current().bar("reward") as report:
+            model = train_reward_model(
+                list(episodes(context, dataset)),
+                context.workspace.root / agent["path"],
+                agent["digest"],
+                context.settings.reward,
+                seed=context.settings.seed,
+                target=context.workspace.models / f"reward-{key[:16]}",
+                report=report,
+            )
+        return validate_reward_model(model, context.policy.reward_model, context.workspace, dataset["root"])
+
+    outputs, found = once(context.ledger, "reward", inputs, work)
+    if not found:
+        context.ledger.append("reward.validated", outputs["digest"], outputs)
+    return outputs
+
+
+def episodes(context: Context, dataset: Mapping[str, Any]) -> Iterator[Episode]:
+    """Read the rows of a sealed dataset, bytes checked against their digests."""
+    from tasks.replay.schema import Episode
+    from tasks.replay.seal import find, read_rows
+
+    table = read_rows(context.workspace, find(context.ledger, dataset["root"]).manifest)
+    for batch in table.to_batches():
+        for row in batch.to_pylist():
+            yield Episode(**row)
+
+
+def dataset_ref(dataset: Mapping[str, Any]) -> DatasetRef:
+    """Return what MLflow shows as the dataset of a run: a DVC locator beside Forebay's own digest."""
+    from tasks.promotion.registry import DatasetRef
+
+    dvc = dataset["dvc"]
+    name = f"{dataset['name']}/v{dataset['version']}"
+    return DatasetRef(name, dataset["root"], dvc["path"], dataset["git_commit"], dvc["md5"])
+
+
+def training_curves(context: Context, key: str) -> bytes:
+    """Return a PNG of reward, KL, effective sample size and entropy over the steps of a run."""
+    from matplotlib.figure import Figure
+
+    rows = read_curve(context, key)
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    for axis, name in zip(figure.subplots(2, 3).flat, ("reward_estimate", "kl_k3", "ess", "phi", "entropy", "grad_norm"), strict=True):
+        axis.plot([row["step"] for row in rows], [row.get(name) for row in rows], color="#1f6f8b")
+        axis.set_title(name, fontsize=9)
+        axis.grid(alpha=0.25)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=90)
+    return picture.getvalue()
+
+
+def read_curve(context: Context, key: str) -> list[dict[str, float]]:
+    """Return the metrics of a run, one mapping per step; of a step done twice (after a kill) the last."""
+    path = context.workspace.runs / key[:16] / "metrics.jsonl"
+    rows = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the last line of a process that was killed
+        rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]

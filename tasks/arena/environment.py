@@ -1,0 +1,157 @@
+"""What an environment with a verifiable reward is, how its tasks are split, and how one is found by name.
+
+An episode is plain text: the task's prompt, then turns of one line each. The agent's action is what stands before the
+first newline; the environment answers with an observation that is appended as it is, or ends the episode. `step` is a pure
+function of the task and the actions so far, so any episode can be scored again from its text.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from tasks.core.digest import digest_json, sha256_bytes
+from tasks.core.errors import UsageError
+
+Split = Literal["train", "heldout"]
+HELDOUT_SHARE = 0.25  # of all prompts, by hash
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One prompt with what its verifier needs; `id` follows from the environment and the prompt alone."""
+
+    id: str
+    env: str
+    env_version: str
+    split: Split
+    seed: int
+    prompt: str
+    payload: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What the environment says after an action. `reward` and `components` count only when `done`."""
+
+    observation: str
+    done: bool
+    reward: float = 0.0
+    components: Mapping[str, float] = field(default_factory=dict)
+
+
+class Environment(Protocol):
+    """A family of tasks with its verifier; stateless, so one object serves any number of episodes."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str:
+        """Changes whenever the prompts or the rewards of the same seed change."""
+
+    @property
+    def licence(self) -> str:
+        """SPDX identifier of the licence of the task texts."""
+
+    @property
+    def max_turns(self) -> int: ...
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Most tokens one action may have."""
+
+    def tasks(self, split: Split, n: int, seed: int) -> list[Task]:
+        """Draw `n` tasks with distinct prompts; the same arguments give the same tasks.
+
+        Raises:
+            UsageError: the family has fewer than `n` distinct prompts in this split.
+        """
+
+    def step(self, task: Task, actions: Sequence[str]) -> Step:
+        """Answer the last of `actions`, given the ones before it."""
+
+    def constant_baseline(self, tasks: Sequence[Task]) -> tuple[str, float]:
+        """The one answer that scores best when given to every task, and its mean reward."""
+
+
+def split_of(prompt: str) -> Split:
+    """The split a prompt belongs to, whatever seed drew it: a threshold on the SHA-256 of its text."""
+    fraction = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8]) / 2**64
+    return "heldout" if fraction < HELDOUT_SHARE else "train"
+
+
+def draw_tasks(
+    env: Environment, candidates: Iterable[tuple[str, Mapping[str, Any]]], split: Split, n: int, seed: int
+) -> list[Task]:
+    """Take the first `n` distinct (prompt, payload) candidates that belong to `split`.
+
+    Looks at 2,000 + 200 n candidates at most, so a family with few prompts ends in an error and not in an endless loop.
+
+    Raises:
+        UsageError: too few distinct prompts were seen.
+    """
+    found: dict[str, Task] = {}
+    for prompt, payload in itertools.islice(candidates, 2_000 + 200 * n):
+        if len(found) == n:
+            break
+        if split_of(prompt) == split and prompt not in found:
+            task_id = f"{env.name}/{sha256_bytes(prompt.encode())[:16]}"
+            found[prompt] = Task(task_id, env.name, env.version, split, seed, prompt, payload)
+    if len(found) < n:
+        raise UsageError(
+            f"The environment {env.name} has only {len(found)} distinct prompts in its {split} split, "
+            f"but {n} were asked for; ask for at most {len(found)}."
+        )
+    return list(found.values())
+
+
+def most_common_share(answers: Sequence[str]) -> tuple[str, float]:
+    """The most frequent answer and its share of all: the constant baseline of an exact-match task."""
+    if not answers:
+        raise UsageError("A constant baseline needs at least one task.")
+    answer, count = Counter(answers).most_common(1)[0]
+    return answer, count / len(answers)
+
+
+def names() -> list[str]:
+    """Every environment that `get` knows."""
+    from tasks.arena.reasoning import dataset_names
+
+    return ["calculator", "largest", *(f"reasoning_gym/{name}" for name in dataset_names())]
+
+
+def get(name: str) -> Environment:
+    """Return the environment called `name`: "calculator", "largest" or "reasoning_gym/<dataset>".
+
+    Raises:
+        UsageError: there is no such environment; the sentence names the nearest one.
+    """
+    if name == "calculator":
+        from tasks.arena.calculator import Calculator
+
+        return Calculator()
+    if name == "largest":
+        from tasks.arena.largest import Largest
+
+        return Largest()
+    known = names()
+    if name in known:
+        from tasks.arena.reasoning import ReasoningGym
+
+        return ReasoningGym(name.removeprefix("reasoning_gym/"))
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    raise UsageError(f"There is no environment {name!r}; the nearest name is {nearest!r}.")
+
+
+def verifier_digest(env: Environment) -> str:
+    """Identity of what scores an episode: the environment's name, version and source code."""
+    source = inspect.getsource(sys.modules[type(env).__module__])
+    return digest_json({"name": env.name, "version": env.version, "source": sha256_bytes(source.encode())})

@@ -1,0 +1,37 @@
+"""The largest of three two-digit numbers, in one turn, exact match."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+from tasks.arena.environment import Split, Step, Task, draw_tasks, most_common_share
+
+PREFIX = "largest of 42, 20, 51: 51\nlargest of 69, 17, 10: 69\nlargest of 15, 92, 56: 92\n"
+
+
+class Largest:
+    """See the module's docstring; copying any of the three numbers at random scores a third."""
+
+    name = "largest"
+    version = "1"
+    licence = "Apache-2.0"
+    max_turns = 1
+    max_new_tokens = 5
+
+    def tasks(self, split: Split, n: int, seed: int) -> list[Task]:
+        return draw_tasks(self, _candidates(seed), split, n, seed)
+
+    def step(self, task: Task, actions: Sequence[str]) -> Step:
+        correct = float(actions[0].strip() == str(task.payload["answer"]))
+        return Step(observation="", done=True, reward=correct, components={"correct": correct})
+
+    def constant_baseline(self, tasks: Sequence[Task]) -> tuple[str, float]:
+        return most_common_share([str(task.payload["answer"]) for task in tasks])
+
+
+def _candidates(seed: int) -> Iterator[tuple[str, dict[str, int]]]:
+    rng = random.Random(f"largest/{seed}")
+    while True:
+        numbers = rng.sample(range(10, 100), 3)
+        yield f"{PREFIX}largest of {', '.join(map(str, numbers))}:", {"answer": max(numbers)}

@@ -1,0 +1,1 @@
+"""Paired evaluation of a candidate against the champion, and its statistics."""

@@ -1,0 +1,201 @@
+"""The evidence of one evaluation: two agents' answers to the same tasks, paired, stored and read back by digest."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
+from tasks.core.errors import Corrupt, NotFound, UsageError
+from tasks.evaluation.statistics import Estimate, paired_difference
+
+SCHEMA = "forebay.outcomes/1"
+
+
+class Outcome(Protocol):
+    """One agent's answer to one task, as `tasks.rollout` gives it. The reward is within [0, 1]."""
+
+    @property
+    def task_id(self) -> str: ...
+    @property
+    def env(self) -> str: ...
+    @property
+    def reward(self) -> float: ...
+    @property
+    def response_text(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Agent:
+    """A registered agent: its version and the digest of its files."""
+
+    version: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The best constant answer to an environment's tasks and its mean reward."""
+
+    answer: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both agents' k-th answer (`sample`) to one task."""
+
+    env: str
+    task_id: str
+    sample: int
+    candidate_reward: float
+    champion_reward: float
+    candidate_response: str
+    champion_response: str
+
+
+@dataclass(frozen=True)
+class PairedOutcomes:
+    """Everything an evaluation found; `baselines` by environment, `pairs` sorted by environment, task and sample."""
+
+    candidate: Agent
+    champion: Agent
+    baselines: Mapping[str, Baseline]
+    pairs: tuple[Pair, ...]
+
+    def slices(self) -> list[str]:
+        """Return the environments, sorted."""
+        return sorted({pair.env for pair in self.pairs})
+
+    def rewards(self, env: str | None = None) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Return candidate rewards [n], champion rewards [n] and cluster names [n], of one environment or of all.
+
+        Answers to one task are one cluster: they share its difficulty.
+        """
+        pairs = [pair for pair in self.pairs if env in (None, pair.env)]
+        candidate = np.array([pair.candidate_reward for pair in pairs])
+        champion = np.array([pair.champion_reward for pair in pairs])
+        return candidate, champion, [f"{pair.env}/{pair.task_id}" for pair in pairs]
+
+    def difference(self, env: str | None = None, *, alpha: float, power: float = 0.8) -> Estimate:
+        """Estimate the mean reward of the candidate less the champion's."""
+        candidate, champion, clusters = self.rewards(env)
+        return paired_difference(candidate, champion, clusters, alpha=alpha, power=power)
+
+
+@dataclass(frozen=True)
+class SliceRow:
+    """One line of the table: mean rewards in one environment ("all" for the whole), and the paired difference.
+
+    `baseline` is the constant answer's score (for "all" the mean weighted by tasks), None where unknown.
+    """
+
+    env: str
+    n: int
+    candidate: float
+    champion: float
+    baseline: float | None
+    difference: float
+    low: float
+    high: float
+
+
+def pair_outcomes(
+    candidate: Sequence[Outcome],
+    champion: Sequence[Outcome],
+    agents: tuple[Agent, Agent],
+    baselines: Mapping[str, Baseline],
+) -> PairedOutcomes:
+    """Match the answers of the candidate and the champion (`agents`, in this order) task by task.
+
+    Raises:
+        UsageError: no outcomes, or the two did not answer the same tasks equally often.
+    """
+    sides = _by_key(candidate), _by_key(champion)
+    odd = sorted(sides[0].keys() ^ sides[1].keys())
+    if odd:
+        env, task, sample = odd[0]
+        raise UsageError(
+            f"The evaluation is not paired: {len(odd)} answers have no counterpart, first task {task} of {env} "
+            f"(answer {sample + 1}); evaluate both agents on the same tasks."
+        )
+    if not sides[0]:
+        raise UsageError("The evaluation has no outcomes; ask for at least one task in `evaluation.tasks`.")
+    pairs = tuple(
+        Pair(*key, float(a.reward), float(b.reward), a.response_text, b.response_text)
+        for key, a, b in ((key, sides[0][key], sides[1][key]) for key in sorted(sides[0]))
+    )
+    return PairedOutcomes(*agents, dict(baselines), pairs)
+
+
+def write_outcomes(evidence: Path, outcomes: PairedOutcomes) -> tuple[Path, str]:
+    """Write `outcomes` to evidence/outcomes/<SHA-256>.jsonl; return the path and the digest. Equal outcomes, equal bytes."""
+    head = {
+        "schema": SCHEMA,
+        "candidate": asdict(outcomes.candidate),
+        "champion": asdict(outcomes.champion),
+        "baselines": {env: asdict(baseline) for env, baseline in outcomes.baselines.items()},
+    }
+    lines = [head, *(asdict(pair) for pair in outcomes.pairs)]
+    data = b"".join(canonical_json(line) + b"\n" for line in lines)
+    digest = sha256_bytes(data)
+    path = evidence / "outcomes" / f"{digest}.jsonl"
+    write_atomic(path, data)
+    return path, digest
+
+
+def read_outcomes(path: Path, sha256: str) -> PairedOutcomes:
+    """Read outcomes back.
+
+    Raises:
+        NotFound: there is no such file.
+        Corrupt: its bytes are not those of the digest.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise NotFound(f"The outcomes {path.name} are not in {path.parent}; restore them or evaluate again.") from None
+    if sha256_bytes(data) != sha256:
+        raise Corrupt(f"The outcomes {path} differ from their digest {sha256[:12]}…; evaluate again.")
+    head, *rows = (json.loads(line) for line in data.splitlines())
+    return PairedOutcomes(
+        Agent(**head["candidate"]),
+        Agent(**head["champion"]),
+        {env: Baseline(**baseline) for env, baseline in head["baselines"].items()},
+        tuple(Pair(**row) for row in rows),
+    )
+
+
+def table(outcomes: PairedOutcomes, *, alpha: float) -> list[SliceRow]:
+    """Return one row per environment and one for all, with intervals of one-sided error `alpha`."""
+    rows = [_row(outcomes, env, env, alpha, _baseline(outcomes.baselines, [env])) for env in outcomes.slices()]
+    everything = _baseline(outcomes.baselines, [pair.env for pair in outcomes.pairs])
+    return [*rows, _row(outcomes, "all", None, alpha, everything)]
+
+
+def _row(outcomes: PairedOutcomes, name: str, env: str | None, alpha: float, baseline: float | None) -> SliceRow:
+    candidate, champion, _ = outcomes.rewards(env)
+    gain = outcomes.difference(env, alpha=alpha)
+    means = float(candidate.mean()), float(champion.mean())
+    return SliceRow(name, gain.n, *means, baseline, gain.estimate, gain.low, gain.high)
+
+
+def _baseline(baselines: Mapping[str, Baseline], envs: Iterable[str]) -> float | None:
+    scores = [baselines[env].score if env in baselines else None for env in envs]
+    return None if None in scores else float(np.mean([score for score in scores if score is not None]))
+
+
+def _by_key(outcomes: Iterable[Outcome]) -> dict[tuple[str, str, int], Any]:
+    seen: dict[tuple[str, str], int] = defaultdict(int)
+    keyed = {}
+    for outcome in outcomes:
+        task = (outcome.env, outcome.task_id)
+        keyed[(*task, seen[task])] = outcome
+        seen[task] += 1
+    return keyed

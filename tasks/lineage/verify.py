@@ -1,0 +1,229 @@
+"""Verification: everything behind an agent or a dataset is hashed again. Not even the ledger is trusted."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tasks.core.digest import digest_files, digest_json, sha256_bytes, sha256_file
+from tasks.core.errors import Corrupt, ForebayError
+from tasks.core.ledger import Ledger
+from tasks.core.workspace import Workspace
+from tasks.lineage.graph import File, Kind, Lineage, Node, lineage
+from tasks.replay.manifest import Manifest, dataset_root
+
+Progress = Callable[[int, int, str], None]
+"""progress(files done, files in all, note)"""
+
+_THREADS = 8  # hashing lets go of the interpreter; more threads only make a disk seek
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not what its digest says.
+
+    Attributes:
+        problem: "missing", "changed", "unreadable", or "added": in an agent's folder, but never registered.
+        path: relative to the workspace, or "ledger".
+        owner: what it belongs to: "agent/3", "dataset main/v2", ….
+        expected: the SHA-256 it must have; empty where there is none.
+        found: the SHA-256 it has (for "unreadable" the system's reason); None where it is missing.
+    """
+
+    problem: Literal["missing", "changed", "unreadable", "added"]
+    path: str
+    owner: str
+    expected: str
+    found: str | None
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What a verification found.
+
+    Attributes:
+        ref: what was asked for.
+        ok: nothing differs.
+        checked: how many digests were computed and compared, ledger entries included.
+        bytes: how much was read again from files.
+        entries: how long the ledger's chain is, as far as it holds.
+        head: the digest of the ledger's last entry, empty where the chain is broken. Whoever keeps it
+            elsewhere can tell later whether entries were cut off.
+        problems: what differs, sorted by path.
+    """
+
+    ref: str
+    ok: bool
+    checked: int
+    bytes: int
+    entries: int
+    head: str
+    problems: tuple[Problem, ...]
+
+    @property
+    def missing(self) -> tuple[Problem, ...]:
+        """The files that are not there."""
+        return tuple(problem for problem in self.problems if problem.problem == "missing")
+
+    @property
+    def changed(self) -> tuple[Problem, ...]:
+        """The files and entries whose bytes differ."""
+        return tuple(problem for problem in self.problems if problem.problem == "changed")
+
+
+def verify(
+    ledger: Ledger,
+    workspace: Workspace,
+    ref: str,
+    progress: Progress = lambda done, total, note: None,
+) -> VerifyReport:
+    """Hash again the ledger's chain and every file behind `ref`, and compute again every digest over digests.
+
+    Raises:
+        NotFound, UsageError: `ref` names nothing, or several things; see `lineage`.
+    """
+    problems: list[Problem] = []
+    entries, head = 0, ""
+    try:
+        entries, head = ledger.verify_chain(), ledger.head()
+    except Corrupt as error:
+        problems.append(Problem("changed", "ledger", str(error), "", None))
+    try:
+        found = lineage(ledger, workspace, ref)
+    except (ForebayError, ValueError):
+        if not problems:
+            raise
+        return VerifyReport(ref, False, 0, 0, entries, head, tuple(problems))  # the ledger is past reading
+    claims, checks = _claims(workspace, found)
+    size = 0
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        jobs = {pool.submit(_hash, workspace.root, file, owner): file for file, owner in claims.items()}
+        for done, job in enumerate(as_completed(jobs), start=1):
+            problem, length = job.result()
+            size += length
+            problems += [problem] if problem else []
+            progress(done, len(jobs), f"{size / 1e6:,.0f} MB read")
+    problems += (check for check in checks if check.expected != check.found)
+    problems += (
+        Problem("missing", "ledger", f"the entry of {_owner(node)}", node.digest or "", None)
+        for node in found.nodes.values()
+        if not node.known
+    )
+    problems += _added(workspace, found)
+    problems.sort(key=lambda problem: (problem.path, problem.owner, problem.problem))
+    return VerifyReport(
+        ref=ref,
+        ok=not problems,
+        checked=entries + len(claims) + len(checks),
+        bytes=size,
+        entries=entries,
+        head=head,
+        problems=tuple(problems),
+    )
+
+
+def _claims(workspace: Workspace, found: Lineage) -> tuple[dict[File, str], list[Problem]]:
+    """Return each file to hash and what it belongs to, and digests over digests (problems if they differ)."""
+    claims: dict[File, str] = {}
+    checks: list[Problem] = []
+    for node in found.nodes.values():
+        for file in node.files:
+            claims.setdefault(file, _owner(node))
+        if node.known and node.kind in _INSIDE:
+            for item in _INSIDE[node.kind](workspace, node):
+                if isinstance(item, File):
+                    claims.setdefault(item, _owner(node))
+                else:
+                    checks.append(item)
+    return claims, checks
+
+
+def _folder(workspace: Workspace, node: Node) -> Iterator[Problem]:
+    """The digest of an agent or a checkpoint follows from the digests of its files."""
+    folder = node.facts["path"]
+    files = {file.path.removeprefix(f"{folder}/"): file.sha256 for file in node.files}
+    expected = node.digest if node.kind == "agent" else node.facts["digest"]
+    yield Problem("changed", folder, _owner(node), expected or "", digest_files(files))
+
+
+def _manifest(workspace: Workspace, node: Node) -> Iterator[File | Problem]:
+    """The root of a dataset version follows from the shards that its manifest lists; they are its files."""
+    data = _intact(workspace, node.files[0])
+    if data is None:
+        return
+    manifest = Manifest.from_dict(json.loads(data))
+    yield Problem(
+        "changed",
+        node.files[0].path,
+        f"root of {_owner(node)}",
+        node.digest or "",
+        dataset_root(manifest.shards),
+    )
+    for shard in manifest.shards:
+        yield File(shard.path, shard.sha256)
+
+
+def _record(workspace: Workspace, node: Node) -> Iterator[File | Problem]:
+    """A decision record holds the whole policy, and names the evidence files it rests on."""
+    data = _intact(workspace, node.files[0])
+    if data is None:
+        return
+    record = json.loads(data)
+    policy = digest_json(record["policy"])
+    yield Problem("changed", node.files[0].path, f"policy of {_owner(node)}", record["policy_digest"], policy)
+    for name in ("outcomes", "reward"):
+        file = record["inputs"][name]
+        if file is not None:
+            yield File(workspace.relative(workspace.evidence / file["path"]), file["sha256"])
+
+
+_INSIDE: dict[Kind, Callable[[Workspace, Node], Iterable[File | Problem]]] = {
+    "agent": _folder,
+    "run": _folder,
+    "dataset": _manifest,
+    "decision": _record,
+}
+
+
+def _intact(workspace: Workspace, file: File) -> bytes | None:
+    """Return the bytes of `file`, or None where they are not what they must be (hashing it reports that)."""
+    try:
+        data = (workspace.root / file.path).read_bytes()
+    except OSError:
+        return None
+    return data if sha256_bytes(data) == file.sha256 else None
+
+
+def _hash(root: Path, file: File, owner: str) -> tuple[Problem | None, int]:
+    """Return the problem with `file`, if there is one, and how many bytes were read."""
+    path = root / file.path
+    try:
+        digest, length = sha256_file(path), path.stat().st_size
+    except FileNotFoundError:
+        return Problem("missing", file.path, owner, file.sha256, None), 0
+    except OSError as error:
+        return Problem("unreadable", file.path, owner, file.sha256, error.strerror), 0
+    return (
+        None if digest == file.sha256 else Problem("changed", file.path, owner, file.sha256, digest)
+    ), length
+
+
+def _added(workspace: Workspace, found: Lineage) -> Iterator[Problem]:
+    """A file that appears in an agent's folder can change the agent: libraries load what they find there."""
+    for node in found.nodes.values():
+        if node.kind != "agent" or not node.known:
+            continue
+        registered = {file.path for file in node.files}
+        for path in sorted((workspace.root / node.facts["path"]).rglob("*")):
+            name = path.relative_to(workspace.root).as_posix()
+            if path.is_file() and name not in registered:
+                yield Problem("added", name, _owner(node), "", sha256_file(path))
+
+
+def _owner(node: Node) -> str:
+    return node.name if node.kind == "agent" else f"{node.kind} {node.name}"

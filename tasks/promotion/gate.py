@@ -1,0 +1,296 @@
+"""The gate: evidence and a policy in, a decision out. No clock, no store: the same inputs give the same bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
+from tasks.core.errors import Corrupt, NotFound
+from tasks.evaluation.paired import Agent, PairedOutcomes, read_outcomes
+from tasks.evaluation.statistics import Estimate, Verdict, holm, is_binary, judge, mcnemar
+from tasks.promotion.policy import Policy
+from tasks.reward.metrics import calibration_error, judge_reward, pair_accuracy, reliability
+
+SCHEMA = "forebay.decision/1"
+_DIGITS = 10  # of a number in the record: below what another build of numpy may change
+
+
+@dataclass(frozen=True)
+class FileRef:
+    """An evidence file: its path relative to the evidence folder, and its SHA-256."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What another station found about `subject` (a digest); `digest` is that of its evidence."""
+
+    verdict: Verdict
+    subject: str
+    digest: str
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All a decision rests on. None means the evidence does not exist."""
+
+    outcomes: FileRef
+    reward: FileRef | None = None
+    data: Finding | None = None
+    integrity: Finding | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One item weighed by the gate. `counts` is False where the policy does not require it.
+
+    Numbers are mean rewards, or accuracies for the reward model; None where the item has none.
+    """
+
+    name: str
+    verdict: Verdict
+    says: str
+    digest: str | None
+    counts: bool = True
+    estimate: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    mde: float | None = None
+    margin: float | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the gate said about replacing `champion` by `candidate`, with everything needed to say it again."""
+
+    candidate: Agent
+    champion: Agent
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    evidence: tuple[Evidence, ...]
+    policy: Policy
+    inputs: Inputs
+
+    @cached_property
+    def record(self) -> bytes:
+        """The canonical JSON of the decision."""
+        return canonical_json(
+            {
+                "schema": SCHEMA,
+                "candidate": asdict(self.candidate),
+                "champion": asdict(self.champion),
+                "verdict": self.verdict,
+                "reasons": list(self.reasons),
+                "evidence": [asdict(item) for item in self.evidence],
+                "policy": self.policy.model_dump(mode="json"),
+                "policy_digest": self.policy.digest(),
+                "inputs": asdict(self.inputs),
+            }
+        )
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the record."""
+        return sha256_bytes(self.record)
+
+    def payload(self, record: str) -> dict[str, Any]:
+        """Return the ledger's payload of `decision.made`; `record` is the record's path as the ledger writes paths."""
+        return {
+            "decision": self.digest,
+            "verdict": self.verdict,
+            "reasons": list(self.reasons),
+            "record": {"path": record, "sha256": self.digest},
+            "policy_digest": self.policy.digest(),
+            "approval": self.policy.approval,
+            "candidate": asdict(self.candidate),
+            "champion": asdict(self.champion),
+            "evidence": [{"name": e.name, "verdict": e.verdict, "digest": e.digest} for e in self.evidence],
+        }
+
+
+def decide(evidence: Path, inputs: Inputs, policy: Policy) -> Decision:
+    """Read the evidence files under the folder `evidence`, check their digests, and apply the policy.
+
+    Raises:
+        NotFound, Corrupt: an evidence file is missing or is not what its digest says.
+    """
+    outcomes = read_outcomes(evidence / inputs.outcomes.path, inputs.outcomes.sha256)
+    reward = None if inputs.reward is None else _read_json(evidence / inputs.reward.path, inputs.reward.sha256)
+    items = [
+        _finding("integrity", inputs.integrity, policy.integrity.required),
+        _finding("data", inputs.data, policy.data.required),
+        reward_evidence(reward, inputs.reward, policy),
+        quality_evidence(outcomes, inputs.outcomes, policy),
+        *guard_evidence(outcomes, inputs.outcomes, policy),
+    ]
+    verdict, reasons = conclude(items)
+    return Decision(outcomes.candidate, outcomes.champion, verdict, reasons, tuple(items), policy, inputs)
+
+
+def conclude(items: Sequence[Evidence]) -> tuple[Verdict, tuple[str, ...]]:
+    """Return the verdict over all evidence that counts, and the sentences behind it.
+
+    One FAIL fails; else one INCONCLUSIVE leaves it open; a PASS needs every item to pass.
+    """
+    counted = [item for item in items if item.counts]
+    for verdict in ("FAIL", "INCONCLUSIVE", "PASS"):
+        said = tuple(item.says for item in counted if item.verdict == verdict)
+        if said:
+            return verdict, said
+    return "INCONCLUSIVE", ("There is no evidence.",)
+
+
+def quality_evidence(outcomes: PairedOutcomes, source: FileRef, policy: Policy) -> Evidence:
+    """Weigh superiority over all tasks.
+
+    For rewards of 0 and 1 the exact McNemar test must agree: with few tasks on which the agents differ, the t interval
+    is too short.
+    """
+    rule = policy.superiority
+    gain = outcomes.difference(alpha=rule.alpha, power=rule.power)
+    verdict = judge(gain.low, gain.high, rule.margin)
+    says = f"{_words(gain)}, needed above {rule.margin:.3f}"
+    candidate, champion, _ = outcomes.rewards()
+    if gain.clusters < rule.min_tasks:
+        verdict, says = "INCONCLUSIVE", f"{gain.clusters} tasks are too few, the policy asks for {rule.min_tasks}"
+    elif verdict == "PASS" and is_binary(candidate) and is_binary(champion):
+        p = mcnemar(candidate, champion)
+        if p > rule.alpha:
+            verdict = "INCONCLUSIVE"
+            says += f"; too few tasks differ to be sure (exact p = {p:.4f}, needed {rule.alpha})"
+    if verdict == "INCONCLUSIVE" and gain.clusters >= rule.min_tasks:
+        says += f"; a true gain of {rule.margin + gain.mde:.3f} would be found {rule.power:.0%} of the time"
+    return _measured("quality", verdict, f"Quality: {says}.", source.sha256, gain, rule.margin)
+
+
+def guard_evidence(outcomes: PairedOutcomes, source: FileRef, policy: Policy) -> list[Evidence]:
+    """Weigh non-inferiority in each environment, with Holm's correction over environments."""
+    rule = policy.guards
+    names = outcomes.slices()
+    gains = [outcomes.difference(env, alpha=rule.alpha, power=policy.superiority.power) for env in names]
+    harmless = holm([gain.p_above(-rule.margin) for gain in gains])
+    harmful = holm([gain.p_below(-rule.margin) for gain in gains])
+    items = []
+    for env, gain, p_good, p_bad in zip(names, gains, harmless, harmful, strict=True):
+        verdict: Verdict = "PASS" if p_good <= rule.alpha else "FAIL" if p_bad <= rule.alpha else "INCONCLUSIVE"
+        claim = {"PASS": "is no worse", "FAIL": "is worse", "INCONCLUSIVE": "may be worse"}[verdict]
+        says = f"Guard {env}: the candidate {claim}, {_words(gain)}, needed above {-rule.margin:.3f}."
+        items.append(_measured(f"guard/{env}", verdict, says, source.sha256, gain, -rule.margin))
+    return items
+
+
+def reward_evidence(report: Mapping[str, Any] | None, source: FileRef | None, policy: Policy) -> Evidence:
+    """Weigh the reward model by its stored margins on held-out pairs."""
+    rule = policy.reward_model
+    if report is None or source is None:
+        says = "Reward model: none was validated."
+        return Evidence("reward model", "INCONCLUSIVE", says, None, rule.required)
+    pairs = report["pairs"]
+    if not pairs:
+        says = "Reward model: there was no held-out pair to validate it on."
+        return Evidence("reward model", "INCONCLUSIVE", says, source.sha256, rule.required)
+    margins = [pair["margin"] for pair in pairs]
+    accuracy = pair_accuracy(margins, [pair["group_id"] for pair in pairs], alpha=rule.alpha)
+    ece = calibration_error(reliability(margins))
+    verdict = judge_reward(accuracy, ece, min_accuracy=rule.min_accuracy, max_ece=rule.max_ece)
+    says = (
+        f"Reward model: right on {accuracy.estimate:.3f} of {accuracy.n} held-out pairs "
+        f"[{accuracy.low:.3f}, {accuracy.high:.3f}], needed above {rule.min_accuracy:.2f}; "
+        f"calibration error {ece:.3f}, allowed {rule.max_ece:.2f}."
+    )
+    return _measured("reward model", verdict, says, source.sha256, accuracy, rule.min_accuracy, rule.required)
+
+
+def write_decision(evidence: Path, decision: Decision) -> Path:
+    """Write the record to evidence/decisions/<digest>.json and return its path."""
+    path = evidence / "decisions" / f"{decision.digest}.json"
+    write_atomic(path, decision.record)
+    return path
+
+
+def read_decision(path: Path) -> Decision:
+    """Read a decision from its record without looking at the evidence again.
+
+    Raises:
+        NotFound: there is no such record.
+        Corrupt: its bytes are not those of the digest that names it.
+    """
+    record = _read_json(path, path.stem)
+    inputs = record["inputs"]
+    return Decision(
+        Agent(**record["candidate"]),
+        Agent(**record["champion"]),
+        record["verdict"],
+        tuple(record["reasons"]),
+        tuple(Evidence(**item) for item in record["evidence"]),
+        Policy.model_validate(record["policy"]),
+        Inputs(
+            FileRef(**inputs["outcomes"]),
+            inputs["reward"] and FileRef(**inputs["reward"]),
+            _read_finding(inputs["data"]),
+            _read_finding(inputs["integrity"]),
+        ),
+    )
+
+
+def recompute_decision(path: Path) -> Decision:
+    """Decide again from the evidence beside the record at `path` (evidence/decisions/<digest>.json).
+
+    Raises:
+        NotFound: the record or an evidence file is missing.
+        Corrupt: bytes differ from their digest, or the evidence leads to another decision than the recorded one.
+    """
+    recorded = read_decision(path)
+    again = decide(path.parent.parent, recorded.inputs, recorded.policy)
+    if again.record != path.read_bytes():
+        raise Corrupt(
+            f"The decision {path.stem[:12]}… does not follow from its evidence: recorded {recorded.verdict}, "
+            f"recomputed {again.verdict} ({again.reasons[0]})"
+        )
+    return again
+
+
+def _finding(name: str, finding: Finding | None, required: bool) -> Evidence:
+    if finding is None:
+        return Evidence(name, "INCONCLUSIVE", f"{name.capitalize()}: not checked.", None, required)
+    why = "; ".join(finding.reasons) or {"PASS": "sound", "FAIL": "refused", "INCONCLUSIVE": "unclear"}[finding.verdict]
+    says = f"{name.capitalize()} of {finding.subject[:12]}…: {why}."
+    return Evidence(name, finding.verdict, says, finding.digest, required)
+
+
+def _measured(
+    name: str, verdict: Verdict, says: str, digest: str, by: Estimate, margin: float, counts: bool = True
+) -> Evidence:
+    numbers = [_rounded(x) for x in (by.estimate, by.low, by.high)]
+    return Evidence(name, verdict, says, digest, counts, *numbers, by.n, _rounded(by.mde), margin)
+
+
+def _rounded(x: float) -> float:
+    return float(f"{x:.{_DIGITS}g}")
+
+
+def _words(gain: Estimate) -> str:
+    return f"{gain.estimate:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] on {gain.n} paired answers"
+
+
+def _read_finding(value: Mapping[str, Any] | None) -> Finding | None:
+    return None if value is None else Finding(**{**value, "reasons": tuple(value["reasons"])})
+
+
+def _read_json(path: Path, sha256: str) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise NotFound(f"There is no {path.name} in {path.parent}; restore it from a backup.") from None
+    if sha256_bytes(data) != sha256:
+        raise Corrupt(f"{path} was changed: its bytes are not those of the digest {sha256[:12]}….")
+    return json.loads(data)

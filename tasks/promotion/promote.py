@@ -1,0 +1,351 @@
+"""Who is champion: decided in the ledger by compare-and-set, then shown in the registry's aliases.
+
+The ledger's intent row is the point of no return. It is written only if, under the ledger's lock, everything still
+holds: the champion is the one the candidate was compared with, the decision passed, nobody else is under way. After
+that the change will happen: its writer sets the aliases, reads them back and commits, and if the writer dies anybody who
+calls `reconcile` does the rest. Every step can be done twice, so helping a writer who is still alive does no harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tasks.core.errors import Conflict, NotFound, Refused, Unavailable
+from tasks.core.ledger import Entry, Ledger, LedgerView
+
+_CHANGES = ("promotion", "rollback")
+_ATTEMPTS = 20  # of aligning the aliases while others keep changing the ledger
+
+
+class Aliases(Protocol):
+    """What promotion needs of a registry; `tasks.promotion.registry.Registry` has it."""
+
+    def digest(self, version: int) -> str | None:
+        """Return the digest of a registered version's files, None where it does not exist."""
+
+    def aliases(self) -> dict[str, int]:
+        """Return {alias: version}."""
+
+    def set_alias(self, alias: str, version: int) -> None:
+        """Point `alias` at `version`."""
+
+    def delete_alias(self, alias: str) -> None:
+        """Remove `alias`."""
+
+
+class Entries(Protocol):
+    """The reading side of the ledger: a `Ledger`, or a `LedgerView` inside a transaction."""
+
+    def entries(self, kind: str | None = None, subject: str | None = None) -> list[Entry]:
+        """Return the entries in order."""
+
+    def last(self, kind: str | None = None, subject: str | None = None) -> Entry | None:
+        """Return the newest entry."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Who holds which office, by the ledger, counting a change whose intent is written.
+
+    Attributes:
+        champions: versions from the first champion to the present one; a rollback takes off the end.
+        newest: the newest registered version, None where there is none.
+        intent: the change that is not yet committed.
+    """
+
+    champions: tuple[int, ...]
+    newest: int | None
+    intent: Entry | None
+
+    @property
+    def champion(self) -> int | None:
+        """The version in production."""
+        return self.champions[-1] if self.champions else None
+
+    @property
+    def previous(self) -> int | None:
+        """The champion's predecessor, to which a rollback leads."""
+        return self.champions[-2] if len(self.champions) > 1 else None
+
+    @property
+    def candidate(self) -> int | None:
+        """The newest version, where it is not in the line of champions."""
+        return None if self.newest in self.champions else self.newest
+
+    def aliases(self) -> dict[str, int | None]:
+        """Return what the registry's aliases must be; None: absent."""
+        return {"champion": self.champion, "previous": self.previous, "candidate": self.candidate}
+
+
+@dataclass(frozen=True)
+class Repair:
+    """An alias that did not say what the ledger says: `found` and `wrote` are versions, None where absent."""
+
+    alias: str
+    found: int | None
+    wrote: int | None
+
+
+@dataclass(frozen=True)
+class Reconciled:
+    """What `reconcile` did: changes it finished (or dropped) and aliases it set right. Empty: all agreed."""
+
+    finished: tuple[Entry, ...]
+    repairs: tuple[Repair, ...]
+
+
+def standing(ledger: Entries) -> Standing:
+    """Read from the ledger who is champion, who was, and what is under way."""
+    changes = sorted((e for word in _CHANGES for e in ledger.entries(f"{word}.intent")), key=lambda e: e.seq)
+    closed = {e.payload["intent_seq"] for word in _CHANGES for e in ledger.entries(f"{word}.committed")}
+    dropped = {e.payload["intent_seq"] for word in _CHANGES for e in ledger.entries(f"{word}.dropped")}
+    line: list[int] = []
+    intent = None
+    for entry in changes:
+        if entry.seq in dropped:
+            continue
+        to = entry.payload["to"]
+        line = line[: line.index(to) + 1] if entry.kind == "rollback.intent" else [*line, to]
+        intent = None if entry.seq in closed else entry
+    newest = ledger.last("agent.registered")
+    return Standing(tuple(line), None if newest is None else newest.payload["version"], intent)
+
+
+def champion(ledger: Entries) -> int | None:
+    """Return the version in production, by the ledger."""
+    return standing(ledger).champion
+
+
+def previous(ledger: Entries) -> int | None:
+    """Return the champion's predecessor, by the ledger."""
+    return standing(ledger).previous
+
+
+def crown(ledger: Ledger, registry: Aliases, version: int, *, by: str) -> Entry:
+    """Make `version` the first champion, for which there is nothing to compare it with.
+
+    Raises:
+        Conflict: there is a champion already.
+        NotFound: the version is not registered.
+    """
+
+    def check(view: LedgerView) -> None:
+        now = standing(view)
+        if now.champion is not None:
+            raise Conflict(f"agent/{now.champion} is champion already; agent/{version} must be promoted through the gate.")
+
+    payload = {"to": version, "from": None, "decision": None, "reason": "first champion", "by": by}
+    return _change(ledger, registry, "promotion", version, payload, check)
+
+
+def promote(
+    ledger: Ledger, registry: Aliases, version: int, *, decision: str, expected_champion: int, by: str, reason: str = ""
+) -> Entry:
+    """Make `version` champion in place of `expected_champion`; return the committed entry.
+
+    Args:
+        decision: digest of a decision in the ledger that says PASS for exactly these two agents.
+        by: who asks, as the caller knows them.
+
+    Raises:
+        Conflict: the champion is another one by now (it is named), a change is under way, or the decision was used.
+        Refused: the decision did not pass, is about other agents, or lacks the approval its policy requires.
+        NotFound: the decision or the version does not exist.
+        Unavailable: the registry cannot be reached; `reconcile` finishes what has begun.
+    """
+
+    def check(view: LedgerView) -> None:
+        made = _decision(view, decision)
+        now = standing(view)
+        if now.intent is not None:
+            raise Conflict(f"{_who(now.intent)} is under way; wait for it, or run `forebay reconcile` if its process died.")
+        used = [e for e in view.entries("promotion.intent") if e.payload["decision"] == decision]
+        if used and now.champion == version:
+            raise Conflict(f"agent/{version} is champion already ({_who(used[-1])}).")
+        if now.champion != expected_champion:
+            last = max((e for word in _CHANGES for e in view.entries(f"{word}.intent")), key=lambda e: e.seq, default=None)
+            why = "there is no champion" if last is None else f"the champion is agent/{now.champion} since {_who(last)}"
+            raise Conflict(
+                f"agent/{version} was compared with agent/{expected_champion}, but {why}; evaluate it against the "
+                "champion again."
+            )
+        if used:
+            raise Conflict(f"The decision {decision[:12]}… was used by {_who(used[-1])}; a decision promotes once.")
+        if made["verdict"] != "PASS":
+            raise Refused(f"The gate said {made['verdict']} to agent/{version}: {' '.join(made['reasons'])}")
+        judged = {role: (made[role]["version"], made[role]["digest"]) for role in ("candidate", "champion")}
+        for role, asked in (("candidate", version), ("champion", expected_champion)):
+            if judged[role] != (asked, _registered(view, asked)):
+                raise Refused(
+                    f"The decision {decision[:12]}… is about agent/{judged[role][0]} ({judged[role][1][:12]}…) as "
+                    f"{role}, not about agent/{asked} as it is registered."
+                )
+        if made["approval"] == "required" and not _approved(view, decision):
+            raise Refused(f"The policy asks for an approval; give it with `forebay approve {decision[:12]}`.")
+
+    payload = {"to": version, "from": expected_champion, "decision": decision, "reason": reason, "by": by}
+    return _change(ledger, registry, "promotion", version, payload, check)
+
+
+def rollback(
+    ledger: Ledger, registry: Aliases, *, expected_champion: int, reason: str, by: str, to: int | None = None
+) -> Entry:
+    """Put an earlier champion back in office (by default the predecessor); return the committed entry.
+
+    Raises:
+        Conflict: the champion is not `expected_champion`, or a change is under way.
+        NotFound: there is no predecessor, `to` never was champion before it, or it is gone from the registry.
+    """
+    before = standing(ledger)
+    target = before.previous if to is None else to
+    if target is None or target not in before.champions[:-1]:
+        line = ", ".join(f"agent/{v}" for v in before.champions[:-1]) or "none"
+        raise NotFound(f"There is no such champion to roll back to; earlier champions: {line}.")
+
+    def check(view: LedgerView) -> None:
+        now = standing(view)
+        if now.intent is not None:
+            raise Conflict(f"{_who(now.intent)} is under way; wait for it, or run `forebay reconcile` if its process died.")
+        if now.champions != before.champions or now.champion != expected_champion:
+            raise Conflict(
+                f"The champion is agent/{now.champion}, not agent/{expected_champion}; look at `forebay status` and "
+                "decide again."
+            )
+
+    payload = {"to": target, "from": expected_champion, "decision": None, "reason": reason, "by": by}
+    return _change(ledger, registry, "rollback", target, payload, check)
+
+
+def approve(ledger: Ledger, decision: str, *, by: str, reason: str) -> Entry:
+    """Record that a person lets a passed decision act.
+
+    Raises:
+        NotFound: no such decision.
+        Refused: it did not pass; an approval cannot overrule the gate.
+    """
+
+    def check(view: LedgerView) -> None:
+        made = _decision(view, decision)
+        if made["verdict"] != "PASS":
+            raise Refused(f"The gate said {made['verdict']}; an approval cannot overrule it.")
+
+    version = _decision(ledger, decision)["candidate"]["version"]
+    return ledger.append(
+        "approval.granted", f"agent/{version}", {"decision": decision, "by": by, "reason": reason}, check
+    )
+
+
+def reconcile(ledger: Ledger, registry: Aliases) -> Reconciled:
+    """Finish what a crash left open and make the registry's aliases say what the ledger says.
+
+    A change whose version has vanished from the registry is dropped: the champion stays.
+
+    Raises:
+        NotFound: the champion's own version is gone from the registry; only a rollback helps.
+        Unavailable: the registry cannot be reached or does not keep what is written.
+    """
+    finished: list[Entry] = []
+    repairs: list[Repair] = []
+    for _ in range(_ATTEMPTS):
+        now = standing(ledger)
+        if now.intent is not None and registry.digest(now.intent.payload["to"]) is None:
+            finished += _close(ledger, now.intent, "dropped")
+            continue
+        wrote = _project(registry, now)
+        repairs += wrote
+        if now.intent is not None:
+            finished += _close(ledger, now.intent, "committed")
+        elif not wrote and standing(ledger) == now:
+            return Reconciled(tuple(finished), tuple(repairs))
+    raise Unavailable("The registry's aliases do not stay as the ledger wants them; something else is writing them.")
+
+
+def _change(
+    ledger: Ledger,
+    registry: Aliases,
+    word: str,
+    version: int,
+    payload: Mapping[str, Any],
+    check: Callable[[LedgerView], None],
+) -> Entry:
+    _present(ledger, registry, version)
+    intent = ledger.append(f"{word}.intent", f"agent/{version}", payload, check)
+    reconcile(ledger, registry)
+    for entry in ledger.entries(f"{word}.committed", f"agent/{version}"):
+        if entry.payload["intent_seq"] == intent.seq:
+            return entry
+    raise NotFound(f"agent/{version} vanished from the registry while it was put in office; nothing has changed.")
+
+
+def _project(registry: Aliases, now: Standing) -> list[Repair]:
+    found = registry.aliases()
+    repairs = []
+    for alias, version in now.aliases().items():
+        if found.get(alias) == version:
+            continue
+        if version is not None and registry.digest(version) is None:
+            if alias == "champion":
+                raise NotFound(
+                    f"agent/{version} is champion by the ledger but gone from the registry; roll back to "
+                    f"{'an earlier champion' if now.previous is None else f'agent/{now.previous}'}."
+                )
+            version = None  # nothing to point at; an office may be vacant, except the champion's
+        if version is not None:
+            registry.set_alias(alias, version)
+        elif alias in found:
+            registry.delete_alias(alias)
+        else:
+            continue
+        repairs.append(Repair(alias, found.get(alias), version))
+    return repairs
+
+
+def _close(ledger: Ledger, intent: Entry, word: str) -> list[Entry]:
+    """Commit or drop an open intent; nothing where somebody else was faster."""
+
+    def check(view: LedgerView) -> None:
+        still = standing(view).intent
+        if still is None or still.seq != intent.seq:
+            raise _Closed
+
+    payload = {**intent.payload, "intent_seq": intent.seq}
+    try:
+        return [ledger.append(intent.kind.replace("intent", word), intent.subject, payload, check)]
+    except _Closed:
+        return []
+
+
+class _Closed(Exception):
+    """The intent was closed by another process."""
+
+
+def _decision(view: Entries, digest: str) -> Mapping[str, Any]:
+    for entry in view.entries("decision.made"):
+        if entry.payload["decision"] == digest:
+            return entry.payload
+    raise NotFound(f"The ledger knows no decision {digest[:12]}…; `forebay decision show` lists what there is.")
+
+
+def _registered(view: Entries, version: int) -> str:
+    entry = view.last("agent.registered", f"agent/{version}")
+    if entry is None:
+        raise NotFound(f"There is no agent/{version}; `forebay status` lists the agents.")
+    return entry.payload["digest"]
+
+
+def _present(ledger: Ledger, registry: Aliases, version: int) -> None:
+    """Refuse early what the registry lacks; not under the ledger's lock, which must not wait for a server."""
+    if registry.digest(version) != _registered(ledger, version):
+        raise NotFound(f"agent/{version} is not in the registry as the ledger knows it; register its files again.")
+
+
+def _approved(view: Entries, decision: str) -> bool:
+    return any(entry.payload["decision"] == decision for entry in view.entries("approval.granted"))
+
+
+def _who(intent: Entry) -> str:
+    to, old, word = intent.payload["to"], intent.payload["from"], intent.kind.partition(".")[0]
+    over = "" if old is None else f" over agent/{old}"
+    return f"the {word} of agent/{to}{over} by {intent.payload['by']} (ledger entry {intent.seq})"

@@ -1,0 +1,529 @@
+"""The adapter to MLflow: runs with live metrics, agents as logged models and model versions, aliases, traces.
+
+MLflow ids are locators; an agent is its digest, kept in the tag `forebay.digest`. Nothing else of ours imports mlflow.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from importlib.metadata import version as installed
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import yaml
+
+from tasks.core.errors import NotFound, Unavailable
+from tasks.core.locks import file_lock
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment, LoggedModel, Run
+
+AGENT = "agent"
+DIGEST_TAG = "forebay.digest"
+KEY_TAG = "forebay.key"
+_FLUSH_SECONDS = 5.0
+_FLUSH_METRICS = 500  # MLflow takes at most 1000 in one batch
+
+
+@dataclass(frozen=True)
+class DatasetRef:
+    """A dataset version as an MLflow input: its name and root (the SHA-256 that identifies it), and where DVC has it."""
+
+    name: str
+    root: str
+    path: str
+    rev: str
+    md5: str
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A model version of the agent: its number, its logged model, and the run that trained it (None for a base model)."""
+
+    version: int
+    model_id: str
+    run_id: str | None
+
+
+class RunSink:
+    """Live metrics and files of one MLflow run; metrics are sent in batches, at the latest after five seconds.
+
+    Used as a context manager it ends the run, as FAILED if an exception passes through.
+    """
+
+    def __init__(self, client: MlflowClient, run_id: str, model_id: str | None = None) -> None:
+        self.run_id = run_id
+        self._client = client
+        self._model_id = model_id
+        self._pending: list[Any] = []
+        self._sent = time.monotonic()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record the values of one step."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._pending += [
+            Metric(name, float(value), now, step, model_id=self._model_id) for name, value in metrics.items()
+        ]
+        if len(self._pending) >= _FLUSH_METRICS or time.monotonic() - self._sent > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is pending."""
+        for start in range(0, len(self._pending), _FLUSH_METRICS):
+            self._client.log_batch(self.run_id, metrics=self._pending[start : start + _FLUSH_METRICS])
+        self._pending = []
+        self._sent = time.monotonic()
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Keep a copy of a file or a folder with the run."""
+        log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+        log(self.run_id, str(path), folder)
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Send what is pending and end the run as FINISHED, FAILED or KILLED."""
+        self.flush()
+        self._client.set_terminated(self.run_id, status)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close("FINISHED" if kind is None else "FAILED")
+
+
+class Registry:
+    """MLflow at a tracking `uri`: a SQLite file, another database, or an http server.
+
+    Args:
+        artifacts: folder for the files of experiments that are made here; an http server chooses its own.
+        locks: folder of the workspace's lock files.
+    """
+
+    def __init__(self, uri: str, artifacts: Path, locks: Path) -> None:
+        self.uri = uri
+        self._artifacts = artifacts
+        self._locks = locks
+
+    def prepare(self) -> None:
+        """Create or migrate the store; several processes may call this at once, and a prepared store costs little.
+
+        MLflow itself migrates at first use, where processes that come at the same time have broken one another's tables.
+        """
+        if not self._is_database:
+            return
+        with self._lock("mlflow-store"):
+            from mlflow.store.db import utils
+            from mlflow.store.model_registry.dbmodels import models as _registry_tables  # noqa: F401  (fills metadata)
+            from mlflow.store.tracking.dbmodels import models as _tracking_tables  # noqa: F401
+
+            logging.getLogger("alembic").setLevel(logging.WARNING)
+            logging.getLogger(utils.__name__).setLevel(logging.WARNING)
+            utils._make_parent_dirs_if_sqlite(self.uri)
+            engine = utils.create_sqlalchemy_engine_with_retry(self.uri)
+            if utils._is_empty_database(engine):
+                utils._initialize_tables(engine)
+            else:
+                utils._upgrade_db(engine)
+            engine.dispose()
+
+    def run(
+        self,
+        experiment: str,
+        key: str,
+        *,
+        name: str,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+        dataset: DatasetRef | None = None,
+        model_id: str | None = None,
+    ) -> RunSink:
+        """Open the run with this content key, or take it up again where it exists.
+
+        Args:
+            dataset: recorded as the run's input, one manifest for all its shards.
+            model_id: ties the run's metrics to this logged model.
+        """
+        from mlflow.entities import Param, RunTag
+
+        found = self._find_run(experiment, key)
+        if found is not None:
+            if found.info.status != "RUNNING":
+                self._client.update_run(found.info.run_id, "RUNNING")
+            return RunSink(self._client, found.info.run_id, model_id)
+        run = self._client.create_run(self._experiment(experiment), run_name=name, tags={KEY_TAG: key, **(tags or {})})
+        run_id = run.info.run_id
+        self._client.log_batch(run_id, params=[Param(k, str(v)) for k, v in (params or {}).items()])
+        if dataset is not None:
+            self._client.log_inputs(run_id, [self._dataset_input(dataset)])
+            self._client.log_batch(run_id, tags=[RunTag("forebay.dataset", dataset.root)])
+        return RunSink(self._client, run_id, model_id)
+
+    def register(
+        self,
+        files: Path,
+        digest: str,
+        *,
+        run_id: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        tags: Mapping[str, str] | None = None,
+        dataset: DatasetRef | None = None,
+    ) -> Registered:
+        """Make the Hugging Face folder `files` a version of the agent; the same digest gives the same version again.
+
+        The files are hard-linked into the logged model where it lies on the same file system, else copied or uploaded. A
+        crash at any point leaves nothing that a second call does not complete.
+
+        Args:
+            digest: of the files (`digest_files`).
+            metrics: tied to the logged model and to `dataset`; kept only where there is a run.
+        """
+        with self._lock("mlflow-register"):
+            found = self.find(digest)
+            if found is not None:
+                return found
+            model = self._logged_model(digest, run_id, params or {}, tags or {})
+            if str(model.status) != "READY":
+                self._fill(model, files)
+                if run_id is not None:
+                    self._tie(model, run_id, metrics or {}, dataset)
+                self._client.finalize_logged_model(model.model_id, "READY")
+            with _existing_ignored():
+                self._client.create_registered_model(AGENT)
+            # A database store looks model ids up through the process-wide tracking URI, which is not ours.
+            local = self._is_database
+            version = self._client.create_model_version(
+                AGENT,
+                model.artifact_location if local else f"models:/{model.model_id}",
+                run_id=run_id,
+                tags={**_texts(tags or {}), DIGEST_TAG: digest, "forebay.model": model.model_id},
+                model_id=None if local else model.model_id,
+            )
+            return Registered(int(version.version), model.model_id, run_id)
+
+    def find(self, digest: str) -> Registered | None:
+        """Return the version with this digest, None where there is none."""
+        versions = self._client.search_model_versions(f"name = '{AGENT}' AND tags.`{DIGEST_TAG}` = '{digest}'")
+        if not versions:
+            return None
+        first = min(versions, key=lambda v: int(v.version))
+        return Registered(int(first.version), first.tags["forebay.model"], first.run_id or None)
+
+    def tag(self, version: int, tags: Mapping[str, str]) -> None:
+        """Set tags of a version."""
+        for name, value in tags.items():
+            self._client.set_model_version_tag(AGENT, str(version), name, value)
+
+    def digest(self, version: int) -> str | None:
+        """Return the digest of a version's files, None where there is no such version."""
+        with _absent_ignored():
+            return self._client.get_model_version(AGENT, str(version)).tags.get(DIGEST_TAG)
+        return None
+
+    def aliases(self) -> dict[str, int]:
+        """Return {alias: version} of the agent."""
+        with _absent_ignored():
+            return {a: int(v) for a, v in self._client.get_registered_model(AGENT).aliases.items()}
+        return {}
+
+    def set_alias(self, alias: str, version: int) -> None:
+        """Point `alias` at `version`, in one step for readers."""
+        self._client.set_registered_model_alias(AGENT, alias, str(version))
+
+    def delete_alias(self, alias: str) -> None:
+        """Remove `alias`; nothing where it is absent."""
+        with _absent_ignored():
+            self._client.delete_registered_model_alias(AGENT, alias)
+
+    def traces(self, experiment: str, filter_string: str | None = None) -> Iterator[dict[str, Any]]:
+        """Yield the traces of an experiment, oldest first, as plain dictionaries.
+
+        Keys: trace_id, time (UTC milliseconds), request and response (decoded JSON where it is JSON), tags, metadata,
+        feedback ([{name, value, source, rationale}], newest last) and spans ([{name, type, inputs, outputs, parent}]).
+
+        Raises:
+            NotFound: there is no such experiment.
+        """
+        found = self._client.get_experiment_by_name(experiment)
+        if found is None:
+            raise NotFound(f"MLflow at {self.uri} has no experiment {experiment!r}.")
+        token = None
+        while True:
+            page = self._client.search_traces(
+                locations=[found.experiment_id],
+                filter_string=filter_string,
+                max_results=100,
+                order_by=["timestamp_ms ASC"],
+                page_token=token,
+            )
+            yield from map(_plain_trace, page)
+            token = page.token
+            if not token:
+                return
+
+    @cached_property
+    def _client(self) -> MlflowClient:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        if not self._is_database:
+            _answering(self.uri)
+        from mlflow import MlflowClient
+
+        return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+
+    @property
+    def _is_database(self) -> bool:
+        return not self.uri.startswith(("http://", "https://"))
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        with file_lock(self._locks / f"{name}.lock", what="the MLflow store"):
+            yield
+
+    def _experiment(self, name: str) -> str:
+        found: Experiment | None = self._client.get_experiment_by_name(name)
+        if found is None:
+            with self._lock("mlflow-experiment"), _existing_ignored():
+                # Without a location MLflow would put files under the current directory of whoever comes first.
+                place = (self._artifacts / name).resolve().as_uri() if self._is_database else None
+                return self._client.create_experiment(name, artifact_location=place)
+            found = self._client.get_experiment_by_name(name)
+            assert found is not None
+        return found.experiment_id
+
+    def _find_run(self, experiment: str, key: str) -> Run | None:
+        runs = self._client.search_runs([self._experiment(experiment)], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+        return runs[0] if runs else None
+
+    def _logged_model(
+        self, digest: str, run_id: str | None, params: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> LoggedModel:
+        experiment = self._experiment("agents")
+        found = self._client.search_logged_models([experiment], f"tags.`{DIGEST_TAG}` = '{digest}'")
+        if found:
+            return found[0]
+        return self._client.create_logged_model(
+            experiment,
+            name=AGENT,
+            source_run_id=run_id,
+            tags={**_texts(tags), DIGEST_TAG: digest},
+            params=_texts(params),
+            model_type=AGENT,
+        )
+
+    def _fill(self, model: LoggedModel, files: Path) -> None:
+        place = urlsplit(model.artifact_location)
+        if place.scheme in ("", "file"):
+            _lay_out(Path(url2pathname(place.path)), files, model)
+            return
+        staging = files.parent / f".{files.name}.upload"
+        try:
+            _lay_out(staging, files, model)
+            self._client.log_model_artifacts(model.model_id, str(staging))
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _tie(
+        self, model: LoggedModel, run_id: str, metrics: Mapping[str, float], dataset: DatasetRef | None
+    ) -> None:
+        from mlflow.entities import LoggedModelOutput, Metric
+
+        outputs = self._client.get_run(run_id).outputs
+        known = {output.model_id for output in outputs.model_outputs} if outputs else set()
+        if model.model_id not in known:
+            self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+        of = {} if dataset is None else {"dataset_name": dataset.name, "dataset_digest": _short(dataset.root)}
+        now = int(time.time() * 1000)
+        values = [Metric(k, float(v), now, 0, model_id=model.model_id, **of) for k, v in metrics.items()]
+        self._client.log_batch(run_id, metrics=values)
+
+    def _dataset_input(self, dataset: DatasetRef) -> Any:
+        from mlflow.data.meta_dataset import MetaDataset
+        from mlflow.entities import DatasetInput, InputTag
+
+        source = dvc_source_class()(**{k: v for k, v in asdict(dataset).items() if k != "name"})
+        meta = MetaDataset(source, name=dataset.name, digest=_short(dataset.root))
+        tags = [InputTag("mlflow.data.context", "training"), InputTag("forebay.root", dataset.root)]
+        return DatasetInput(meta._to_mlflow_entity(), tags)
+
+
+@lru_cache(maxsize=1)
+def dvc_source_class() -> Any:
+    """Return (and make known to MLflow) the dataset source of type `dvc`: {path, rev, md5, root}."""
+    from mlflow.data.dataset_source import DatasetSource
+    from mlflow.data.dataset_source_registry import register_dataset_source
+
+    class DvcSource(DatasetSource):
+        """A dataset in a DVC repository; `root` is its Forebay identity, the rest says where DVC has it."""
+
+        def __init__(self, path: str, rev: str, md5: str, root: str) -> None:
+            self.path, self.rev, self.md5, self.root = path, rev, md5, root
+
+        @staticmethod
+        def _get_source_type() -> str:
+            return "dvc"
+
+        def load(self) -> str:
+            """Return the path in the repository; `dvc get` with the revision brings the bytes."""
+            return self.path
+
+        @staticmethod
+        def _can_resolve(raw_source: Any) -> bool:
+            return False  # never guessed from a path: made from a manifest only
+
+        @classmethod
+        def _resolve(cls, raw_source: Any) -> DvcSource:
+            raise NotImplementedError
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"path": self.path, "rev": self.rev, "md5": self.md5, "root": self.root}
+
+        @classmethod
+        def from_dict(cls, source_dict: dict[Any, Any]) -> DvcSource:
+            return cls(**source_dict)
+
+    register_dataset_source(DvcSource)
+    return DvcSource
+
+
+def _lay_out(target: Path, files: Path, model: LoggedModel) -> None:
+    """Make `target` an MLflow model of the folder `files`: model/ is the folder itself, for plain transformers.
+
+    `mlflow.transformers.save_model` is not used: it copies the weights, and with transformers 5 it fails on a folder.
+    """
+    for source in sorted(p for p in files.rglob("*") if p.is_file()):
+        name = source.relative_to(files)
+        _link(source, target / "model" / name)
+        if source.suffix != ".safetensors":  # MLflow looks for the tokenizer in a folder of its own
+            _link(source, target / "components" / "tokenizer" / name)
+    text = [{"type": "string", "required": True}]
+    description = {
+        "flavors": {
+            "transformers": {
+                "code": None,
+                "components": ["tokenizer"],
+                "instance_type": "TextGenerationPipeline",
+                "model_binary": "model",
+                "pipeline_model_type": "AutoModelForCausalLM",
+                "source_model_name": AGENT,
+                "task": "text-generation",
+                "tokenizer_type": "AutoTokenizer",
+                "transformers_version": installed("transformers"),
+            },
+            "python_function": {
+                "loader_module": "mlflow.transformers",
+                "env": {"virtualenv": "python_env.yaml"},
+                "python_version": ".".join(map(str, sys.version_info[:3])),
+            },
+        },
+        "mlflow_version": installed("mlflow"),
+        "model_id": model.model_id,
+        "run_id": model.source_run_id,
+        "signature": {"inputs": json.dumps(text), "outputs": json.dumps(text), "params": None},
+    }
+    packages = [f"{name}=={installed(name)}" for name in ("mlflow", "transformers", "torch", "accelerate")]
+    (target / "requirements.txt").write_text("\n".join(packages) + "\n")
+    environment = {"python": description["flavors"]["python_function"]["python_version"]}
+    (target / "python_env.yaml").write_text(yaml.safe_dump({**environment, "dependencies": ["-r requirements.txt"]}))
+    (target / "MLmodel").write_text(yaml.safe_dump(description))
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
+def _plain_trace(trace: Any) -> dict[str, Any]:
+    info = trace.info
+    feedback = sorted(
+        (a for a in info.assessments or [] if getattr(a, "feedback", None)), key=lambda a: a.create_time_ms or 0
+    )
+    return {
+        "trace_id": info.trace_id,
+        "time": info.request_time,
+        "request": _decoded(trace.data.request),
+        "response": _decoded(trace.data.response),
+        "tags": dict(info.tags or {}),
+        "metadata": dict(info.trace_metadata or {}),
+        "feedback": [
+            {
+                "name": a.name,
+                "value": a.feedback.value,
+                "source": None if a.source is None else a.source.source_id,
+                "rationale": a.rationale,
+            }
+            for a in feedback
+        ],
+        "spans": [
+            {"name": s.name, "type": s.span_type, "inputs": s.inputs, "outputs": s.outputs, "parent": s.parent_id}
+            for s in trace.data.spans
+        ],
+    }
+
+
+def _decoded(text: str | None) -> Any:
+    with suppress(TypeError, ValueError):
+        return json.loads(text)  # type: ignore[arg-type]
+    return text
+
+
+def _answering(uri: str) -> None:
+    """Refuse at once where nobody listens; MLflow itself would retry for minutes."""
+    parts = urlsplit(uri)
+    address = (parts.hostname or "localhost", parts.port or (443 if parts.scheme == "https" else 80))
+    try:
+        socket.create_connection(address, timeout=5).close()
+    except OSError as error:
+        raise Unavailable(f"No MLflow server answers at {uri} ({error}); start it with `forebay up`.") from None
+
+
+@contextmanager
+def _existing_ignored() -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+@contextmanager
+def _absent_ignored() -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in values.items()}
+
+
+def _short(root: str) -> str:
+    """MLflow keeps 36 characters of a dataset's digest; the whole one is in the source and the input's tags."""
+    return root[:32]

@@ -1,0 +1,183 @@
+"""The DVC adapter: transports and stores shards. Its hashes are only locators here.
+
+One folder of shards is one DVC output; a shard is added and pushed by its own path, so the cost follows what
+is new. DVC's own lock fails at once instead of waiting, hence all calls pass through one file lock of the
+workspace.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from tasks.core.errors import Unavailable, UsageError
+from tasks.core.locks import file_lock
+from tasks.core.workspace import STATE, Workspace
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+
+_REMOTE = "forebay"
+_IGNORED = (f"/{STATE}/*", f"!/{STATE}/cycle", "/.venv/")  # the receipts of `dvc repro` lie in cycle
+_PRIVATE = ("/config.local", "/tmp", "/cache")
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """What DVC knows about a tracked folder: its place, DVC's MD5 of its listing, the remote's URL."""
+
+    path: str
+    md5: str
+    remote: str
+
+
+def init(workspace: Workspace, remote: str | None = None) -> None:
+    """Make the workspace a DVC repository, analytics off, `remote` its default; harmless when it is one.
+
+    Nothing is staged in the user's git index.
+
+    Args:
+        remote: URL of the remote (`s3://…`, a folder); None is a folder in the workspace's state.
+
+    Raises:
+        UsageError: the workspace is not a git repository.
+    """
+    root = workspace.root.resolve()
+    if not (root / ".git").exists():
+        raise UsageError(
+            f"{root} is not a git repository; run `git init` there, data versions are kept in git."
+        )
+    with file_lock(_lock(workspace), what="the DVC store"):
+        # Written here and not by `Repo.init`, which stages its files in the user's index.
+        _add_lines(root / ".dvc" / ".gitignore", _PRIVATE)
+        _add_lines(root / ".dvcignore", _IGNORED)
+        (root / ".dvc" / "config").touch()
+        _configure(root, remote)
+
+
+def add(workspace: Workspace, folder: Path, files: Sequence[Path]) -> Pointer:
+    """Add the new `files` of `folder` to DVC and return its pointer; earlier files are not looked at.
+
+    Raises:
+        Unavailable: DVC failed; what it said is quoted.
+    """
+    pointer_file = folder.with_name(folder.name + ".dvc")
+    with _repo(workspace, "add shards") as repo:
+        repo.add([str(path) for path in files] if pointer_file.exists() else [str(folder)])
+        return _pointer(workspace, folder, repo.config["remote"][_REMOTE]["url"])
+
+
+def push(workspace: Workspace, files: Sequence[Path]) -> None:
+    """Copy `files` and the listing of their folder to the remote.
+
+    Raises:
+        Unavailable: the remote cannot be reached or written.
+    """
+    with _repo(workspace, "push to the remote") as repo:
+        repo.push(targets=[str(path) for path in files], recursive=True)
+
+
+def pull(workspace: Workspace, files: Sequence[Path]) -> None:
+    """Bring `files` (shards, or a whole folder) from the remote, in place of what lies there now.
+
+    Raises:
+        Unavailable: the remote cannot be reached or does not hold them.
+    """
+    with _repo(workspace, "pull from the remote") as repo:
+        repo.pull(targets=[str(path) for path in files], recursive=True, force=True)
+
+
+def status(workspace: Workspace) -> dict[str, Any]:
+    """Return what differs between workspace, cache and pointers, in DVC's words; empty if nothing does."""
+    with _repo(workspace, "compare") as repo:
+        found = repo.data_status(granular=True)
+    return {kind: found[kind] for kind in ("uncommitted", "not_in_cache") if found.get(kind)}
+
+
+def files_to_commit(workspace: Workspace, folder: Path) -> list[Path]:
+    """Return the files that make a git commit from which `folder` can be pulled again."""
+    root = workspace.root
+    pointers = [folder.with_name(folder.name + ".dvc"), folder.parent / ".gitignore"]
+    return [*pointers, root / ".dvc" / "config", root / ".dvc" / ".gitignore", root / ".dvcignore"]
+
+
+@contextmanager
+def _repo(workspace: Workspace, what: str) -> Iterator[Repo]:
+    """Open the repository under the lock and turn DVC's failures into one sentence."""
+    os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc.scm import SCMError
+
+    logging.getLogger("dvc").setLevel(logging.ERROR)
+    root = workspace.root.resolve()
+    with file_lock(_lock(workspace), what="the DVC store"):
+        _drop_torn_rwlock(root)
+        try:
+            with Repo(str(root)) as repo:
+                yield repo
+        except (DvcException, SCMError, OSError) as error:
+            raise Unavailable(f"DVC could not {what} in {root}: {' '.join(str(error).split())}") from error
+
+
+def _pointer(workspace: Workspace, folder: Path, url: str) -> Pointer:
+    out = yaml.safe_load(folder.with_name(folder.name + ".dvc").read_text())["outs"][0]
+    return Pointer(workspace.relative(folder), out["md5"], url)
+
+
+def _configure(root: Path, remote: str | None) -> None:
+    from dvc.config import Config
+    from dvc.config_schema import RelPath
+
+    if remote is None:
+        remote = f"{STATE}/remote"
+    url = remote if "://" in remote or os.path.isabs(remote) else RelPath(root / remote)
+    config = Config(str(root / ".dvc"))
+    wanted: dict[str, dict[str, Any]] = {
+        "core": {"analytics": False, "autostage": False, "remote": _REMOTE},
+        "cache": {
+            "type": ["reflink", "hardlink", "copy"]
+        },  # shards never change, so no second copy is needed
+        "remote": {_REMOTE: {"url": url}},
+    }
+    present = config.read("repo")
+    if any(
+        present.get(section, {}).get(key) != value
+        for section, keys in wanted.items()
+        for key, value in keys.items()
+    ):
+        with config.edit("repo") as values:
+            for section, keys in wanted.items():
+                values[section].update(keys)
+
+
+def _add_lines(path: Path, lines: Sequence[str]) -> None:
+    """Make sure that the ignore file at `path` holds `lines`; what the user wrote stays."""
+    present = path.read_text().splitlines() if path.exists() else []
+    missing = [line for line in lines if line not in present]
+    if missing:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join([*present, *missing]) + "\n")
+
+
+def _drop_torn_rwlock(root: Path) -> None:
+    """Remove DVC's lock table if a killed process left it half-written: DVC refuses to work with it."""
+    table = root / ".dvc" / "tmp" / "rwlock"
+    try:
+        json.loads(table.read_bytes())
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        table.unlink()
+
+
+def _lock(workspace: Workspace) -> Path:
+    return workspace.locks / "dvc.lock"

@@ -1,0 +1,277 @@
+"""Sealing: open segments become one immutable, content-addressed version of a dataset.
+
+The ledger entry is the only commit point and comes last. Everything before it is repeatable from the frozen
+segments and gives the same bytes, so a seal that was killed anywhere is finished by the next one:
+
+    freeze segments → shards → manifest → DVC add and push → git commit of pointers → ledger → drop segments
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from tasks.core.digest import sha256_bytes, write_atomic
+from tasks.core.errors import Conflict, NotFound, UsageError
+from tasks.core.ledger import Ledger, LedgerView
+from tasks.core.locks import file_lock
+from tasks.core.settings import Replay
+from tasks.core.workspace import Workspace
+from tasks.replay import dvc_store, git_pointer, index, segments, shards
+from tasks.replay.manifest import Manifest, Shard
+from tasks.replay.segments import Line
+from tasks.replay.shards import read_rows as read_rows
+
+SEALED = "dataset.sealed"
+
+
+@dataclass(frozen=True)
+class SealedDataset:
+    """A sealed version, and what sealing it met on the way.
+
+    `dropped` are the ids of episodes that were sealed before (or whose group was), `torn_bytes` the length of
+    tails that crashes had cut off, `seconds` where the time went.
+    """
+
+    manifest: Manifest
+    manifest_path: str
+    manifest_sha256: str
+    git_commit: str
+    dropped: tuple[str, ...] = ()
+    torn_bytes: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def root(self) -> str:
+        """The identity of the version's rows."""
+        return self.manifest.root
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> SealedDataset:
+        """Build it from the payload of a `dataset.sealed` entry."""
+        manifest = Manifest.from_dict(payload)
+        return cls(manifest, payload["manifest"], payload["manifest_sha256"], payload["git_commit"])
+
+
+def seal(workspace: Workspace, ledger: Ledger, settings: Replay) -> SealedDataset:
+    """Seal everything that waits in the open segments of `settings.dataset` as its next version.
+
+    Appending costs what is new: earlier shards are neither read nor hashed. When all that waits was sealed
+    before, the present version is returned with the episodes under `dropped`.
+
+    Raises:
+        UsageError: nothing waits to be sealed.
+        Corrupt: a segment is damaged; its line is named and nothing is sealed.
+        Unavailable: the disk is full, or DVC or git failed; run again when that is mended, nothing is lost.
+        Conflict: another machine sealed the same version.
+    """
+    name = settings.dataset
+    with file_lock(workspace.locks / f"seal-{name}.lock", what=f"the dataset {name}"):
+        parent = newest(ledger, name)
+        sealed = _finish(workspace, ledger, settings, parent)
+        parent = sealed or parent
+        folder = segments.take(workspace, name, _next(parent), {"shard_rows": settings.shard_rows})
+        if folder is not None:
+            sealed = _seal_folder(workspace, ledger, settings, parent, folder) or sealed
+        if sealed is None:
+            raise UsageError(
+                f"There is nothing to seal in dataset {name}: no whole group of episodes waits; "
+                f"run `forebay collect` or import some."
+            )
+        return sealed
+
+
+def newest(ledger: Ledger, name: str) -> SealedDataset | None:
+    """Return the newest sealed version of dataset `name`, or None."""
+    last = ledger.last(SEALED)
+    if last is not None and last.payload["name"] != name:
+        last = next(
+            (entry for entry in reversed(ledger.entries(SEALED)) if entry.payload["name"] == name), None
+        )
+    return SealedDataset.from_payload(last.payload) if last else None
+
+
+def find(ledger: Ledger, reference: str) -> SealedDataset:
+    """Return the version that `reference` names: "main" (its newest), "main/v3", or a root (8 digits or
+    more).
+
+    Raises:
+        NotFound: there is none; the sentence lists what there is.
+    """
+    name, slash, _ = reference.partition("/")
+    entry = ledger.last(SEALED, reference) if slash else None
+    if entry is not None:
+        return SealedDataset.from_payload(entry.payload)
+    found = None if slash else newest(ledger, name)
+    if found is not None:
+        return found
+    entries = ledger.entries(SEALED)
+    by_root = [
+        entry for entry in entries if len(reference) >= 8 and entry.payload["root"].startswith(reference)
+    ]
+    if by_root:
+        return SealedDataset.from_payload(by_root[-1].payload)
+    known = ", ".join(entry.subject for entry in entries[-5:]) or "none yet"
+    raise NotFound(f"There is no sealed dataset {reference}; the newest are: {known}.")
+
+
+def known_groups(workspace: Workspace, ledger: Ledger, name: str) -> set[str]:
+    """Return the ids of all groups that are on disk, sealed or waiting: a resumed collection skips them."""
+    parent = newest(ledger, name)
+    if parent is not None:
+        index.catch_up(workspace, parent.manifest)
+    return segments.waiting_groups(workspace, name) | index.sealed_groups(workspace, name)
+
+
+def _finish(
+    workspace: Workspace, ledger: Ledger, settings: Replay, parent: SealedDataset | None
+) -> SealedDataset | None:
+    """Finish the seal that a crash interrupted, if there is one with rows."""
+    for version, folder in segments.taken(workspace, settings.dataset):
+        if version < _next(parent):  # killed between the ledger entry and the end
+            _drop(folder)
+            return parent
+        return _seal_folder(workspace, ledger, settings, parent, folder)
+    return None
+
+
+def _seal_folder(
+    workspace: Workspace, ledger: Ledger, settings: Replay, parent: SealedDataset | None, folder: Path
+) -> SealedDataset | None:
+    """Turn the frozen segments of `folder` into the version after `parent`; None if they hold no whole
+    group.
+    """
+    clock = _Clock()
+    with clock("scan"):
+        if parent is not None:
+            index.catch_up(workspace, parent.manifest)
+        lines, dropped, torn_bytes = _rows_to_seal(workspace, settings.dataset, folder)
+    if not lines:
+        _drop(folder)
+        return replace(parent, dropped=dropped, torn_bytes=torn_bytes) if parent and dropped else None
+    with clock("parquet"):
+        manifest, new = _write_version(workspace, settings.dataset, parent, lines, segments.read_plan(folder))
+    with clock("dvc"):
+        pointer = _store(workspace, settings, new)
+    with clock("git"):
+        commit = _commit(workspace, manifest)
+    sealed = SealedDataset(
+        manifest=manifest,
+        manifest_path=workspace.relative(_manifest_path(workspace, manifest)),
+        manifest_sha256=sha256_bytes(manifest.to_bytes()),
+        git_commit=commit,
+        dropped=dropped,
+        torn_bytes=torn_bytes,
+    )
+    with clock("ledger"):
+        _record(ledger, sealed, pointer)
+    with clock("index"):
+        _drop(folder)
+        index.catch_up(workspace, manifest)
+    return replace(sealed, seconds=clock.seconds)
+
+
+def _rows_to_seal(workspace: Workspace, name: str, folder: Path) -> tuple[list[Line], tuple[str, ...], int]:
+    """Return the episodes of `folder` in sealing order, the ids of dropped duplicates, the length of torn
+    tails.
+
+    The order depends on the episodes alone, not on who wrote them: by group, then by place in it.
+    """
+    scans = [segments.scan(path).require_intact() for path in sorted(folder.glob("*.jsonl"))]
+    lines = [line for found in scans for group in found.groups for line in group]
+    lines.sort(key=attrgetter("group_id", "sample_index", "episode_id", "created_at"))
+    sealed = index.sealed_among(workspace, name, ((line.episode_id, line.group_id) for line in lines))
+    kept: dict[str, Line] = {}
+    dropped = []
+    for line in lines:
+        if line.episode_id in sealed or line.episode_id in kept:
+            dropped.append(line.episode_id)
+        else:
+            kept[line.episode_id] = line
+    return list(kept.values()), tuple(dropped), sum(found.torn_bytes for found in scans)
+
+
+def _write_version(
+    workspace: Workspace,
+    name: str,
+    parent: SealedDataset | None,
+    lines: Sequence[Line],
+    plan: Mapping[str, Any],
+) -> tuple[Manifest, list[Shard]]:
+    """Write the new shards and the manifest of the version they make."""
+    new = shards.write(workspace, name, _next(parent), lines, plan["shard_rows"])
+    behaviours = shards.behaviours(workspace, new)
+    created_at = max(line.created_at for line in lines)
+    manifest = Manifest.append(name, parent.manifest if parent else None, new, behaviours, created_at)
+    write_atomic(_manifest_path(workspace, manifest), manifest.to_bytes())
+    return manifest, new
+
+
+def _store(workspace: Workspace, settings: Replay, new: Sequence[Shard]) -> dvc_store.Pointer:
+    """Hand the new shards to DVC and push them."""
+    files = [workspace.root / shard.path for shard in new]
+    dvc_store.init(workspace, settings.remote)
+    pointer = dvc_store.add(workspace, shards.folder_of(workspace, settings.dataset), files)
+    dvc_store.push(workspace, files)
+    return pointer
+
+
+def _commit(workspace: Workspace, manifest: Manifest) -> str:
+    """Commit manifest and pointers to the data branch; return the commit id."""
+    pointers = dvc_store.files_to_commit(workspace, shards.folder_of(workspace, manifest.name))
+    title = f"Seal {manifest.subject}: {manifest.new_rows} new rows, {manifest.rows} in all"
+    files = [_manifest_path(workspace, manifest), *pointers]
+    return git_pointer.commit(workspace.root, files, f"{title}\n\nroot {manifest.root}", manifest.created_at)
+
+
+def _record(ledger: Ledger, sealed: SealedDataset, pointer: dvc_store.Pointer) -> None:
+    def check(view: LedgerView) -> None:
+        if view.last(SEALED, sealed.manifest.subject) is not None:
+            raise Conflict(
+                f"{sealed.manifest.subject} was sealed elsewhere meanwhile; fetch it and seal again."
+            )
+
+    payload = {
+        **sealed.manifest.to_dict(),
+        "manifest": sealed.manifest_path,
+        "manifest_sha256": sealed.manifest_sha256,
+        "git_commit": sealed.git_commit,
+        "dvc": asdict(pointer),
+        "dropped": len(sealed.dropped),
+        "torn_bytes": sealed.torn_bytes,
+    }
+    ledger.append(SEALED, sealed.manifest.subject, payload, check)
+
+
+def _drop(folder: Path) -> None:
+    """Remove frozen segments whose rows are sealed."""
+    shutil.rmtree(folder)
+
+
+def _manifest_path(workspace: Workspace, manifest: Manifest) -> Path:
+    return workspace.replay / manifest.name / "manifests" / f"v{manifest.version:05d}.json"
+
+
+def _next(parent: SealedDataset | None) -> int:
+    return parent.manifest.version + 1 if parent else 1
+
+
+class _Clock:
+    """Adds up the seconds of named sections."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

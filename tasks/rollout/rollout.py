@@ -1,0 +1,311 @@
+"""The episode loop: prompts in, finished groups of episodes with rewards and log-probabilities out."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from models.logprobs import token_logprobs
+from tasks.arena.environment import Environment, Step, Task, verifier_digest
+from tasks.core.digest import canonical_json, digest_json, sha256_bytes
+from tasks.core.errors import UsageError
+from tasks.replay.schema import Episode, FinishReason
+from tasks.rollout.engine import Action, Noise, start, uniform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class BehaviourIdentity:
+    """Which policy generates: registry version ("agent/1") and the digests of checkpoint, tokenizer and chat template."""
+
+    version: str
+    digest: str
+    tokenizer_digest: str
+    template_digest: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One greedy episode of an evaluation: `response_text` has all turns, `tokens` counts what the policy wrote."""
+
+    task_id: str
+    env: str
+    reward: float
+    components: dict[str, float]
+    response_text: str
+    turns: int
+    tokens: int
+
+
+def rollout(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    env: Environment,
+    tasks: Sequence[Task],
+    *,
+    group_size: int,
+    temperature: float,
+    seed: int,
+    batch_rows: int,
+    identity: BehaviourIdentity,
+    done: Collection[str] = (),
+    created_at: str | None = None,
+) -> Iterator[list[Episode]]:
+    """Yield one finished group of `group_size` episodes for each task, in the order of `tasks`.
+
+    The noise of a token depends on `seed`, the task's id, the sample and the token's index only. What is computed together
+    depends on `tasks` and `batch_rows` only, so on a CPU a resumed collection gives the same bytes: name the tasks whose
+    groups exist already in `done`, and their groups are left out (a batch without missing groups is not computed). Give
+    `created_at` (UTC, ISO-8601; by default the time of the call) to repeat that field as well.
+
+    Raises:
+        UsageError: the temperature is not above 0, or the group size is below 1.
+    """
+    if not temperature > 0:
+        raise UsageError(f"The sampling temperature must be above 0, not {temperature}.")
+    if group_size < 1:
+        raise UsageError(f"A group needs at least one episode, not {group_size}.")
+    created_at = created_at or datetime.now(UTC).isoformat(timespec="seconds")
+    reward_digest = verifier_digest(env)
+    present = frozenset(done)
+    for batch in _batches(tasks, max(1, batch_rows // group_size)):
+        if all(task.id in present for task in batch):
+            continue
+        drafts = [
+            _Draft(task, sample, _noise(seed, task.id, sample))
+            for task in batch
+            for sample in range(group_size)
+        ]
+        _play(model, tokenizer, env, drafts, group_size, temperature)
+        for task, group in zip(batch, _batches(drafts, group_size), strict=True):
+            if task.id in present:
+                continue
+            group_id = digest_json(
+                [identity.digest, task.id, task.env_version, seed, temperature, group_size]
+            )[:32]
+            yield [
+                Episode(
+                    episode_id=f"{group_id}-{draft.sample}",
+                    group_id=group_id,
+                    sample_index=draft.sample,
+                    task_id=task.id,
+                    env=task.env,
+                    env_version=task.env_version,
+                    split=task.split,
+                    seed=seed,
+                    prompt_ids=draft.prompt_ids,
+                    response_ids=draft.ids,
+                    loss_mask=draft.mask,
+                    turn_ids=draft.turn_ids,
+                    behaviour_logprobs=draft.logprobs,
+                    logprob_source="engine",
+                    behaviour_version=identity.version,
+                    behaviour_digest=identity.digest,
+                    temperature=temperature,
+                    top_p=1.0,
+                    max_new_tokens=env.max_new_tokens,
+                    tokenizer_digest=identity.tokenizer_digest,
+                    template_digest=identity.template_digest,
+                    reward=draft.end.reward,
+                    reward_components=canonical_json(dict(draft.end.components)).decode(),
+                    reward_digest=reward_digest,
+                    finish_reason=draft.finish_reason,
+                    prompt_sha256=sha256_bytes(task.prompt.encode()),
+                    response_text=tokenizer.decode(draft.ids),
+                    source="rollout",
+                    licence=env.licence,
+                    created_at=created_at,
+                )
+                for draft in group
+            ]
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    env: Environment,
+    tasks: Sequence[Task],
+    batch_rows: int,
+) -> list[Outcome]:
+    """Play every task once, always taking the most probable token; the outcomes stand in the order of `tasks`."""
+    drafts = [_Draft(task) for task in tasks]
+    for batch in _batches(drafts, batch_rows):
+        _play(model, tokenizer, env, batch)
+    return [
+        Outcome(
+            task_id=draft.task.id,
+            env=draft.task.env,
+            reward=draft.end.reward,
+            components=dict(draft.end.components),
+            response_text=tokenizer.decode(draft.ids),
+            turns=len(draft.actions),
+            tokens=sum(draft.mask),
+        )
+        for draft in drafts
+    ]
+
+
+@torch.inference_mode()
+def recompute_logprobs(
+    model: PreTrainedModel, episodes: Sequence[Episode], batch_tokens: int = 4096
+) -> list[Episode]:
+    """Give `episodes` the log-probabilities that `model` assigns to their tokens at their temperature.
+
+    For experience recorded without them, if `model` is the checkpoint that generated it. `batch_tokens` bounds the
+    padded size of one forward pass. Returns copies with `logprob_source` "recomputed", in the order given.
+    """
+    by_length = sorted(
+        range(len(episodes)), key=lambda i: len(episodes[i].prompt_ids) + len(episodes[i].response_ids)
+    )
+    found: dict[int, list[float]] = {}
+    while by_length:
+        longest = episodes[by_length[-1]]
+        size = max(1, batch_tokens // (len(longest.prompt_ids) + len(longest.response_ids)))
+        batch, by_length = by_length[-size:], by_length[:-size]
+        for i, logprobs in zip(batch, _forward_logprobs(model, [episodes[i] for i in batch]), strict=True):
+            found[i] = logprobs
+    return [
+        replace(episode, behaviour_logprobs=found[i], logprob_source="recomputed")
+        for i, episode in enumerate(episodes)
+    ]
+
+
+@dataclass
+class _Draft:
+    """An episode while it grows; greedy if it has no noise."""
+
+    task: Task
+    sample: int = 0
+    noise: Noise | None = None
+    prompt_ids: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
+    turn_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    actions: list[str] = field(default_factory=list)
+    end: Step = Step(observation="", done=False)
+    finish_reason: FinishReason = "turns"
+
+    def append(self, ids: Sequence[int], logprobs: Sequence[float] | None, turn: int) -> None:
+        """Add an action with its log-probabilities, or an observation that has none."""
+        self.ids += ids
+        self.mask += [logprobs is not None] * len(ids)
+        self.turn_ids += [turn] * len(ids)
+        self.logprobs += logprobs or [0.0] * len(ids)
+
+
+def _noise(seed: int, task_id: str, sample: int) -> Noise:
+    return (uniform(seed, task_id, sample, token) for token in itertools.count())
+
+
+def _play(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    env: Environment,
+    drafts: Sequence[_Draft],
+    copies: int = 1,
+    temperature: float = 1.0,
+) -> None:
+    """Play the empty `drafts` to their ends as one batch; each run of `copies` drafts has the same task."""
+    for draft in drafts:
+        draft.prompt_ids = _encode(tokenizer, draft.task.prompt)
+    stop = stop_tokens(tokenizer)
+    rows = start(model, [draft.prompt_ids for draft in drafts[::copies]], copies)
+    live = list(drafts)
+    for turn in range(env.max_turns):
+        noise = [draft.noise for draft in live if draft.noise is not None]
+        last = turn == env.max_turns - 1
+        actions = rows.act(noise or None, temperature, stop, env.max_new_tokens, last)
+        chunks = [
+            _advance(tokenizer, env, draft, action, turn, stop)
+            for draft, action in zip(live, actions, strict=True)
+        ]
+        on = [i for i, chunk in enumerate(chunks) if chunk]
+        if last or not on:
+            return
+        rows.keep(on)
+        rows.feed([chunks[i] for i in on])
+        live = [live[i] for i in on]
+
+
+def _advance(
+    tokenizer: PreTrainedTokenizerBase,
+    env: Environment,
+    draft: _Draft,
+    action: Action,
+    turn: int,
+    stop: frozenset[int],
+) -> list[int]:
+    """Let the environment answer `action`; returns what the cache of the row lacks, or nothing if the episode is over."""
+    written = tokenizer.decode(action.ids, skip_special_tokens=True)
+    draft.append(action.ids, action.logprobs, turn)
+    draft.actions.append(written.partition("\n")[0])
+    try:
+        draft.end = _checked(env.step(draft.task, draft.actions))
+    except Exception as error:  # whatever an environment raises costs this episode, not the collection
+        _log.warning("%s raised in task %s: %r; the episode gets reward 0", env.name, draft.task.id, error)
+        draft.end, draft.finish_reason = Step("", done=True, components={"error": 1.0}), "error"
+        return []
+    if draft.end.done:
+        draft.finish_reason = "done" if action.ids[-1] in stop else "length"
+        return []
+    if turn == env.max_turns - 1:
+        return []
+    line_break = "" if "\n" in written else "\n"  # an action that was cut still ends its line
+    observation = _encode(tokenizer, line_break + draft.end.observation)
+    draft.append(observation, None, turn)
+    return action.ids[-1:] + observation
+
+
+def _checked(step: Step) -> Step:
+    if not math.isfinite(step.reward):
+        raise ValueError(f"reward {step.reward}")
+    return step
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+@lru_cache(maxsize=8)
+def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end an action: every token whose text has a newline, and the special ones."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return frozenset(tokenizer.all_special_ids) | {i for i, text in enumerate(texts) if "\n" in text}
+
+
+def _forward_logprobs(model: PreTrainedModel, episodes: Sequence[Episode]) -> list[list[float]]:
+    """One padded forward pass; the response tokens of every episode, 0 where the policy did not write."""
+    sequences = [[*episode.prompt_ids, *episode.response_ids] for episode in episodes]
+    width = max(map(len, sequences))
+    device = model.device
+    ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences], device=device)
+    mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=device)
+    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    answers = []
+    for row, episode in enumerate(episodes):
+        targets = torch.tensor(episode.response_ids, device=device)
+        first = len(episode.prompt_ids)
+        states = hidden[row, first - 1 : first - 1 + len(targets)]
+        weight = model.get_output_embeddings().weight
+        logprobs, _ = token_logprobs(states, weight, targets, episode.temperature)
+        answers.append((logprobs * torch.tensor(episode.loss_mask, device=device)).tolist())
+    return answers
+
+
+def _batches(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
+    return (items[i : i + size] for i in range(0, len(items), size))

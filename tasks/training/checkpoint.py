@@ -1,0 +1,148 @@
+"""Recovery checkpoints: everything a killed run needs to go on as if nothing had happened.
+ A checkpoint is a directory `step-<updates>` with weights and optimizer moments as safetensors and the rest
+as JSON. It is written aside, flushed to disk and renamed, so it is whole or absent; its state names the
+SHA-256 of its files and of itself, so bytes that went bad later are noticed and the one before is used.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tasks.core.digest import canonical_json, digest_json, fsync_dir, sha256_file
+from tasks.core.errors import Unavailable
+
+KEPT = 2
+_ASIDE = ".aside-"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a run knows beside tensors: updates made, and the groups used, each once, in the order of first
+    use."""
+
+    step: int
+    groups: tuple[str, ...] = ()
+
+
+@contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """Fill a directory aside; at the end of the block it becomes `target` in one durable step.
+
+    Raises:
+        Unavailable: the disk is full; nothing is left behind.
+    """
+    aside = target.parent / f"{_ASIDE}{target.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in sorted(aside.rglob("*")):
+            if path.is_file():
+                path.chmod(0o644)
+                with path.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        fsync_dir(aside)
+        aside.rename(target)
+        fsync_dir(target.parent)
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise Unavailable(
+                f"The disk that holds {target.parent} is full: {target.name} was not written; "
+                "free some space and run again."
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def save(
+    root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, inputs: str
+) -> None:
+    """Write the checkpoint of `progress.step` under `root` and drop all but the last two.
+
+    Args:
+        inputs: digest of what the run is made from; a checkpoint of other inputs is not resumed.
+    """
+    target = root / f"step-{progress.step:08d}"
+    named = dict(model.named_parameters())
+    moments = {f"{name}/{key}": optimizer.state[p][key] for name, p in named.items() for key in _MOMENTS}
+    shutil.rmtree(target, ignore_errors=True)
+    with whole_directory(target) as aside:
+        tensors = {"weights": {name: p.detach() for name, p in named.items()}, "moments": moments}
+        for name, content in tensors.items():
+            save_file({k: v.contiguous() for k, v in content.items()}, aside / f"{name}.safetensors")
+        state = {
+            "step": progress.step,
+            "groups": list(progress.groups),
+            "inputs": inputs,
+            "files": _digests(aside),
+        }
+        (aside / "state.json").write_bytes(canonical_json({"state": state, "sha256": digest_json(state)}))
+    for old in _steps(root)[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def restore(
+    root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: str, *, before: int | None = None
+) -> Progress | None:
+    """Load the newest intact checkpoint of these `inputs` (of fewer than `before` updates) into model and
+    optimizer.
+
+    Returns None, with both untouched, if there is none.
+    """
+    for path in reversed(_steps(root)):
+        state = _intact_state(path)
+        if state is None or state["inputs"] != inputs or (before is not None and state["step"] >= before):
+            continue
+        weights = load_file(path / "weights.safetensors")
+        moments = load_file(path / "moments.safetensors")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
+                values = {key: moments[f"{name}/{key}"].to(parameter.device) for key in _MOMENTS}
+                step = torch.tensor(float(state["step"]), device=parameter.device)
+                optimizer.state[parameter] = {"step": step, **values}
+        return Progress(state["step"], tuple(state["groups"]))
+    return None
+
+
+def discard_unfinished(root: Path) -> None:
+    """Remove what killed writers left aside under `root`."""
+    for path in root.glob(f"{_ASIDE}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _steps(root: Path) -> list[Path]:
+    return sorted(root.glob("step-*"))
+
+
+def _intact_state(path: Path) -> dict[str, Any] | None:
+    try:
+        document = json.loads((path / "state.json").read_bytes())
+        state: dict[str, Any] = document["state"]
+        intact = digest_json(state) == document["sha256"] and _digests(path) == state["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return state if intact else None
+
+
+def _digests(path: Path) -> dict[str, str]:
+    """SHA-256 of the tensor files; hashing leaves the interpreter's lock, so they are read side by side."""
+    files = sorted(path.glob("*.safetensors"))
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((file.name for file in files), pool.map(sha256_file, files), strict=True))

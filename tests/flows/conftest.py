@@ -1,0 +1,80 @@
+"""A workspace with a policy small enough to post-train in seconds, through the same code as the real one.
+
+The tiny model is taught to answer greatest-common-divisor questions with "9" mostly and other digits sometimes. So its
+greedy score is near zero, its samples carry a signal, and off-policy training finds the better answers quickly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from flows.context import Context
+from flows.init import init_workspace
+from tasks.arena.environment import get
+from tests.tiny import make_tiny_model, teach
+
+ENVIRONMENT = "reasoning_gym/gcd"
+PROJECT = Path(__file__).resolve().parents[2]
+PARAMS = """
+base_model: {base}
+compute: {{device: cpu, threads: 1}}
+collect: {{environments: {{{env}: 24}}, group_size: 8}}
+training: {{steps: 8, groups_per_step: 8, learning_rate: 0.002, checkpoint_every: 2}}
+evaluation: {{tasks: {{{env}: 60}}}}
+validation: {{min_groups: 4}}
+"""
+# The reward model of a tiny policy has nothing to go by, so its verdict is reported and not required here.
+POLICY = "version: 1\nreward_model: {required: false}\n"
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+    answers = "9929919319"
+    tasks = get(ENVIRONMENT).tasks("train", 100, 99)
+    lines = [f"{task.prompt} {answers[i % 10]}\n" for i, task in enumerate(tasks)]
+    return teach(path, lines, steps=80, learning_rate=4e-3)
+
+
+def lay_workspace(folder: Path, base: Path) -> Context:
+    folder.mkdir(parents=True)
+    (folder / "params.yaml").write_text(PARAMS.format(base=base, env=ENVIRONMENT))
+    (folder / "policy.yaml").write_text(POLICY)
+    return init_workspace(folder)
+
+
+@pytest.fixture
+def context(tmp_path: Path, tiny_base: Path) -> Context:
+    return lay_workspace(tmp_path / "ws", tiny_base)
+
+
+def forebay(folder: Path, *words: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, as a user does."""
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *words, *_where(words, folder)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=folder,
+        env=environment(),
+    )
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "COLUMNS": "160", "HF_HUB_OFFLINE": "1"}
+
+
+def loads(done: subprocess.CompletedProcess[str]) -> dict:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def _where(words: Sequence[str], folder: Path) -> list[str]:
+    return [] if "--workspace" in words or words[0] == "init" or "--help" in words else ["--workspace", str(folder)]

@@ -1,0 +1,287 @@
+"""The MLflow adapter on a real store: agents that load with plain libraries, no doubles, live metrics, traces."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+from tasks.core.digest import digest_files, digest_tree
+from tasks.core.errors import NotFound, Unavailable
+from tasks.promotion.promote import champion, crown, promote, reconcile, rollback
+from tasks.promotion.registry import DatasetRef, Registered, Registry
+from tests.promotion.conftest import open_registry
+from tests.promotion.support import add_decision, files_digest, open_ledger, record_agent
+
+DATA = DatasetRef("main/v1", "a" * 64, "data/replay/main", "0123abc", "d41d8.dir")
+REPOSITORY = Path(__file__).parents[2]
+
+
+def digest_of(folder: Path) -> str:
+    return digest_files(digest_tree(folder))
+
+
+def trained(registry: Registry, folder: Path, digest: str | None = None) -> Registered:
+    with registry.run("training", "key-1", name="run", params={"steps": 3}, dataset=DATA) as sink:
+        sink.log({"reward": 0.5}, 0)
+    return registry.register(
+        folder,
+        digest or digest_of(folder),
+        run_id=sink.run_id,
+        params={"steps": 3},
+        metrics={"reward": 0.5},
+        tags={"forebay.origin": "trained"},
+        dataset=DATA,
+    )
+
+
+def test_an_agent_has_all_that_lineage_asks_for(registry, tiny):
+    agent = trained(registry, tiny)
+    assert agent.version == 1
+    client = registry._client
+    version = client.get_model_version("agent", "1")
+    assert version.run_id == agent.run_id
+    assert version.tags["forebay.origin"] == "trained"
+    model = client.get_logged_model(agent.model_id)
+    assert str(model.status) == "READY"
+    assert model.params == {"steps": "3"}
+    (metric,) = model.metrics
+    assert (metric.key, metric.value, metric.dataset_name) == ("reward", 0.5, "main/v1")
+    run = client.get_run(agent.run_id)
+    assert run.info.status == "FINISHED"
+    (data,) = run.inputs.dataset_inputs
+    assert data.dataset.source_type == "dvc"
+    assert json.loads(data.dataset.source) == {"path": DATA.path, "rev": DATA.rev, "md5": DATA.md5, "root": DATA.root}
+    assert [output.model_id for output in run.outputs.model_outputs] == [agent.model_id]
+
+
+def test_mlflow_finds_the_dataset_source_again(registry, tiny):
+    import mlflow
+
+    trained(registry, tiny)
+    (data,) = registry._client.get_run(registry.find(digest_of(tiny)).run_id).inputs.dataset_inputs
+    source = mlflow.data.get_source(data)
+    assert (source.load(), source.root) == (DATA.path, DATA.root)
+
+
+LOADS = """
+import sys, mlflow, mlflow.transformers, mlflow.pyfunc
+from transformers import AutoModelForCausalLM, AutoTokenizer
+mlflow.set_tracking_uri(sys.argv[1])
+pipeline = mlflow.transformers.load_model("models:/agent@champion")
+said = pipeline("1+1=", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+(again,) = mlflow.pyfunc.load_model("models:/agent@champion").predict(["1+1="], params=None)
+folder = mlflow.artifacts.download_artifacts("models:/agent@champion") + "/model"
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+ids = model.generate(**tokenizer("1+1=", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+assert said.startswith("1+1=") and again.startswith("1+1=")
+assert tokenizer.decode(ids[0], skip_special_tokens=True) == said, (tokenizer.decode(ids[0]), said)
+print("loaded")
+"""
+
+
+def run_python(code: str, *args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "MLFLOW_DISABLE_TELEMETRY": "true", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=cwd, env=env)
+
+
+@pytest.mark.slow
+def test_a_clean_process_loads_it_with_plain_mlflow_and_plain_transformers(registry, tiny, tmp_path):
+    agent = trained(registry, tiny)
+    registry.set_alias("champion", agent.version)
+    done = run_python(LOADS, registry.uri, cwd=tmp_path)
+    assert "loaded" in done.stdout, done.stderr
+
+
+def test_weights_are_linked_and_not_copied(registry, tiny):
+    trained(registry, tiny)
+    linked = list((registry._artifacts / "agents").rglob("model/model.safetensors"))
+    assert [path.stat().st_ino for path in linked] == [(tiny / "model.safetensors").stat().st_ino]
+    assert digest_of(linked[0].parent) == digest_of(tiny)
+
+
+def test_the_same_digest_is_the_same_version_and_another_is_the_next(registry, tiny):
+    first = trained(registry, tiny)
+    assert trained(registry, tiny) == first
+    assert registry.register(tiny, "f" * 64).version == 2
+    assert registry.register(tiny, "f" * 64).run_id is None
+    assert registry.digest(1) == digest_of(tiny)
+    assert registry.digest(7) is None
+    assert registry.find("0" * 64) is None
+
+
+@pytest.mark.parametrize("step", ["log_outputs", "log_batch", "finalize_logged_model", "create_registered_model", "create_model_version"])
+@pytest.mark.parametrize("done", [False, True])
+def test_a_crash_at_any_step_of_registering_makes_no_double(registry, tiny, monkeypatch, step, done):
+    with registry.run("training", "key-1", name="run") as sink:
+        pass
+    client = registry._client
+    original = getattr(client, step)
+
+    def crash(*args, **kwargs):
+        if done:
+            original(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(client, step, crash)
+    with pytest.raises(KeyboardInterrupt):
+        registry.register(tiny, "e" * 64, run_id=sink.run_id, metrics={"reward": 1.0}, dataset=DATA)
+    monkeypatch.undo()
+    agent = registry.register(tiny, "e" * 64, run_id=sink.run_id, metrics={"reward": 1.0}, dataset=DATA)
+    assert agent.version == 1
+    experiment = client.get_experiment_by_name("agents").experiment_id
+    assert [m.model_id for m in client.search_logged_models([experiment])] == [agent.model_id]
+    assert str(client.get_logged_model(agent.model_id).status) == "READY"
+    assert len(client.search_model_versions("name = 'agent'")) == 1
+    assert len(client.get_run(sink.run_id).outputs.model_outputs) == 1
+
+
+def test_a_run_is_taken_up_again_by_its_key(registry):
+    sink = registry.run("training", "key-1", name="run", dataset=DATA)
+    sink.log({"loss": 1.0}, 0)
+    sink.close("FAILED")
+    again = registry.run("training", "key-1", name="run", dataset=DATA)
+    assert again.run_id == sink.run_id
+    again.log({"loss": 0.5}, 1)
+    again.close()
+    history = registry._client.get_metric_history(sink.run_id, "loss")
+    assert [(m.step, m.value) for m in history] == [(0, 1.0), (1, 0.5)]
+    run = registry._client.get_run(sink.run_id)
+    assert run.info.status == "FINISHED"
+    assert len(run.inputs.dataset_inputs) == 1
+
+
+def test_metrics_go_out_in_batches_and_an_exception_fails_the_run(registry, tmp_path):
+    (tmp_path / "note.txt").write_text("kept")
+    start = time.monotonic()
+    with pytest.raises(ZeroDivisionError), registry.run("training", "key-2", name="run") as sink:
+        for step in range(300):
+            sink.log({"loss": 1 / (step + 1), "kl": float(step)}, step)
+        sink.artifact(tmp_path / "note.txt", "notes")
+        raise ZeroDivisionError
+    assert time.monotonic() - start < 10  # one by one this takes a minute
+    client = registry._client
+    assert len(client.get_metric_history(sink.run_id, "kl")) == 300
+    assert client.get_run(sink.run_id).info.status == "FAILED"
+    assert [a.path for a in client.list_artifacts(sink.run_id, "notes")] == ["notes/note.txt"]
+
+
+def test_promotion_rollback_and_repair_on_the_real_registry(registry, tiny, tmp_path):
+    ledger = open_ledger(tmp_path)
+    for version in (1, 2):
+        assert registry.register(tiny, files_digest(version)).version == version
+        record_agent(ledger, version, files_digest(version))
+    assert registry.aliases() == {}
+    crown(ledger, registry, 1, by="kim")
+    assert registry.aliases() == {"champion": 1, "candidate": 2}
+    promote(ledger, registry, 2, decision=add_decision(ledger, 2, 1), expected_champion=1, by="kim")
+    assert registry.aliases() == {"champion": 2, "previous": 1}
+    registry.delete_alias("champion")
+    assert [r.wrote for r in reconcile(ledger, registry).repairs] == [2]
+    registry._client.delete_model_version("agent", "2")  # MLflow lets anybody delete the champion
+    with pytest.raises(NotFound, match="gone from the registry"):
+        reconcile(ledger, registry)
+    rollback(ledger, registry, expected_champion=2, reason="deleted", by="kim")
+    assert registry.aliases()["champion"] == champion(ledger) == 1
+
+
+PREPARE = """
+import sys, pathlib
+from tasks.promotion.registry import Registry
+root = pathlib.Path(sys.argv[1])
+registry = Registry(f"sqlite:///{root / 'mlflow.db'}", root / "artifacts", root / "locks")
+registry.prepare()
+with registry.run("training", sys.argv[2], name="run") as sink:
+    sink.log({"loss": 1.0}, 0)
+print("ready")
+"""
+
+
+@pytest.mark.slow
+def test_four_processes_prepare_one_fresh_store(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", PREPARE, str(tmp_path)]
+    pipe = subprocess.PIPE
+    workers = [subprocess.Popen([*command, f"k{i}"], env=env, stdout=pipe, stderr=pipe, text=True) for i in range(4)]
+    for worker in workers:
+        out, err = worker.communicate()
+        assert "ready" in out, err
+    client = open_registry(tmp_path)._client
+    assert len(client.search_runs([client.get_experiment_by_name("training").experiment_id])) == 4
+
+
+def test_traces_come_as_plain_values_with_their_feedback(registry):
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(registry.uri)
+    try:
+        experiment = registry._experiment("served")
+        for question in ("1+1", "2+2"):
+            root = mlflow.start_span_no_context("agent", inputs={"question": question}, experiment_id=experiment)
+            root.set_outputs({"answer": "2"})
+            root.end()
+            mlflow.flush_trace_async_logging()
+            mlflow.log_feedback(trace_id=root.trace_id, name="right", value=question == "1+1")
+    finally:
+        mlflow.set_tracking_uri(before)
+    found = list(registry.traces("served"))
+    assert [t["request"]["question"] for t in found] == ["1+1", "2+2"]
+    assert [t["feedback"][0]["value"] for t in found] == [True, False]
+    assert found[0]["spans"][0]["name"] == "agent"
+    json.dumps(found)
+    with pytest.raises(NotFound, match="no experiment 'none'"):
+        list(registry.traces("none"))
+
+
+def test_nobody_there_is_said_at_once(tmp_path):
+    registry = Registry("http://127.0.0.1:9", tmp_path / "artifacts", tmp_path / "locks")
+    with pytest.raises(Unavailable, match="No MLflow server answers at http://127.0.0.1:9"):
+        registry.aliases()
+
+
+@pytest.mark.server
+def test_the_same_through_a_server_that_keeps_the_files(migrated, tiny, tmp_path):
+    import shutil
+    import socket
+
+    shutil.copy(migrated, tmp_path / "server.db")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}", "--host", "127.0.0.1", "--port", str(port)]
+    arguments += ["--artifacts-destination", str(tmp_path / "kept"), "--workers", "1"]
+    with (tmp_path / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *arguments],
+            cwd=tmp_path, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                if urlopen(f"{uri}/health", timeout=1).status == 200:
+                    break
+            except OSError:
+                time.sleep(0.2)
+        registry = Registry(uri, tmp_path / "artifacts", tmp_path / "locks")
+        registry.prepare()
+        agent = trained(registry, tiny)
+        assert trained(registry, tiny) == agent
+        registry.set_alias("champion", agent.version)
+        assert registry.aliases() == {"champion": 1}
+        (kept,) = (tmp_path / "kept").rglob("model/model.safetensors")
+        assert digest_of(kept.parent) == digest_of(tiny)
+        assert not (tmp_path / "artifacts").exists()
+        done = run_python(LOADS, uri, cwd=tmp_path)
+        assert "loaded" in done.stdout, done.stderr
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=30)

@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tasks.arena.calculator import Calculator
+from tasks.arena.environment import Step, Task, get, verifier_digest
+from tasks.arena.largest import Largest
+from tasks.core.errors import UsageError
+from tasks.replay.schema import Episode, arrow_schema
+from tasks.rollout.rollout import BehaviourIdentity, evaluate, recompute_logprobs, rollout, stop_tokens
+from tests.tiny import make_tiny_model, teach
+
+IDENTITY = BehaviourIdentity("agent/1", "a" * 64, "b" * 64, "c" * 64)
+TIME = "2026-01-01T00:00:00+00:00"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that has seen the calculator's examples, so that it writes some calls that run."""
+    path = make_tiny_model(tmp_path_factory.mktemp("rollout") / "tiny")
+    lines = [f"call: calc({a} - {b})\nresult: {a - b}\nanswer: {a - b}\n" for a, b in ((52, 11), (75, 15), (90, 40))]
+    return teach(path, lines, steps=60)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(directory)
+
+
+@pytest.fixture(scope="module")
+def model(directory: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
+
+
+class Wide(Calculator):
+    """The calculator with room for a character-level model."""
+
+    max_new_tokens = 20
+
+
+ENV = Wide()
+TASKS = ENV.tasks("train", 5, seed=1)
+
+
+def play(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> list[list[Episode]]:
+    settings = {
+        "group_size": 4,
+        "temperature": 1.0,
+        "seed": 7,
+        "batch_rows": 8,
+        "identity": IDENTITY,
+        "created_at": TIME,
+    } | changes
+    env, tasks = settings.pop("env", ENV), settings.pop("tasks", TASKS)
+    return list(rollout(model, tokenizer, env, tasks, **settings))
+
+
+@pytest.fixture(scope="module")
+def groups(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[list[Episode]]:
+    return play(model, tokenizer)
+
+
+def test_one_group_a_task_in_order(groups: list[list[Episode]]) -> None:
+    assert [group[0].task_id for group in groups] == [task.id for task in TASKS]
+    for group in groups:
+        assert [episode.sample_index for episode in group] == [0, 1, 2, 3]
+        assert len({episode.group_id for episode in group}) == 1
+        assert len({tuple(episode.prompt_ids) for episode in group}) == 1
+    assert len({episode.episode_id for group in groups for episode in group}) == 20
+    assert len({group[0].group_id for group in groups}) == 5
+
+
+def test_samples_and_tasks_have_noise_of_their_own(groups: list[list[Episode]]) -> None:
+    texts = [episode.response_text for group in groups for episode in group]
+    assert len(set(texts)) > 15
+
+
+def test_the_columns_of_an_episode_fit_together(
+    groups: list[list[Episode]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    for episode, task in ((episode, task) for group, task in zip(groups, TASKS, strict=True) for episode in group):
+        n = len(episode.response_ids)
+        assert n == len(episode.loss_mask) == len(episode.turn_ids) == len(episode.behaviour_logprobs)
+        assert tokenizer.decode(episode.prompt_ids) == task.prompt
+        assert tokenizer.decode(episode.response_ids) == episode.response_text
+        assert all((logprob == 0) == (not mine) for logprob, mine in zip(episode.behaviour_logprobs, episode.loss_mask))
+        assert all(logprob <= 0 and math.isfinite(logprob) for logprob in episode.behaviour_logprobs)
+        assert episode.turn_ids == sorted(episode.turn_ids)
+        assert set(episode.turn_ids) == {0, 1}
+        assert episode.reward_digest == verifier_digest(ENV)
+        assert episode.behaviour_digest == IDENTITY.digest
+        observation = [i for i, mine in zip(episode.response_ids, episode.loss_mask, strict=True) if not mine]
+        text = tokenizer.decode(observation)
+        assert text.lstrip("\n").startswith("result: ")
+        assert text.endswith("\nanswer:")
+
+
+def test_scoring_the_text_again_gives_the_same_reward(
+    groups: list[list[Episode]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    for group, task in zip(groups, TASKS, strict=True):
+        for episode in group:
+            turns: list[list[int]] = [[], []]
+            for token, turn, mine in zip(episode.response_ids, episode.turn_ids, episode.loss_mask, strict=True):
+                if mine:
+                    turns[turn].append(token)
+            actions = [tokenizer.decode(ids, skip_special_tokens=True).partition("\n")[0] for ids in turns]
+            step = ENV.step(task, actions)
+            assert step.reward == episode.reward
+            assert json.loads(episode.reward_components) == step.components
+
+
+def test_the_tool_really_runs(groups: list[list[Episode]]) -> None:
+    called = [e for group in groups for e in group if json.loads(e.reward_components)["valid_call"]]
+    assert called
+    for episode in called:
+        call, result, _ = episode.response_text.split("\n")[:3]
+        assert int(result.removeprefix("result: ")) == eval(call.strip().removeprefix("calc"))
+
+
+def test_an_action_that_is_cut_gets_its_line_break_with_the_observation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    class Narrow(Calculator):
+        max_new_tokens = 2
+
+    episodes = [e for group in play(model, tokenizer, env=Narrow(), batch_rows=100) for e in group]
+    cut = [e for e in episodes if "\n" not in tokenizer.decode(e.response_ids[:2]) and e.loss_mask[1]]
+    assert cut
+    for episode in cut:
+        assert tokenizer.decode(episode.response_ids[2:], skip_special_tokens=True).startswith("\nresult: error\n")
+    assert "length" in {e.finish_reason for e in episodes}
+
+
+def test_the_same_call_gives_the_same_bytes(
+    directory: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> None:
+    single = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    assert play(single, tokenizer) == play(single, tokenizer)
+    assert play(single, tokenizer, seed=8) != play(single, tokenizer)
+
+
+def test_a_resumed_collection_gives_the_missing_groups_byte_for_byte(
+    directory: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    single = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    whole = play(single, tokenizer)
+    done = {TASKS[i].id for i in (0, 1, 3)}  # a whole batch, and half of the next
+    assert play(single, tokenizer, done=done) == [whole[2], whole[4]]
+    assert play(single, tokenizer, done={task.id for task in TASKS}) == []
+
+
+@pytest.mark.parametrize("batch_rows", [1, 4, 20, 1000])
+def test_in_float64_the_batching_does_not_matter(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, groups: list[list[Episode]], batch_rows: int
+) -> None:
+    for group, other in zip(groups, play(model, tokenizer, batch_rows=batch_rows), strict=True):
+        for a, b in zip(group, other, strict=True):
+            assert dataclasses.replace(a, behaviour_logprobs=[]) == dataclasses.replace(b, behaviour_logprobs=[])
+            assert a.behaviour_logprobs == pytest.approx(b.behaviour_logprobs, abs=1e-10)
+
+
+def test_recomputed_log_probabilities_are_those_of_the_engine(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    episodes = [episode for group in play(model, tokenizer, temperature=0.7) for episode in group]
+    bare = [
+        dataclasses.replace(e, behaviour_logprobs=[0.0] * len(e.response_ids), logprob_source="missing")
+        for e in episodes
+    ]
+    for batch_tokens in (1, 900, 10**6):
+        for before, after in zip(episodes, recompute_logprobs(model, bare, batch_tokens), strict=True):
+            assert after.logprob_source == "recomputed"
+            assert after.behaviour_logprobs == pytest.approx(before.behaviour_logprobs, abs=1e-10)
+    assert recompute_logprobs(model, []) == []
+
+
+def test_episodes_survive_arrow(groups: list[list[Episode]]) -> None:
+    rows = [dataclasses.asdict(episode) for group in groups for episode in group]
+    back = pa.Table.from_pylist(rows, schema=arrow_schema()).to_pylist()
+    for row, again in zip(rows, back, strict=True):
+        assert again.pop("behaviour_logprobs") == pytest.approx(row.pop("behaviour_logprobs"), rel=1e-6)
+        assert again == row
+
+
+class Faulty(Largest):
+    """Raises, or gives a reward that is no number, for every other answer."""
+
+    max_new_tokens = 4
+
+    def __init__(self, reward: float | None) -> None:
+        self.reward = reward
+
+    def step(self, task: Task, actions: Sequence[str]) -> Step:
+        if len(actions[0]) % 2:
+            return Step("", done=True, reward=1.0)
+        if self.reward is None:
+            raise RuntimeError("the tool broke")
+        return Step("", done=True, reward=self.reward)
+
+
+@pytest.mark.parametrize("reward", [None, math.nan, math.inf])
+def test_an_environment_that_fails_costs_one_episode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    reward: float | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    env = Faulty(reward)
+    episodes = [e for g in play(model, tokenizer, env=env, tasks=env.tasks("train", 4, 0), batch_rows=8) for e in g]
+    assert len(episodes) == 16
+    failed = [e for e in episodes if e.finish_reason == "error"]
+    assert 0 < len(failed) < 16
+    assert {e.reward for e in failed} == {0.0}
+    assert {e.reward_components for e in failed} == {'{"error":1.0}'}
+    assert {e.reward for e in episodes if e not in failed} == {1.0}
+    assert env.name in caplog.text
+
+
+def test_an_environment_that_never_ends_is_cut_at_its_turns(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    class Endless(Largest):
+        max_turns = 3
+        max_new_tokens = 2
+
+        def step(self, task: Task, actions: Sequence[str]) -> Step:
+            return Step(f"again {len(actions)}:", done=False)
+
+    env = Endless()
+    (group,) = play(model, tokenizer, env=env, tasks=env.tasks("train", 1, 0))
+    for episode in group:
+        assert (episode.finish_reason, episode.reward) == ("turns", 0.0)
+        assert set(episode.turn_ids) == {0, 1, 2}
+        assert episode.loss_mask[-1]  # no observation after the last turn
+
+
+def test_evaluation_is_greedy_and_in_the_order_of_the_tasks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tasks = ENV.tasks("heldout", 7, seed=2)
+    outcomes = evaluate(model, tokenizer, ENV, tasks, batch_rows=3)
+    assert [outcome.task_id for outcome in outcomes] == [task.id for task in tasks]
+    assert outcomes == evaluate(model, tokenizer, ENV, tasks, batch_rows=100)
+    for outcome in outcomes:
+        assert outcome.turns == 2
+        assert outcome.reward == outcome.components["correct"]
+        assert 0 < outcome.tokens < len(tokenizer(outcome.response_text)["input_ids"])
+    with torch.no_grad():
+        first = model(torch.tensor([tokenizer(tasks[0].prompt)["input_ids"]])).logits[0, -1].argmax()
+    assert outcomes[0].response_text.startswith(tokenizer.decode([int(first)]))
+
+
+def test_bad_settings_are_refused(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UsageError, match="temperature must be above 0"):
+        play(model, tokenizer, temperature=0.0)
+    with pytest.raises(UsageError, match="at least one episode"):
+        play(model, tokenizer, group_size=0)
+
+
+def test_stopping_tokens_are_line_breaks_and_specials(tokenizer: PreTrainedTokenizerBase) -> None:
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    assert stop_tokens(tokenizer) == {*newline, *tokenizer.all_special_ids}
+
+
+@pytest.mark.parametrize("name", ["largest", "reasoning_gym/chain_sum"])
+def test_other_environments_run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    env = get(name)
+    episodes = [e for g in play(model, tokenizer, env=env, tasks=env.tasks("train", 2, 0)) for e in g]
+    assert {e.env for e in episodes} == {name}
+    assert {e.finish_reason for e in episodes} <= {"done", "length"}
