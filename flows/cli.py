@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -490,9 +491,9 @@ def main() -> None:
     0 done · 1 unexpected · 2 wrong request · 3 not found · 4 lost a race or stale · 5 refused by a gate or
     validation · 6 bytes differ from their digest · 7 unavailable (port, GPU, disk, server) · 130 interrupted.
     """
-    from flows.environment import quiet
+    from flows.environment import QUIET
 
-    quiet()
+    os.environ.update(QUIET)
     as_json = "--json" in sys.argv
     try:
         app(standalone_mode=False)

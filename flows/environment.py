@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from flows.processes import tail
+from flows.processes import running_url, tail
 from tasks.core.digest import write_file_atomic
 from tasks.core.errors import Unavailable
 from tasks.core.locks import file_lock
@@ -112,7 +112,8 @@ class PrefectApi:
         try:
             get(f"{self.url}/health", _STARTUP_SECONDS)
         except OSError as error:
-            detail = f"; the end of {self.log}:\n{tail(self.log)}" if self.log else "; run `forebay down`, then `forebay up`."
+            hint = "; run `forebay down`, then `forebay up`."
+            detail = f"; the end of {self.log}:\n{tail(self.log)}" if self.log else hint
             raise Unavailable(f"Prefect does not answer at {self.url} ({error}){detail}") from None
 
 
@@ -124,8 +125,6 @@ def prefect_api(workspace: Workspace) -> Iterator[PrefectApi]:
     answered when it is ready (about 6 s), so import Prefect, the flows and PyTorch meanwhile. It shares the
     workspace's database, runs no schedules, and dies with this process however that ends.
     """
-    from flows.servers import running_url
-
     url = running_url(workspace, "prefect")
     if url is not None:
         configure(workspace, f"{url}/api")
@@ -177,10 +176,10 @@ def _drain() -> None:
     if "prefect" not in sys.modules:
         return
     from prefect.events.worker import EventsWorker
-    from prefect.logging.handlers import APILogHandler
+    from prefect.logging.handlers import APILogWorker
 
     with suppress(RuntimeError):  # no flow ran, so nothing was ever queued
-        APILogHandler.flush()
+        APILogWorker.instance().drain()
     EventsWorker.drain_all()
 
 

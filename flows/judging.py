@@ -53,20 +53,20 @@ def evaluate_pair(context: Context, candidate: int, champion: int) -> dict[str, 
         paired = pair_outcomes(outcomes[0], outcomes[1], names, baselines)
         path, sha256 = write_outcomes(context.workspace.evidence, paired)
         rows = table(paired, alpha=context.policy.superiority.alpha)
-        return {
+        outputs = {
             "candidate": candidate,
             "champion": champion,
             "tasks_digest": tasks_digest,
             "outcomes": {"path": context.workspace.relative(path), "sha256": sha256},
             "slices": {row.env: _slice(asdict(row)) for row in rows},
         }
+        context.ledger.append("evaluation.done", sha256, outputs)
+        return outputs
 
     def there(outputs: Mapping[str, Any]) -> bool:
         return (context.workspace.root / outputs["outcomes"]["path"]).exists()
 
-    outputs, found = once(context.ledger, "evaluate", inputs, work, there)
-    if not found:
-        context.ledger.append("evaluation.done", outputs["outcomes"]["sha256"], outputs)
+    outputs, _ = once(context.ledger, "evaluate", inputs, work, there)
     return outputs
 
 

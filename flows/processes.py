@@ -1,18 +1,25 @@
-"""Detached processes: started once, known again by pid and start time, stopped with all their children."""
+"""Detached processes of a workspace: known again by pid and start time, stopped with all their children.
+
+The state file is a claim, not the truth: what runs is decided by looking at the process.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
+from tasks.core.digest import canonical_json, write_atomic
 from tasks.core.settings import Section
+from tasks.core.workspace import Workspace
 
-# Start times are wall-clock readings: a correction of the clock may move them, a reused pid never comes that close.
+# A correction of the clock moves start times a little; a pid is never given out again that soon.
 _SAME_START_SECONDS = 5.0
 _TAIL_LINES = 15
 
@@ -28,7 +35,9 @@ class Process(Section):
     log: Path
 
 
-def spawn(name: str, command: Sequence[str], *, env: Mapping[str, str], log: Path, url: str | None) -> Process:
+def spawn(
+    name: str, command: Sequence[str], *, env: Mapping[str, str], log: Path, url: str | None
+) -> Process:
     """Start `command` in a session of its own, so that Ctrl-C in this terminal does not reach it.
 
     The log of the time before is kept beside the new one, as `<log>.1`.
@@ -38,7 +47,12 @@ def spawn(name: str, command: Sequence[str], *, env: Mapping[str, str], log: Pat
         log.replace(log.with_name(f"{log.name}.1"))
     with log.open("wb") as stream:
         child = subprocess.Popen(
-            command, env=dict(env), stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
+            command,
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
         )
     started = psutil.Process(child.pid).create_time()
     child.returncode = 0  # it is meant to outlive us: keeps Popen from warning when it is collected
@@ -68,7 +82,29 @@ def stop(process: Process, patience: float) -> None:
 def tail(log: Path) -> str:
     """Return the last lines of a log file."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    return "\n".join(line for line in lines[-_TAIL_LINES:])
+    return "\n".join(lines[-_TAIL_LINES:])
+
+
+def recorded(workspace: Workspace) -> list[Process]:
+    """Return the processes that were started for the workspace and not stopped since, running or not."""
+    with suppress(FileNotFoundError):
+        return [Process.model_validate(value) for value in json.loads(_state_file(workspace).read_text())]
+    return []
+
+
+def record(workspace: Workspace, processes: Iterable[Process]) -> None:
+    """Write down which processes belong to the workspace."""
+    write_atomic(_state_file(workspace), canonical_json([p.model_dump(mode="json") for p in processes]))
+
+
+def running_url(workspace: Workspace, name: str) -> str | None:
+    """Return the base URL of a server of the workspace if it runs."""
+    return next((p.url for p in recorded(workspace) if p.name == name and alive(p)), None)
+
+
+def ready_mark(workspace: Workspace) -> Path:
+    """Return the file into which the runner writes its pid when it serves its deployments."""
+    return workspace.servers / "runner.ready"
 
 
 def wait_while_alive(processes: Sequence[Process], poll_seconds: float = 0.5) -> Process:
@@ -78,6 +114,10 @@ def wait_while_alive(processes: Sequence[Process], poll_seconds: float = 0.5) ->
             if not alive(process):
                 return process
         time.sleep(poll_seconds)
+
+
+def _state_file(workspace: Workspace) -> Path:
+    return workspace.servers / "state.json"
 
 
 def _leader(process: Process) -> psutil.Process | None:
@@ -91,14 +131,11 @@ def _leader(process: Process) -> psutil.Process | None:
 
 def _session(process: Process) -> Iterator[psutil.Process]:
     """Yield the living members of the session that the process leads, or led until it died."""
-    import os
-
     if _leader(process) is None and psutil.pid_exists(process.pid) and not _is_zombie(process.pid):
         return  # the pid has a new owner, and a session of that number would be theirs
     for member in psutil.process_iter():
         with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
-            ours = os.getsid(member.pid) == process.pid and member.create_time() >= process.started - _SAME_START_SECONDS
-            if ours and member.status() != psutil.STATUS_ZOMBIE:
+            if os.getsid(member.pid) == process.pid and member.status() != psutil.STATUS_ZOMBIE:
                 yield member
 
 

@@ -158,13 +158,14 @@ def train_and_validate_reward_model(context: Context, dataset: Mapping[str, Any]
                 context.settings.reward,
                 seed=context.settings.seed,
                 target=context.workspace.models / f"reward-{key[:16]}",
+                device=context.device(),
                 report=report,
             )
-        return validate_reward_model(model, context.policy.reward_model, context.workspace, dataset["root"])
-
-    outputs, found = once(context.ledger, "reward", inputs, work)
-    if not found:
+        outputs = validate_reward_model(model, context.policy.reward_model, context.workspace, dataset["root"])
         context.ledger.append("reward.validated", outputs["digest"], outputs)
+        return outputs
+
+    outputs, _ = once(context.ledger, "reward", inputs, work)
     return outputs
 
 

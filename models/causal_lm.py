@@ -1,6 +1,7 @@
 """Causal language models on disk: convert any base to one clean form, load it, and say which tokenizer it
 speaks.
- The clean form is a directory in Hugging Face layout with safetensors weights and no remote code, so that
+
+The clean form is a directory in Hugging Face layout with safetensors weights and no remote code, so that
 every later step (rollout, training, registry) reads the same few files whatever the base came from.
 """
 

@@ -1,5 +1,6 @@
 """Log-probabilities and entropies of chosen tokens without a [T, V] tensor.
- The head's logits of a long response are by far the largest tensor of a training step (T x 49,152 floats for
+
+The head's logits of a long response are by far the largest tensor of a training step (T x 49,152 floats for
 SmolLM2). Here they exist for one chunk of positions at a time: the forward pass keeps only the normaliser and
 the entropy of each position, the backward pass makes each chunk's logits again. Peak memory is a few `chunk *
 V` floats, whatever T is.

@@ -1,24 +1,29 @@
 """A reward model as a linear head on a frozen language model: Bradley-Terry on pairs, solved exactly.
 
-The features of an episode are hidden states of the language model; a head w gives the score w . f, and the probability
-that answer a beats answer b is sigmoid(w . (f_a - f_b)) (Bradley and Terry, 1952). With the features fixed the penalised
-likelihood is strictly concave, so Newton's method in float64 finds its one maximum: no learning rate, no seed, the
-same bytes every time on one machine.
+The features of an episode are hidden states of the language model; a head w gives the score w . f, and the
+probability that answer a beats answer b is sigmoid(w . (f_a - f_b)) (Bradley and Terry, 1952). With the
+features fixed the penalised likelihood is strictly concave, so Newton's method in float64 finds its one
+maximum: no learning rate, no seed, the same bytes every time on one machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models.packing import Sample, pack
+from models.packing import MicroBatch, Sample, pack
 
 _TOLERANCE = 1e-9
 _MOST_STEPS = 100
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose later blocks nobody needs."""
 
 
 @torch.inference_mode()
@@ -30,23 +35,23 @@ def episode_features(
     token_budget: int = 2048,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
-    """Return [S, D] float64: the hidden state after `layer` blocks, averaged over the tokens of each response.
+    """Return [S, D] float64: the hidden state after `layer` blocks, averaged over each response's tokens.
 
     Args:
-        layer: 0 is the embedding, the number of blocks the last (normalised) state.
+        model: a decoder whose `base_model.layers` are its blocks.
+        layer: 0 is the embedding; less than the number of blocks. Later blocks are not computed.
         token_budget: tokens of one packed row; shared beginnings are computed once.
         report: told (samples done, samples in all) after each row.
+
+    Raises:
+        ValueError: a response is empty.
     """
+    if not all(len(sample.response_ids) for sample in samples):
+        raise ValueError("an episode without a response has no features")
     features: dict[int, Tensor] = {}
     for row in pack([_closed(sample) for sample in samples], token_budget):
         row = row.to(model.device)
-        states = model.base_model(
-            input_ids=row.input_ids[None],
-            position_ids=row.position_ids[None],
-            attention_mask=row.attention_mask(),
-            use_cache=False,
-            output_hidden_states=True,
-        ).hidden_states[layer][0]
+        states = _states(model, row, layer)
         nodes = row.predictors[row.token]
         for place, number in enumerate(row.samples):
             of_response = nodes[row.sequence == place][1:]  # the first one is the prompt's last token
@@ -55,8 +60,32 @@ def episode_features(
     return torch.stack([features[number] for number in range(len(samples))])
 
 
+def _states(model: PreTrainedModel, row: MicroBatch, layer: int) -> Tensor:
+    """Return the hidden states [T, D] that enter block `layer`."""
+    caught: list[Tensor] = []
+
+    def catch(block: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        caught.append(inputs[0][0])
+        raise _Enough
+
+    blocks: Any = model.base_model.layers
+    hook = blocks[layer].register_forward_pre_hook(catch)
+    try:
+        model.base_model(
+            input_ids=row.input_ids[None],
+            position_ids=row.position_ids[None],
+            attention_mask=row.attention_mask(),
+            use_cache=False,
+        )
+    except _Enough:
+        pass
+    finally:
+        hook.remove()
+    return caught[0]
+
+
 def _closed(sample: Sample) -> Sample:
-    """Add a token that nobody looks at: a packed row names the nodes that *predict* tokens, so now also the last one."""
+    """Add a token that nobody looks at: a packed row names the nodes that predict one, so now the last as well."""
     length = len(sample.response_ids) + 1
     ids = [*sample.response_ids, 0]
     return replace(sample, response_ids=ids, trained=[True] * length, behaviour_logprobs=[0.0] * length)

@@ -1,6 +1,7 @@
 """A real Llama that is made in a second: same classes, files and code path as the product's models, only
 small.
- `make_tiny_model(path)` writes a Hugging Face directory (config.json, model.safetensors, tokenizer.json, ...)
+
+`make_tiny_model(path)` writes a Hugging Face directory (config.json, model.safetensors, tokenizer.json, ...)
 that `AutoModelForCausalLM` and `AutoTokenizer` load offline. The tokenizer is character-level: every
 printable ASCII character is one token, so digits are single tokens, "\\n" is one token, and text round-trips
 exactly. Ids do not depend on the seed; weights do, and the same seed gives the same bytes. pad = eos =

@@ -1,0 +1,1 @@
+"""Environments with verifiable rewards: the tasks that agents are trained and judged on."""

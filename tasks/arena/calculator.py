@@ -1,7 +1,8 @@
-"""Tool use in two turns: the agent writes a calculator call, the tool runs it, the agent writes the final answer.
+"""Tool use in two turns: the agent writes a calculator call, the tool runs it, the agent writes the answer.
 
-The prompt is plain text with worked examples. The first action must be a call such as `calc(52 - 11)`; the observation
-gives its value, or `error` for anything else; the second action is the answer, and only the answer is rewarded.
+The prompt is plain text with worked examples. The first action must be a call such as `calc(52 - 11)`; the
+observation gives its value, or `error` for anything else; the second action is the answer, and it alone is
+rewarded.
 """
 
 from __future__ import annotations
@@ -77,9 +78,11 @@ class Calculator:
     max_new_tokens = 12
 
     def tasks(self, split: Split, n: int, seed: int) -> list[Task]:
+        """See `Environment.tasks`."""
         return draw_tasks(self, _candidates(seed), split, n, seed)
 
     def step(self, task: Task, actions: Sequence[str]) -> Step:
+        """Run the call, then judge the answer."""
         try:
             result: int | None = run_call(actions[0])
         except CallError:
@@ -96,13 +99,14 @@ class Calculator:
         return Step(observation="", done=True, reward=float(correct), components=components)
 
     def constant_baseline(self, tasks: Sequence[Task]) -> tuple[str, float]:
+        """The most common answer, written whatever the tool says."""
         return most_common_share([str(task.payload["answer"]) for task in tasks])
 
     def random_operator_baseline(self, tasks: Sequence[Task]) -> float:
         """Expected reward of calling the tool on the right numbers with an operator drawn at random."""
         if not tasks:
             raise UsageError("A baseline needs at least one task.")
-        hits = [
+        hits: list[bool] = [
             calculate(f"{task.payload['a']} {operator} {task.payload['b']}") == task.payload["answer"]
             for task in tasks
             for operator in FORMS

@@ -1,8 +1,8 @@
 """What an environment with a verifiable reward is, how its tasks are split, and how one is found by name.
 
-An episode is plain text: the task's prompt, then turns of one line each. The agent's action is what stands before the
-first newline; the environment answers with an observation that is appended as it is, or ends the episode. `step` is a pure
-function of the task and the actions so far, so any episode can be scored again from its text.
+An episode is plain text: the task's prompt, then turns. The agent's action is what it writes up to the first
+newline; the environment answers with an observation that is appended as it is, or ends the episode. `step` is
+a pure function of the task and the actions so far, so any episode can be scored again from its text.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Environment(Protocol):
     """A family of tasks with its verifier; stateless, so one object serves any number of episodes."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What `get` knows it by."""
 
     @property
     def version(self) -> str:
@@ -62,7 +63,8 @@ class Environment(Protocol):
         """SPDX identifier of the licence of the task texts."""
 
     @property
-    def max_turns(self) -> int: ...
+    def max_turns(self) -> int:
+        """Most actions an episode may have."""
 
     @property
     def max_new_tokens(self) -> int:
@@ -93,13 +95,13 @@ def draw_tasks(
 ) -> list[Task]:
     """Take the first `n` distinct (prompt, payload) candidates that belong to `split`.
 
-    Looks at 2,000 + 200 n candidates at most, so a family with few prompts ends in an error and not in an endless loop.
+    Looks at 1,000 + 50 n candidates at most: a family with few prompts ends in an error, not in a loop.
 
     Raises:
         UsageError: too few distinct prompts were seen.
     """
     found: dict[str, Task] = {}
-    for prompt, payload in itertools.islice(candidates, 2_000 + 200 * n):
+    for prompt, payload in itertools.islice(candidates, 1_000 + 50 * n):
         if len(found) == n:
             break
         if split_of(prompt) == split and prompt not in found:

@@ -20,13 +20,16 @@ class Largest:
     max_new_tokens = 5
 
     def tasks(self, split: Split, n: int, seed: int) -> list[Task]:
+        """See `Environment.tasks`."""
         return draw_tasks(self, _candidates(seed), split, n, seed)
 
     def step(self, task: Task, actions: Sequence[str]) -> Step:
+        """Judge the only action; the text must be the number and nothing else."""
         correct = float(actions[0].strip() == str(task.payload["answer"]))
         return Step(observation="", done=True, reward=correct, components={"correct": correct})
 
     def constant_baseline(self, tasks: Sequence[Task]) -> tuple[str, float]:
+        """The most common answer."""
         return most_common_share([str(task.payload["answer"]) for task in tasks])
 
 

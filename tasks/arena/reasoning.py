@@ -1,7 +1,7 @@
 """Any family of reasoning-gym as a single-turn environment, scored by the family's own `score_answer`.
 
-The prompt shows three solved items of the family and asks the next one. A small model needs short prompts and easy items:
-`FAMILIES` holds what differs from the general form for the families where that has been tried.
+The prompt shows three solved items of the family and asks the next one. A small model needs short prompts and
+easy items: `FAMILIES` holds what differs from the general form for the families where that has been tried.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _CHUNK = 256  # items a reasoning-gym dataset object holds; a longer stream re-s
 class Family:
     """How the items of one dataset are made and shown.
 
-    The prompt of an item is `form` with {question} filled in, where the question is first cut down to the groups of
-    `compact` (a regular expression) joined by spaces, if that is given.
+    The prompt of an item is `form` with {question} filled in, where the question is first cut down to the
+    group of `compact` (a regular expression), if that is given.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -39,8 +39,9 @@ class Family:
     max_new_tokens: int = 32
 
     def show(self, question: str) -> str:
+        """The text that asks `question`, up to where its answer starts (after a space)."""
         if self.compact is not None and (match := re.search(self.compact, question, re.DOTALL)):
-            question = " ".join(match.groups())
+            question = match[1]
         return self.form.format(question=question)
 
 
@@ -84,10 +85,12 @@ class ReasoningGym:
 
     @cached_property
     def version(self) -> str:
+        """Ours, the library's, and a digest of how the family is made and shown."""
         shown = digest_json([self.family.config, self.family.compact, self.family.form, self.family.gap])[:8]
         return f"1+reasoning-gym-{package_version('reasoning-gym')}+{shown}"
 
     def tasks(self, split: Split, n: int, seed: int) -> list[Task]:
+        """See `Environment.tasks`; items that the prompt shows solved are left out."""
         shown = {item["question"] for item in self._shots}
         candidates = (
             (self._prefix + self.family.show(item["question"]), item)
@@ -97,6 +100,7 @@ class ReasoningGym:
         return draw_tasks(self, candidates, split, n, seed)
 
     def step(self, task: Task, actions: Sequence[str]) -> Step:
+        """Score the only action; some families give part of the reward to an answer that is nearly right."""
         score = self._score(actions[0].strip(), task.payload)
         return Step(observation="", done=True, reward=score, components={"correct": float(score >= 1.0)})
 
@@ -128,7 +132,7 @@ class ReasoningGym:
 
     @cached_property
     def _shots(self) -> list[Mapping[str, Any]]:
-        """Solved items whose answers fit on the line that an action is, with different answers as far as there are.
+        """Solved items whose answers fit on the line that an action is; different answers first.
 
         Raises:
             UsageError: the family has no such items (many valid answers, or answers of several lines).

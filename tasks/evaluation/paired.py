@@ -1,4 +1,4 @@
-"""The evidence of one evaluation: two agents' answers to the same tasks, paired, stored and read back by digest."""
+"""The evidence of one evaluation: two agents' answers to the same tasks, paired and kept by digest."""
 
 from __future__ import annotations
 
@@ -22,13 +22,20 @@ class Outcome(Protocol):
     """One agent's answer to one task, as `tasks.rollout` gives it. The reward is within [0, 1]."""
 
     @property
-    def task_id(self) -> str: ...
+    def task_id(self) -> str:
+        """Which task."""
+
     @property
-    def env(self) -> str: ...
+    def env(self) -> str:
+        """The environment it belongs to."""
+
     @property
-    def reward(self) -> float: ...
+    def reward(self) -> float:
+        """What the verifier gave."""
+
     @property
-    def response_text(self) -> str: ...
+    def response_text(self) -> str:
+        """All the agent wrote and read after the prompt."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairedOutcomes:
-    """Everything an evaluation found; `baselines` by environment, `pairs` sorted by environment, task and sample."""
+    """All an evaluation found; `baselines` by environment, `pairs` sorted by environment, task and sample."""
 
     candidate: Agent
     champion: Agent
@@ -74,7 +81,7 @@ class PairedOutcomes:
         return sorted({pair.env for pair in self.pairs})
 
     def rewards(self, env: str | None = None) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Return candidate rewards [n], champion rewards [n] and cluster names [n], of one environment or of all.
+        """Return candidate rewards [n], champion rewards [n] and cluster names [n], of one environment or all.
 
         Answers to one task are one cluster: they share its difficulty.
         """
@@ -91,7 +98,7 @@ class PairedOutcomes:
 
 @dataclass(frozen=True)
 class SliceRow:
-    """One line of the table: mean rewards in one environment ("all" for the whole), and the paired difference.
+    """One line of the table: mean rewards in one environment (or "all"), and the paired difference.
 
     `baseline` is the constant answer's score (for "all" the mean weighted by tasks), None where unknown.
     """
@@ -122,8 +129,8 @@ def pair_outcomes(
     if odd:
         env, task, sample = odd[0]
         raise UsageError(
-            f"The evaluation is not paired: {len(odd)} answers have no counterpart, first task {task} of {env} "
-            f"(answer {sample + 1}); evaluate both agents on the same tasks."
+            f"The evaluation is not paired: {len(odd)} answers have no counterpart, first task {task} of "
+            f"{env} (answer {sample + 1}); evaluate both agents on the same tasks."
         )
     if not sides[0]:
         raise UsageError("The evaluation has no outcomes; ask for at least one task in `evaluation.tasks`.")
@@ -135,7 +142,7 @@ def pair_outcomes(
 
 
 def write_outcomes(evidence: Path, outcomes: PairedOutcomes) -> tuple[Path, str]:
-    """Write `outcomes` to evidence/outcomes/<SHA-256>.jsonl; return the path and the digest. Equal outcomes, equal bytes."""
+    """Write evidence/outcomes/<SHA-256>.jsonl; return path and digest. Equal outcomes give equal bytes."""
     head = {
         "schema": SCHEMA,
         "candidate": asdict(outcomes.candidate),
@@ -160,7 +167,9 @@ def read_outcomes(path: Path, sha256: str) -> PairedOutcomes:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise NotFound(f"The outcomes {path.name} are not in {path.parent}; restore them or evaluate again.") from None
+        raise NotFound(
+            f"The outcomes {path.name} are not in {path.parent}; restore them or evaluate again."
+        ) from None
     if sha256_bytes(data) != sha256:
         raise Corrupt(f"The outcomes {path} differ from their digest {sha256[:12]}…; evaluate again.")
     head, *rows = (json.loads(line) for line in data.splitlines())
@@ -174,12 +183,16 @@ def read_outcomes(path: Path, sha256: str) -> PairedOutcomes:
 
 def table(outcomes: PairedOutcomes, *, alpha: float) -> list[SliceRow]:
     """Return one row per environment and one for all, with intervals of one-sided error `alpha`."""
-    rows = [_row(outcomes, env, env, alpha, _baseline(outcomes.baselines, [env])) for env in outcomes.slices()]
+    rows = [
+        _row(outcomes, env, env, alpha, _baseline(outcomes.baselines, [env])) for env in outcomes.slices()
+    ]
     everything = _baseline(outcomes.baselines, [pair.env for pair in outcomes.pairs])
     return [*rows, _row(outcomes, "all", None, alpha, everything)]
 
 
-def _row(outcomes: PairedOutcomes, name: str, env: str | None, alpha: float, baseline: float | None) -> SliceRow:
+def _row(
+    outcomes: PairedOutcomes, name: str, env: str | None, alpha: float, baseline: float | None
+) -> SliceRow:
     candidate, champion, _ = outcomes.rewards(env)
     gain = outcomes.difference(env, alpha=alpha)
     means = float(candidate.mean()), float(champion.mean())

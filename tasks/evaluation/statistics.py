@@ -5,8 +5,8 @@ Every interval here is two-sided and made of two one-sided bounds of error `alph
 probability `alpha`: for a promotion gate that is the false promotion rate of one cycle.
 
 Sources: Miller, "Adding Error Bars to Evals" (arXiv 2411.00640) for paired, clustered comparison; Bell and
-McCaffrey (2002) for CR2 and its degrees of freedom; McNemar (1947); Wilson (1927); Clopper and Pearson (1934);
-Holm (1979).
+McCaffrey (2002) for CR2 and its degrees of freedom; McNemar (1947); Wilson (1927); Clopper and Pearson
+(1934); Holm (1979).
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ def clustered_mean(
 ) -> Estimate:
     """Estimate a mean from values that are independent between clusters only.
 
-    The standard error is CR2 (for an intercept: each cluster's residual sum, divided by 1 - its share of the values),
-    the quantile Student's t with Bell-McCaffrey degrees of freedom; with clusters of one this is the ordinary t
-    interval. Where the clusters do not vary (all alike, or only one) the sample says nothing about variance, and the
-    interval follows from `support` alone: if the mean were m, G independent clusters would all reach c with
-    probability at most ((m - lowest) / (c - lowest))^G by Markov's inequality. For all-right answers this is the
-    Clopper-Pearson bound alpha^(1/G).
+    The standard error is CR2 (for an intercept: each cluster's residual sum, divided by 1 - its share of the
+    values), the quantile Student's t with Bell-McCaffrey degrees of freedom; with clusters of one this is the
+    ordinary t interval. Where the clusters do not vary (all alike, or only one) the sample says nothing about
+    variance, and the interval follows from `support` alone: if the mean were m, G independent clusters would
+    all reach c with probability at most ((m - lowest) / (c - lowest))^G by Markov's inequality. For all-right
+    answers this is the Clopper-Pearson bound alpha^(1/G).
 
     Args:
         values: [n] numbers within `support`.
@@ -127,7 +127,7 @@ def paired_difference(
     alpha: float,
     power: float = 0.8,
 ) -> Estimate:
-    """Estimate mean(candidate - champion) from rewards in [0, 1] on the same tasks: [n] and [n], in the same order.
+    """Estimate mean(candidate - champion) from rewards in [0, 1] on the same tasks, [n] each, in one order.
 
     Raises:
         ValueError: as `clustered_mean`, or rewards outside [0, 1].
@@ -173,7 +173,7 @@ def wilson(successes: int, n: int, *, alpha: float) -> tuple[float, float]:
 
 
 def clopper_pearson(successes: int, n: int, *, alpha: float) -> tuple[float, float]:
-    """Return the exact interval for a proportion; never below its confidence (0 of n gives about 3/n at 5 %)."""
+    """Return the exact interval for a proportion; never below its confidence (0 of n: about 3/n at 5 %)."""
     _check_counts(successes, n)
     low = 0.0 if successes == 0 else float(special.betaincinv(successes, n - successes + 1, alpha))
     high = 1.0 if successes == n else float(special.betaincinv(successes + 1, n - successes, 1 - alpha))
@@ -181,7 +181,7 @@ def clopper_pearson(successes: int, n: int, *, alpha: float) -> tuple[float, flo
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return Holm's adjusted p-values, in the given order: rejecting those <= alpha keeps the family's error <= alpha."""
+    """Return Holm's adjusted p-values, in the given order: rejecting those <= alpha errs at most alpha in all."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted = [0.0] * len(p_values)
     running = 0.0

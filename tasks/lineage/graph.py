@@ -357,9 +357,10 @@ def _validation(records: Records, key: str) -> _Found:
 
 def _reward(records: Records, key: str) -> _Found:
     entry = records.by_entry[key]
-    p, evidence = entry.payload, _file(entry.payload["evidence"])
-    facts = _pick(p, "verdict", "accuracy", "ece", "path", time=entry.time)
-    return Node("reward", p["verdict"], p["digest"], facts, (evidence,)), [
+    p = entry.payload
+    files = (_file(p["evidence"]), _file(p["plot"]))
+    facts = _pick(p, "verdict", "reasons", "accuracy", "ece", "path", time=entry.time)
+    return Node("reward", p["verdict"], p["digest"], facts, files), [
         ("trained on", _dataset_of(records, p["dataset"]))
     ]
 

@@ -65,15 +65,17 @@ def to_tree(lineage: Lineage, generations: int = GENERATIONS) -> Tree:
     Args:
         generations: how many steps back to earlier agents and dataset versions are drawn.
     """
+    left = {lineage.root: generations}  # how many steps back may still be drawn below a node
     place: dict[Ref, Edge] = {}  # the edge under which a node is drawn
-    for edge in lineage.edges:
-        if edge.target != lineage.root:
-            place.setdefault(edge.target, edge)
+    for edge in lineage.edges:  # nearest first, so the source has been placed if it is drawn at all
+        if left.get(edge.source, -1) >= 0 and edge.target not in left:
+            left[edge.target] = left[edge.source] - (edge.relation in _OLDER)
+            place[edge.target] = edge
     drawn: set[Ref] = set()
 
-    def grow(branch: Tree, ref: Ref, left: int) -> None:
+    def grow(branch: Tree, ref: Ref) -> None:
         drawn.add(ref)
-        edges = lineage.following[ref]
+        edges = lineage.following[ref] if left[ref] >= 0 else ()
         shards = [edge.target for edge in edges if edge.relation == "holds"]
         unnamed = shards[_SHARDS:] if len(shards) > _SHARDS + 1 else []
         hidden = set(unnamed)
@@ -84,16 +86,15 @@ def to_tree(lineage: Lineage, generations: int = GENERATIONS) -> Tree:
                 continue
             label = Text(f"{edge.relation} ", style="dim") if edge.relation != "holds" else Text()
             node = lineage.nodes[edge.target]
-            if place.get(edge.target) is not edge:
-                where = "above" if edge.target in drawn or edge.target == lineage.root else "below"
-                branch.add(label + _name(node) + Text(f"  see {where}", style="dim italic"))
-            elif edge.relation in _OLDER and left == 0:
-                branch.add(label + _line(node) + Text("  … earlier: ask for it by name", style="dim italic"))
+            if place.get(edge.target) is edge:
+                cut = "  … earlier: ask for it by name" if left[edge.target] < 0 else ""
+                grow(branch.add(label + _line(node) + Text(cut, style="dim italic")), edge.target)
             else:
-                grow(branch.add(label + _line(node)), edge.target, left - (edge.relation in _OLDER))
+                where = "above" if edge.target in drawn else "below"
+                branch.add(label + _name(node) + Text(f"  see {where}", style="dim italic"))
 
     tree = Tree(_line(lineage.nodes[lineage.root]), guide_style="dim")
-    grow(tree, lineage.root, generations)
+    grow(tree, lineage.root)
     return tree
 
 

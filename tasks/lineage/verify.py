@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tasks.core.digest import digest_files, digest_json, sha256_bytes, sha256_file
+from tasks.core.digest import digest_files, digest_json, digest_tree, sha256_bytes, sha256_file
 from tasks.core.errors import Corrupt, ForebayError
 from tasks.core.ledger import Ledger
 from tasks.core.workspace import Workspace
@@ -129,17 +129,19 @@ def verify(
 
 def _claims(workspace: Workspace, found: Lineage) -> tuple[dict[File, str], list[Problem]]:
     """Return each file to hash and what it belongs to, and digests over digests (problems if they differ)."""
+    holder = {edge.target: found.nodes[edge.source] for edge in found.edges if edge.relation == "holds"}
     claims: dict[File, str] = {}
     checks: list[Problem] = []
-    for node in found.nodes.values():
+    for ref, node in found.nodes.items():
         for file in node.files:
-            claims.setdefault(file, _owner(node))
-        if node.known and node.kind in _INSIDE:
-            for item in _INSIDE[node.kind](workspace, node):
-                if isinstance(item, File):
-                    claims.setdefault(item, _owner(node))
-                else:
-                    checks.append(item)
+            claims.setdefault(file, _owner(holder.get(ref, node)))
+    for node in found.nodes.values():
+        inside = _INSIDE[node.kind](workspace, node) if node.known and node.kind in _INSIDE else ()
+        for item in inside:
+            if isinstance(item, File):
+                claims.setdefault(item, _owner(node))
+            else:
+                checks.append(item)
     return claims, checks
 
 
@@ -168,6 +170,14 @@ def _manifest(workspace: Workspace, node: Node) -> Iterator[File | Problem]:
         yield File(shard.path, shard.sha256)
 
 
+def _reward_model(workspace: Workspace, node: Node) -> Iterator[Problem]:
+    """The digest of a reward model follows from the files in its folder."""
+    folder = node.facts["path"]
+    found = digest_files(digest_tree(workspace.root / folder)) if (workspace.root / folder).is_dir() else None
+    problem: Literal["missing", "changed"] = "changed" if found else "missing"
+    yield Problem(problem, folder, _owner(node), node.digest or "", found)
+
+
 def _record(workspace: Workspace, node: Node) -> Iterator[File | Problem]:
     """A decision record holds the whole policy, and names the evidence files it rests on."""
     data = _intact(workspace, node.files[0])
@@ -187,6 +197,7 @@ _INSIDE: dict[Kind, Callable[[Workspace, Node], Iterable[File | Problem]]] = {
     "run": _folder,
     "dataset": _manifest,
     "decision": _record,
+    "reward": _reward_model,
 }
 
 

@@ -1,4 +1,4 @@
-"""The gate: evidence and a policy in, a decision out. No clock, no store: the same inputs give the same bytes."""
+"""The gate: evidence and a policy in, a decision out. No clock, no store: equal inputs give equal bytes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the gate said about replacing `champion` by `candidate`, with everything needed to say it again."""
+    """What the gate said about replacing `champion` by `candidate`, with all that is needed to say it again."""
 
     candidate: Agent
     champion: Agent
@@ -103,7 +103,7 @@ class Decision:
         return sha256_bytes(self.record)
 
     def payload(self, record: str) -> dict[str, Any]:
-        """Return the ledger's payload of `decision.made`; `record` is the record's path as the ledger writes paths."""
+        """Return the ledger's payload of `decision.made`; `record` is the record's path as the ledger has it."""
         return {
             "decision": self.digest,
             "verdict": self.verdict,
@@ -124,7 +124,9 @@ def decide(evidence: Path, inputs: Inputs, policy: Policy) -> Decision:
         NotFound, Corrupt: an evidence file is missing or is not what its digest says.
     """
     outcomes = read_outcomes(evidence / inputs.outcomes.path, inputs.outcomes.sha256)
-    reward = None if inputs.reward is None else _read_json(evidence / inputs.reward.path, inputs.reward.sha256)
+    reward = (
+        None if inputs.reward is None else _read_json(evidence / inputs.reward.path, inputs.reward.sha256)
+    )
     items = [
         _finding("integrity", inputs.integrity, policy.integrity.required),
         _finding("data", inputs.data, policy.data.required),
@@ -152,8 +154,8 @@ def conclude(items: Sequence[Evidence]) -> tuple[Verdict, tuple[str, ...]]:
 def quality_evidence(outcomes: PairedOutcomes, source: FileRef, policy: Policy) -> Evidence:
     """Weigh superiority over all tasks.
 
-    For rewards of 0 and 1 the exact McNemar test must agree: with few tasks on which the agents differ, the t interval
-    is too short.
+    For rewards of 0 and 1 the exact McNemar test must agree: with few tasks on which the agents differ, the t
+    interval is too short.
     """
     rule = policy.superiority
     gain = outcomes.difference(alpha=rule.alpha, power=rule.power)
@@ -161,7 +163,10 @@ def quality_evidence(outcomes: PairedOutcomes, source: FileRef, policy: Policy) 
     says = f"{_words(gain)}, needed above {rule.margin:.3f}"
     candidate, champion, _ = outcomes.rewards()
     if gain.clusters < rule.min_tasks:
-        verdict, says = "INCONCLUSIVE", f"{gain.clusters} tasks are too few, the policy asks for {rule.min_tasks}"
+        verdict, says = (
+            "INCONCLUSIVE",
+            f"{gain.clusters} tasks are too few, the policy asks for {rule.min_tasks}",
+        )
     elif verdict == "PASS" and is_binary(candidate) and is_binary(champion):
         p = mcnemar(candidate, champion)
         if p > rule.alpha:
@@ -181,7 +186,9 @@ def guard_evidence(outcomes: PairedOutcomes, source: FileRef, policy: Policy) ->
     harmful = holm([gain.p_below(-rule.margin) for gain in gains])
     items = []
     for env, gain, p_good, p_bad in zip(names, gains, harmless, harmful, strict=True):
-        verdict: Verdict = "PASS" if p_good <= rule.alpha else "FAIL" if p_bad <= rule.alpha else "INCONCLUSIVE"
+        verdict: Verdict = (
+            "PASS" if p_good <= rule.alpha else "FAIL" if p_bad <= rule.alpha else "INCONCLUSIVE"
+        )
         claim = {"PASS": "is no worse", "FAIL": "is worse", "INCONCLUSIVE": "may be worse"}[verdict]
         says = f"Guard {env}: the candidate {claim}, {_words(gain)}, needed above {-rule.margin:.3f}."
         items.append(_measured(f"guard/{env}", verdict, says, source.sha256, gain, -rule.margin))
@@ -247,7 +254,8 @@ def recompute_decision(path: Path) -> Decision:
 
     Raises:
         NotFound: the record or an evidence file is missing.
-        Corrupt: bytes differ from their digest, or the evidence leads to another decision than the recorded one.
+        Corrupt: bytes differ from their digest, or the evidence leads to another decision than the recorded
+        one.
     """
     recorded = read_decision(path)
     again = decide(path.parent.parent, recorded.inputs, recorded.policy)
@@ -262,7 +270,10 @@ def recompute_decision(path: Path) -> Decision:
 def _finding(name: str, finding: Finding | None, required: bool) -> Evidence:
     if finding is None:
         return Evidence(name, "INCONCLUSIVE", f"{name.capitalize()}: not checked.", None, required)
-    why = "; ".join(finding.reasons) or {"PASS": "sound", "FAIL": "refused", "INCONCLUSIVE": "unclear"}[finding.verdict]
+    why = (
+        "; ".join(finding.reasons)
+        or {"PASS": "sound", "FAIL": "refused", "INCONCLUSIVE": "unclear"}[finding.verdict]
+    )
     says = f"{name.capitalize()} of {finding.subject[:12]}…: {why}."
     return Evidence(name, finding.verdict, says, finding.digest, required)
 

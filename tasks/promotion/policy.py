@@ -14,28 +14,28 @@ from tasks.core.settings import Section, load_section
 
 
 class Superiority(Section):
-    """The candidate's mean reward must exceed the champion's by more than `margin` over all held-out tasks."""
+    """The candidate's mean reward must exceed the champion's by more than `margin` over all tasks."""
 
-    margin: float = Field(0.0, ge=0, lt=1, description="mean reward on [0, 1]")
-    alpha: float = Field(0.0025, gt=0, lt=0.5, description="false promotions per cycle")
-    power: float = Field(0.8, gt=0.5, lt=1, description="at which the minimum detectable effect is reported")
-    min_tasks: int = Field(30, ge=2, description="fewer paired tasks are inconclusive")
+    margin: float = Field(default=0.0, ge=0, lt=1, description="mean reward on [0, 1]")
+    alpha: float = Field(default=0.0025, gt=0, lt=0.5, description="false promotions per cycle")
+    power: float = Field(default=0.8, gt=0.5, lt=1, description="at which the minimum detectable effect is reported")
+    min_tasks: int = Field(default=30, ge=2, description="fewer paired tasks are inconclusive")
 
 
 class Guards(Section):
     """In no environment may the candidate be worse than the champion by `margin` or more."""
 
-    margin: float = Field(0.10, gt=0, lt=1, description="mean reward on [0, 1]")
-    alpha: float = Field(0.05, gt=0, lt=0.5, description="error over all environments together (Holm)")
+    margin: float = Field(default=0.10, gt=0, lt=1, description="mean reward on [0, 1]")
+    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="error over all environments together (Holm)")
 
 
 class RewardModel(Section):
     """What the reward model must show on pairs it was not trained on."""
 
     required: bool = True
-    min_accuracy: float = Field(0.60, gt=0.5, lt=1, description="for the lower bound of pair accuracy")
-    max_ece: float = Field(0.15, gt=0, lt=1, description="expected calibration error")
-    alpha: float = Field(0.05, gt=0, lt=0.5, description="one-sided error of the accuracy's bounds")
+    min_accuracy: float = Field(default=0.60, gt=0.5, lt=1, description="for the lower bound of pair accuracy")
+    max_ece: float = Field(default=0.15, gt=0, lt=1, description="expected calibration error")
+    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="one-sided error of the accuracy's bounds")
 
 
 class Check(Section):

@@ -1,9 +1,10 @@
 """Who is champion: decided in the ledger by compare-and-set, then shown in the registry's aliases.
 
-The ledger's intent row is the point of no return. It is written only if, under the ledger's lock, everything still
-holds: the champion is the one the candidate was compared with, the decision passed, nobody else is under way. After
-that the change will happen: its writer sets the aliases, reads them back and commits, and if the writer dies anybody who
-calls `reconcile` does the rest. Every step can be done twice, so helping a writer who is still alive does no harm.
+The ledger's intent row is the point of no return. It is written only if, under the ledger's lock, everything
+still holds: the champion is the one the candidate was compared with, the decision passed, nobody else is
+under way. After that the change will happen: its writer sets the aliases, reads them back and commits, and if
+the writer dies anybody who calls `reconcile` does the rest. Every step can be done twice, so helping a writer
+who is still alive does no harm.
 """
 
 from __future__ import annotations
@@ -134,14 +135,23 @@ def crown(ledger: Ledger, registry: Aliases, version: int, *, by: str) -> Entry:
     def check(view: LedgerView) -> None:
         now = standing(view)
         if now.champion is not None:
-            raise Conflict(f"agent/{now.champion} is champion already; agent/{version} must be promoted through the gate.")
+            raise Conflict(
+                f"agent/{now.champion} is champion already; agent/{version} has to pass the gate."
+            )
 
     payload = {"to": version, "from": None, "decision": None, "reason": "first champion", "by": by}
     return _change(ledger, registry, "promotion", version, payload, check)
 
 
 def promote(
-    ledger: Ledger, registry: Aliases, version: int, *, decision: str, expected_champion: int, by: str, reason: str = ""
+    ledger: Ledger,
+    registry: Aliases,
+    version: int,
+    *,
+    decision: str,
+    expected_champion: int,
+    by: str,
+    reason: str = "",
 ) -> Entry:
     """Make `version` champion in place of `expected_champion`; return the committed entry.
 
@@ -150,37 +160,49 @@ def promote(
         by: who asks, as the caller knows them.
 
     Raises:
-        Conflict: the champion is another one by now (it is named), a change is under way, or the decision was used.
-        Refused: the decision did not pass, is about other agents, or lacks the approval its policy requires.
-        NotFound: the decision or the version does not exist.
-        Unavailable: the registry cannot be reached; `reconcile` finishes what has begun.
+        Conflict: the champion is another one by now (it is named), a change is under way, or the decision was
+        used. Refused: the decision did not pass, is about other agents, or lacks the approval its policy
+        requires. NotFound: the decision or the version does not exist. Unavailable: the registry cannot be
+        reached; `reconcile` finishes what has begun.
     """
 
     def check(view: LedgerView) -> None:
         made = _decision(view, decision)
         now = standing(view)
         if now.intent is not None:
-            raise Conflict(f"{_who(now.intent)} is under way; wait for it, or run `forebay reconcile` if its process died.")
+            raise Conflict(
+                f"{_who(now.intent)} is under way; wait, or run `forebay reconcile` if its process died."
+            )
         used = [e for e in view.entries("promotion.intent") if e.payload["decision"] == decision]
         if used and now.champion == version:
             raise Conflict(f"agent/{version} is champion already ({_who(used[-1])}).")
         if now.champion != expected_champion:
-            last = max((e for word in _CHANGES for e in view.entries(f"{word}.intent")), key=lambda e: e.seq, default=None)
-            why = "there is no champion" if last is None else f"the champion is agent/{now.champion} since {_who(last)}"
+            last = max(
+                (e for word in _CHANGES for e in view.entries(f"{word}.intent")),
+                key=lambda e: e.seq,
+                default=None,
+            )
+            why = (
+                "there is no champion"
+                if last is None
+                else f"the champion is agent/{now.champion} since {_who(last)}"
+            )
             raise Conflict(
-                f"agent/{version} was compared with agent/{expected_champion}, but {why}; evaluate it against the "
-                "champion again."
+                f"agent/{version} was compared with agent/{expected_champion}, but {why}; evaluate it against "
+                "the champion again."
             )
         if used:
-            raise Conflict(f"The decision {decision[:12]}… was used by {_who(used[-1])}; a decision promotes once.")
+            raise Conflict(
+                f"The decision {decision[:12]}… was used by {_who(used[-1])}; a decision promotes once."
+            )
         if made["verdict"] != "PASS":
             raise Refused(f"The gate said {made['verdict']} to agent/{version}: {' '.join(made['reasons'])}")
         judged = {role: (made[role]["version"], made[role]["digest"]) for role in ("candidate", "champion")}
         for role, asked in (("candidate", version), ("champion", expected_champion)):
             if judged[role] != (asked, _registered(view, asked)):
                 raise Refused(
-                    f"The decision {decision[:12]}… is about agent/{judged[role][0]} ({judged[role][1][:12]}…) as "
-                    f"{role}, not about agent/{asked} as it is registered."
+                    f"The decision {decision[:12]}… is about agent/{judged[role][0]} ({judged[role][1][:12]}…) "
+                    f"as {role}, not about agent/{asked} as it is registered."
                 )
         if made["approval"] == "required" and not _approved(view, decision):
             raise Refused(f"The policy asks for an approval; give it with `forebay approve {decision[:12]}`.")
@@ -207,11 +229,13 @@ def rollback(
     def check(view: LedgerView) -> None:
         now = standing(view)
         if now.intent is not None:
-            raise Conflict(f"{_who(now.intent)} is under way; wait for it, or run `forebay reconcile` if its process died.")
+            raise Conflict(
+                f"{_who(now.intent)} is under way; wait, or run `forebay reconcile` if its process died."
+            )
         if now.champions != before.champions or now.champion != expected_champion:
             raise Conflict(
-                f"The champion is agent/{now.champion}, not agent/{expected_champion}; look at `forebay status` and "
-                "decide again."
+                f"The champion is agent/{now.champion}, not agent/{expected_champion}; look at `forebay status` "
+                "and decide again."
             )
 
     payload = {"to": target, "from": expected_champion, "decision": None, "reason": reason, "by": by}
@@ -259,7 +283,9 @@ def reconcile(ledger: Ledger, registry: Aliases) -> Reconciled:
             finished += _close(ledger, now.intent, "committed")
         elif not wrote and standing(ledger) == now:
             return Reconciled(tuple(finished), tuple(repairs))
-    raise Unavailable("The registry's aliases do not stay as the ledger wants them; something else is writing them.")
+    raise Unavailable(
+        "The registry's aliases do not stay as the ledger wants them; something else is writing them."
+    )
 
 
 def _change(
@@ -276,7 +302,9 @@ def _change(
     for entry in ledger.entries(f"{word}.committed", f"agent/{version}"):
         if entry.payload["intent_seq"] == intent.seq:
             return entry
-    raise NotFound(f"agent/{version} vanished from the registry while it was put in office; nothing has changed.")
+    raise NotFound(
+        f"agent/{version} vanished from the registry while it was put in office; nothing has changed."
+    )
 
 
 def _project(registry: Aliases, now: Standing) -> list[Repair]:
@@ -325,20 +353,24 @@ def _decision(view: Entries, digest: str) -> Mapping[str, Any]:
     for entry in view.entries("decision.made"):
         if entry.payload["decision"] == digest:
             return entry.payload
-    raise NotFound(f"The ledger knows no decision {digest[:12]}…; `forebay decision show` lists what there is.")
+    raise NotFound(
+        f"The ledger knows no decision {digest[:12]}…; `forebay decision show` lists what there is."
+    )
 
 
 def _registered(view: Entries, version: int) -> str:
     entry = view.last("agent.registered", f"agent/{version}")
     if entry is None:
         raise NotFound(f"There is no agent/{version}; `forebay status` lists the agents.")
-    return entry.payload["digest"]
+    return str(entry.payload["digest"])
 
 
 def _present(ledger: Ledger, registry: Aliases, version: int) -> None:
     """Refuse early what the registry lacks; not under the ledger's lock, which must not wait for a server."""
     if registry.digest(version) != _registered(ledger, version):
-        raise NotFound(f"agent/{version} is not in the registry as the ledger knows it; register its files again.")
+        raise NotFound(
+            f"agent/{version} is not in the registry as the ledger knows it; register its files again."
+        )
 
 
 def _approved(view: Entries, decision: str) -> bool:

@@ -1,6 +1,7 @@
 """The adapter to MLflow: runs with live metrics, agents as logged models and model versions, aliases, traces.
 
-MLflow ids are locators; an agent is its digest, kept in the tag `forebay.digest`. Nothing else of ours imports mlflow.
+MLflow ids are locators; an agent is its digest, kept in the tag `forebay.digest`. Nothing else of ours
+imports mlflow.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -41,7 +42,7 @@ _FLUSH_METRICS = 500  # MLflow takes at most 1000 in one batch
 
 @dataclass(frozen=True)
 class DatasetRef:
-    """A dataset version as an MLflow input: its name and root (the SHA-256 that identifies it), and where DVC has it."""
+    """A dataset version as an MLflow input: its name, its root (what identifies it), and where DVC has it."""
 
     name: str
     root: str
@@ -52,7 +53,7 @@ class DatasetRef:
 
 @dataclass(frozen=True)
 class Registered:
-    """A model version of the agent: its number, its logged model, and the run that trained it (None for a base model)."""
+    """A version of the agent: its number, its logged model, and the run that trained it (None: a base model)."""
 
     version: int
     model_id: str
@@ -60,7 +61,7 @@ class Registered:
 
 
 class RunSink:
-    """Live metrics and files of one MLflow run; metrics are sent in batches, at the latest after five seconds.
+    """Live metrics and files of one MLflow run; metrics go out in batches, with at most five seconds' delay.
 
     Used as a context manager it ends the run, as FAILED if an exception passes through.
     """
@@ -123,9 +124,10 @@ class Registry:
         self._locks = locks
 
     def prepare(self) -> None:
-        """Create or migrate the store; several processes may call this at once, and a prepared store costs little.
+        """Create or migrate the store; several processes may do so at once, and a prepared store costs little.
 
-        MLflow itself migrates at first use, where processes that come at the same time have broken one another's tables.
+        MLflow itself migrates at first use, where processes that come at the same time have broken one
+        another's tables.
         """
         if not self._is_database:
             return
@@ -168,7 +170,9 @@ class Registry:
             if found.info.status != "RUNNING":
                 self._client.update_run(found.info.run_id, "RUNNING")
             return RunSink(self._client, found.info.run_id, model_id)
-        run = self._client.create_run(self._experiment(experiment), run_name=name, tags={KEY_TAG: key, **(tags or {})})
+        run = self._client.create_run(
+            self._experiment(experiment), run_name=name, tags={KEY_TAG: key, **(tags or {})}
+        )
         run_id = run.info.run_id
         self._client.log_batch(run_id, params=[Param(k, str(v)) for k, v in (params or {}).items()])
         if dataset is not None:
@@ -187,10 +191,10 @@ class Registry:
         tags: Mapping[str, str] | None = None,
         dataset: DatasetRef | None = None,
     ) -> Registered:
-        """Make the Hugging Face folder `files` a version of the agent; the same digest gives the same version again.
+        """Make the Hugging Face folder `files` a version of the agent; the same digest is the same version again.
 
-        The files are hard-linked into the logged model where it lies on the same file system, else copied or uploaded. A
-        crash at any point leaves nothing that a second call does not complete.
+        The files are hard-linked into the logged model where it lies on the same file system, else copied or
+        uploaded. A crash at any point leaves nothing that a second call does not complete.
 
         Args:
             digest: of the files (`digest_files`).
@@ -221,7 +225,9 @@ class Registry:
 
     def find(self, digest: str) -> Registered | None:
         """Return the version with this digest, None where there is none."""
-        versions = self._client.search_model_versions(f"name = '{AGENT}' AND tags.`{DIGEST_TAG}` = '{digest}'")
+        versions = self._client.search_model_versions(
+            f"name = '{AGENT}' AND tags.`{DIGEST_TAG}` = '{digest}'"
+        )
         if not versions:
             return None
         first = min(versions, key=lambda v: int(v.version))
@@ -256,8 +262,9 @@ class Registry:
     def traces(self, experiment: str, filter_string: str | None = None) -> Iterator[dict[str, Any]]:
         """Yield the traces of an experiment, oldest first, as plain dictionaries.
 
-        Keys: trace_id, time (UTC milliseconds), request and response (decoded JSON where it is JSON), tags, metadata,
-        feedback ([{name, value, source, rationale}], newest last) and spans ([{name, type, inputs, outputs, parent}]).
+        Keys: trace_id, time (UTC milliseconds), request and response (decoded JSON where it is JSON), tags,
+        metadata, feedback ([{name, value, source, rationale}], newest last) and spans ([{name, type, inputs,
+        outputs, parent}]).
 
         Raises:
             NotFound: there is no such experiment.
@@ -301,7 +308,7 @@ class Registry:
         found: Experiment | None = self._client.get_experiment_by_name(name)
         if found is None:
             with self._lock("mlflow-experiment"), _existing_ignored():
-                # Without a location MLflow would put files under the current directory of whoever comes first.
+                # Without a location MLflow would put files under the current directory of the first caller.
                 place = (self._artifacts / name).resolve().as_uri() if self._is_database else None
                 return self._client.create_experiment(name, artifact_location=place)
             found = self._client.get_experiment_by_name(name)
@@ -309,7 +316,9 @@ class Registry:
         return found.experiment_id
 
     def _find_run(self, experiment: str, key: str) -> Run | None:
-        runs = self._client.search_runs([self._experiment(experiment)], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+        runs = self._client.search_runs(
+            [self._experiment(experiment)], f"tags.`{KEY_TAG}` = '{key}'", max_results=1
+        )
         return runs[0] if runs else None
 
     def _logged_model(
@@ -355,13 +364,12 @@ class Registry:
         self._client.log_batch(run_id, metrics=values)
 
     def _dataset_input(self, dataset: DatasetRef) -> Any:
-        from mlflow.data.meta_dataset import MetaDataset
-        from mlflow.entities import DatasetInput, InputTag
+        from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        source = dvc_source_class()(**{k: v for k, v in asdict(dataset).items() if k != "name"})
-        meta = MetaDataset(source, name=dataset.name, digest=_short(dataset.root))
+        source = dvc_source_class()(dataset.path, dataset.rev, dataset.md5, dataset.root)
+        entity = Dataset(dataset.name, _short(dataset.root), source._get_source_type(), source.to_json())
         tags = [InputTag("mlflow.data.context", "training"), InputTag("forebay.root", dataset.root)]
-        return DatasetInput(meta._to_mlflow_entity(), tags)
+        return DatasetInput(entity, tags)
 
 
 @lru_cache(maxsize=1)
@@ -399,14 +407,15 @@ def dvc_source_class() -> Any:
         def from_dict(cls, source_dict: dict[Any, Any]) -> DvcSource:
             return cls(**source_dict)
 
-    register_dataset_source(DvcSource)
+    register_dataset_source(DvcSource)  # type: ignore[arg-type]
     return DvcSource
 
 
 def _lay_out(target: Path, files: Path, model: LoggedModel) -> None:
-    """Make `target` an MLflow model of the folder `files`: model/ is the folder itself, for plain transformers.
+    """Make `target` an MLflow model; its model/ is the folder `files` itself, for plain transformers.
 
-    `mlflow.transformers.save_model` is not used: it copies the weights, and with transformers 5 it fails on a folder.
+    `mlflow.transformers.save_model` is not used: it copies the weights, and with transformers 5 it fails on a
+    folder.
     """
     for source in sorted(p for p in files.rglob("*") if p.is_file()):
         name = source.relative_to(files)
@@ -441,7 +450,9 @@ def _lay_out(target: Path, files: Path, model: LoggedModel) -> None:
     packages = [f"{name}=={installed(name)}" for name in ("mlflow", "transformers", "torch", "accelerate")]
     (target / "requirements.txt").write_text("\n".join(packages) + "\n")
     environment = {"python": description["flavors"]["python_function"]["python_version"]}
-    (target / "python_env.yaml").write_text(yaml.safe_dump({**environment, "dependencies": ["-r requirements.txt"]}))
+    (target / "python_env.yaml").write_text(
+        yaml.safe_dump({**environment, "dependencies": ["-r requirements.txt"]})
+    )
     (target / "MLmodel").write_text(yaml.safe_dump(description))
 
 
@@ -457,7 +468,8 @@ def _link(source: Path, target: Path) -> None:
 def _plain_trace(trace: Any) -> dict[str, Any]:
     info = trace.info
     feedback = sorted(
-        (a for a in info.assessments or [] if getattr(a, "feedback", None)), key=lambda a: a.create_time_ms or 0
+        (a for a in info.assessments or [] if getattr(a, "feedback", None)),
+        key=lambda a: a.create_time_ms or 0,
     )
     return {
         "trace_id": info.trace_id,
@@ -476,7 +488,13 @@ def _plain_trace(trace: Any) -> dict[str, Any]:
             for a in feedback
         ],
         "spans": [
-            {"name": s.name, "type": s.span_type, "inputs": s.inputs, "outputs": s.outputs, "parent": s.parent_id}
+            {
+                "name": s.name,
+                "type": s.span_type,
+                "inputs": s.inputs,
+                "outputs": s.outputs,
+                "parent": s.parent_id,
+            }
             for s in trace.data.spans
         ],
     }
@@ -495,7 +513,9 @@ def _answering(uri: str) -> None:
     try:
         socket.create_connection(address, timeout=5).close()
     except OSError as error:
-        raise Unavailable(f"No MLflow server answers at {uri} ({error}); start it with `forebay up`.") from None
+        raise Unavailable(
+            f"No MLflow server answers at {uri} ({error}); start it with `forebay up`."
+        ) from None
 
 
 @contextmanager
@@ -525,5 +545,5 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _short(root: str) -> str:
-    """MLflow keeps 36 characters of a dataset's digest; the whole one is in the source and the input's tags."""
+    """MLflow keeps 36 characters of a dataset's digest; the whole one is in the source and in the tags."""
     return root[:32]

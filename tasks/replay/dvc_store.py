@@ -69,30 +69,31 @@ def add(workspace: Workspace, folder: Path, files: Sequence[Path]) -> Pointer:
     Raises:
         Unavailable: DVC failed; what it said is quoted.
     """
-    pointer_file = folder.with_name(folder.name + ".dvc")
     with _repo(workspace, "add shards") as repo:
-        repo.add([str(path) for path in files] if pointer_file.exists() else [str(folder)])
-        return _pointer(workspace, folder, repo.config["remote"][_REMOTE]["url"])
+        repo.add([str(path) for path in files] if _pointer_file(folder).exists() else [str(folder)])
+        out = yaml.safe_load(_pointer_file(folder).read_text())["outs"][0]
+        return Pointer(workspace.relative(folder), out["md5"], str(repo.config["remote"][_REMOTE]["url"]))
 
 
-def push(workspace: Workspace, files: Sequence[Path]) -> None:
-    """Copy `files` and the listing of their folder to the remote.
+def push(workspace: Workspace, folder: Path) -> None:
+    """Copy what the remote lacks of `folder` to it.
 
     Raises:
         Unavailable: the remote cannot be reached or written.
     """
     with _repo(workspace, "push to the remote") as repo:
-        repo.push(targets=[str(path) for path in files], recursive=True)
+        # By its pointer file: DVC looks up any other target in a `dvc.yaml` of the current directory first.
+        repo.push(targets=[str(_pointer_file(folder))])
 
 
-def pull(workspace: Workspace, files: Sequence[Path]) -> None:
-    """Bring `files` (shards, or a whole folder) from the remote, in place of what lies there now.
+def pull(workspace: Workspace, folder: Path) -> None:
+    """Make `folder` what its pointer says, with files from the remote: missing and changed ones are replaced.
 
     Raises:
         Unavailable: the remote cannot be reached or does not hold them.
     """
     with _repo(workspace, "pull from the remote") as repo:
-        repo.pull(targets=[str(path) for path in files], recursive=True, force=True)
+        repo.pull(targets=[str(_pointer_file(folder))], force=True)
 
 
 def status(workspace: Workspace) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def status(workspace: Workspace) -> dict[str, Any]:
 def files_to_commit(workspace: Workspace, folder: Path) -> list[Path]:
     """Return the files that make a git commit from which `folder` can be pulled again."""
     root = workspace.root
-    pointers = [folder.with_name(folder.name + ".dvc"), folder.parent / ".gitignore"]
+    pointers = [_pointer_file(folder), folder.parent / ".gitignore"]
     return [*pointers, root / ".dvc" / "config", root / ".dvc" / ".gitignore", root / ".dvcignore"]
 
 
@@ -128,9 +129,8 @@ def _repo(workspace: Workspace, what: str) -> Iterator[Repo]:
             raise Unavailable(f"DVC could not {what} in {root}: {' '.join(str(error).split())}") from error
 
 
-def _pointer(workspace: Workspace, folder: Path, url: str) -> Pointer:
-    out = yaml.safe_load(folder.with_name(folder.name + ".dvc").read_text())["outs"][0]
-    return Pointer(workspace.relative(folder), out["md5"], url)
+def _pointer_file(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".dvc")
 
 
 def _configure(root: Path, remote: str | None) -> None:

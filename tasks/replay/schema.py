@@ -1,7 +1,7 @@
 """The replay row: one episode of a group, as a dataclass and as an Arrow schema.
 
-The fields of `Episode` and the columns of `arrow_schema()` are the same names in the same order. A change to either is a
-change of the format and raises `SCHEMA_VERSION`.
+The fields of `Episode` and the columns of `arrow_schema()` are the same names in the same order. A change to
+either is a change of the format and raises `SCHEMA_VERSION`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ FinishReason = Literal["done", "length", "turns", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """One sampled episode: the prompt, everything after it, what the behaviour policy thought of it, and its reward.
+    """One sampled episode: the prompt, what followed, how likely the policy found it, and its reward.
 
-    `response_ids`, `loss_mask`, `turn_ids` and `behaviour_logprobs` have one entry per response token (all turns,
-    observations included).
+    `response_ids`, `loss_mask`, `turn_ids` and `behaviour_logprobs` have one entry per response token, over
+    all turns with their observations.
     """
 
     episode_id: str
@@ -63,7 +63,7 @@ class Episode:
 
 
 def arrow_schema() -> pa.Schema:
-    """The columns of a replay shard: the fields of `Episode`, none nullable, `SCHEMA_VERSION` in the metadata."""
+    """The columns of a shard: the fields of `Episode`, none nullable; the metadata holds `SCHEMA_VERSION`."""
     import pyarrow as pa
 
     def column(name: str, kind: pa.DataType) -> pa.Field:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
@@ -72,7 +72,7 @@ def seal(workspace: Workspace, ledger: Ledger, settings: Replay) -> SealedDatase
         Conflict: another machine sealed the same version.
     """
     name = settings.dataset
-    with file_lock(workspace.locks / f"seal-{name}.lock", what=f"the dataset {name}"):
+    with _locked(workspace, name):
         parent = newest(ledger, name)
         sealed = _finish(workspace, ledger, settings, parent)
         parent = sealed or parent
@@ -127,6 +127,20 @@ def known_groups(workspace: Workspace, ledger: Ledger, name: str) -> set[str]:
     if parent is not None:
         index.catch_up(workspace, parent.manifest)
     return segments.waiting_groups(workspace, name) | index.sealed_groups(workspace, name)
+
+
+def restore(workspace: Workspace, name: str) -> None:
+    """Bring the shards of dataset `name` that are missing or damaged back from the remote.
+
+    Raises:
+        Unavailable: the remote cannot be reached or does not hold them.
+    """
+    with _locked(workspace, name):
+        dvc_store.pull(workspace, shards.folder_of(workspace, name))
+
+
+def _locked(workspace: Workspace, name: str) -> AbstractContextManager[None]:
+    return file_lock(workspace.locks / f"seal-{name}.lock", what=f"the dataset {name}")
 
 
 def _finish(
@@ -217,8 +231,9 @@ def _store(workspace: Workspace, settings: Replay, new: Sequence[Shard]) -> dvc_
     """Hand the new shards to DVC and push them."""
     files = [workspace.root / shard.path for shard in new]
     dvc_store.init(workspace, settings.remote)
-    pointer = dvc_store.add(workspace, shards.folder_of(workspace, settings.dataset), files)
-    dvc_store.push(workspace, files)
+    folder = shards.folder_of(workspace, settings.dataset)
+    pointer = dvc_store.add(workspace, folder, files)
+    dvc_store.push(workspace, folder)
     return pointer
 
 

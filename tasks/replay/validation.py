@@ -322,7 +322,7 @@ def _policy_lag(rows: _Rows) -> Check:
     usable = len(np.unique(rows.codes("group_id")[~stale]))
     detail = (
         f"{usable} groups within {expected.max_policy_lag} versions of agent/{expected.policy_version}, "
-        f"{expected.min_groups} are needed; {int(stale.sum())} of {rows.count} rows are older and are passed over"
+        f"{expected.min_groups} are needed; {int(stale.sum())} of {rows.count} rows are older and passed over"
     )
     return Check("policy_lag", usable >= expected.min_groups, int(stale.sum()), rows.count, detail)
 

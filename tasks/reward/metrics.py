@@ -36,10 +36,10 @@ def pair_accuracy(margins: ArrayLike, groups: Sequence[str], *, alpha: float) ->
 
 
 def reliability(margins: ArrayLike, bins: int = BINS) -> list[Bin]:
-    """Return the reliability diagram of the predicted probabilities sigmoid(|margin|), over [0.5, 1]; empty bins absent.
+    """Return the reliability diagram of the probabilities sigmoid(|margin|) in [0.5, 1], without empty bins.
 
-    A Bradley-Terry model says "this one is better" with a confidence in [0.5, 1] and is right where the margin is
-    positive.
+    A Bradley-Terry model says "this one is better" with a confidence in [0.5, 1] and is right where the
+    margin is positive.
     """
     margin = np.asarray(margins, dtype=np.float64)
     confidence = 1 / (1 + np.exp(-np.abs(margin)))

@@ -23,7 +23,7 @@ from tasks.reward.pairs import Pair, Split, make_pairs, split_pairs
 
 SCHEMA = "forebay.reward_model/1"
 # Where a small language model knows best what it has read: at two thirds of its depth, over the whole answer.
-# SmolLM2-135M on calculator and chain_sum, held-out pairs: 0.90 there, 0.79 for the last token at the same depth,
+# SmolLM2-135M on calculator and chain_sum, held-out pairs: 0.90 there, 0.79 for the last token at that depth,
 # 0.77 for the last token of the last layer.
 DEPTH = 2 / 3
 _FOLDS = 5
@@ -62,7 +62,7 @@ class RewardModel:
 
 @dataclass(frozen=True)
 class TrainedReward:
-    """A reward model with the pairs it has not seen, and its margins on them: [n] better less worse, in nats."""
+    """A reward model with the pairs it has not seen and its margins on them: [n], better less worse, nats."""
 
     model: RewardModel
     split: Split
@@ -82,8 +82,8 @@ def train_reward_model(
 ) -> TrainedReward:
     """Fit a head on pairs of `episodes` and write it to the folder `target`.
 
-    The head is fitted on all training pairs; its scale (how sure it is) on margins that five folds of groups gave one
-    another, so that confidence is right on prompts it has not seen, whatever the penalty.
+    The head is fitted on all training pairs; its scale (how sure it is) on margins that five folds of groups
+    gave one another, so that confidence is right on prompts it has not seen, whatever the penalty.
 
     Args:
         backbone: folder of the language model, frozen.
@@ -96,13 +96,15 @@ def train_reward_model(
     split = split_pairs(pairs, holdout=settings.holdout, seed=seed)
     if not split.train or not split.heldout:
         raise Refused(
-            f"The dataset has {len({p.group_id for p in pairs})} groups with both a right and a wrong answer, too few to "
-            "train and validate a reward model; collect more, or tasks that are neither too easy nor too hard."
+            f"The dataset has {len({p.group_id for p in pairs})} groups with both a right and a wrong answer, too "
+            "few to train and validate a reward model; collect more, or tasks neither too easy nor too hard."
         )
     features = _features(pairs, backbone, device, report)
     differences = _differences(split.train, features)
     spread = differences.std(0, correction=0) + 1e-6
-    unit = spread * differences.shape[1] ** 0.5  # so that `l2` means the same for any width and scale of states
+    unit = (
+        spread * differences.shape[1] ** 0.5
+    )  # so that `l2` means the same for any width and scale of states
     weight = fit_head(differences / unit, settings.l2) / unit
     weight = weight * _confidence(differences / unit, [pair.group_id for pair in split.train], settings.l2)
     centre = torch.stack([features.of(e) for pair in split.train for e in (pair.better, pair.worse)]).mean(0)
@@ -142,7 +144,9 @@ def _features(
     model = load_policy(backbone, device, "float32")
     layer = round(DEPTH * model.config.num_hidden_layers)
     samples = [_sample(episode) for episode in used.values()]
-    values = episode_features(model, samples, layer, report=lambda done, total: report(done, total, "episodes read"))
+    values = episode_features(
+        model, samples, layer, report=lambda done, total: report(done, total, "episodes read")
+    )
     return _Features(layer, {name: row for row, name in enumerate(used)}, values)
 
 
@@ -151,7 +155,7 @@ def _differences(pairs: Sequence[Pair], features: _Features) -> Tensor:
 
 
 def _confidence(differences: Tensor, groups: Sequence[str], l2: float) -> float:
-    """The factor that makes cross-fitted margins as sure as they are right; 1 where there are too few groups to tell."""
+    """The factor that makes cross-fitted margins as sure as they are right; 1 with too few groups to tell."""
     names = sorted(set(groups))
     if len(names) < 2 * _FOLDS:
         return 1.0
@@ -164,4 +168,6 @@ def _confidence(differences: Tensor, groups: Sequence[str], l2: float) -> float:
 
 
 def _sample(episode: Episode) -> Sample:
-    return Sample(episode.prompt_ids, episode.response_ids, episode.loss_mask, episode.behaviour_logprobs, 0.0)
+    return Sample(
+        episode.prompt_ids, episode.response_ids, episode.loss_mask, episode.behaviour_logprobs, 0.0
+    )

@@ -1,4 +1,4 @@
-"""Pairs of a better and a worse answer to the same prompt, made from replay, split so that no prompt is on both sides."""
+"""Pairs of a better and a worse answer to one prompt, from replay; no prompt is on both sides of the split."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def make_pairs(episodes: Iterable[Episode], *, per_group: int, seed: int) -> lis
 
 
 def split_pairs(pairs: Sequence[Pair], *, holdout: float, seed: int) -> Split:
-    """Hold out the share `holdout` of the prompts of each environment (by hash of the prompt), with all their pairs."""
+    """Hold out the share `holdout` of the prompts of each environment, by hash, with all their pairs."""
     prompts: dict[str, set[str]] = defaultdict(set)
     for pair in pairs:
         prompts[pair.env].add(pair.better.prompt_sha256)
@@ -72,8 +72,10 @@ def _of_group(rows: Sequence[Episode], per_group: int, seed: int) -> list[Pair]:
     rows = sorted(rows, key=lambda row: row.sample_index)
     clear = [(a, b) for a, b in product(rows, rows) if a.reward - b.reward >= LEAST_GAP]
     random.Random(f"{seed}/{rows[0].group_id}").shuffle(clear)
-    distinct = {(a.response_text, b.response_text): Pair(a, b) for a, b in reversed(clear)}
-    return list(reversed(distinct.values()))[:per_group]
+    distinct: dict[tuple[str, str], Pair] = {}
+    for better, worse in clear:
+        distinct.setdefault((better.response_text, worse.response_text), Pair(better, worse))
+    return list(distinct.values())[:per_group]
 
 
 def _rank(seed: int, name: str) -> str:

@@ -16,15 +16,17 @@ SCHEMA = "forebay.reward/1"
 _DECIMALS = 6  # of a margin in the evidence: nats, far below what any verdict rests on
 
 
-def validate_reward_model(trained: TrainedReward, rule: Rule, workspace: Workspace, dataset: str) -> dict[str, Any]:
-    """Write the evidence (every held-out pair with its margin, and a reliability diagram) and return the ledger's payload.
+def validate_reward_model(
+    trained: TrainedReward, rule: Rule, workspace: Workspace, dataset: str
+) -> dict[str, Any]:
+    """Keep the evidence (held-out pairs with margins, a reliability diagram); return the ledger's payload.
 
     Args:
         dataset: root of the dataset the pairs come from.
 
     Returns:
-        {digest, dataset, verdict, reasons, accuracy: {estimate, low, high, n}, ece, slices: {env: accuracy}, evidence:
-        {path, sha256}, plot: {path, sha256}, path}; paths relative to the workspace.
+        {digest, dataset, verdict, reasons, accuracy: {estimate, low, high, n}, ece, slices: {env: accuracy},
+        evidence: {path, sha256}, plot: {path, sha256}, path}; paths relative to the workspace.
     """
     pairs = trained.split.heldout
     margins = [round(margin, _DECIMALS) for margin in trained.margins]
@@ -61,11 +63,16 @@ def validate_reward_model(trained: TrainedReward, rule: Rule, workspace: Workspa
         "dataset": dataset,
         "verdict": verdict,
         "reasons": [
-            f"right on {accuracy.estimate:.3f} of {accuracy.n} held-out pairs [{accuracy.low:.3f}, {accuracy.high:.3f}], "
-            f"needed above {rule.min_accuracy:.2f}",
+            f"right on {accuracy.estimate:.3f} of {accuracy.n} held-out pairs "
+            f"[{accuracy.low:.3f}, {accuracy.high:.3f}], needed above {rule.min_accuracy:.2f}",
             f"calibration error {ece:.3f}, allowed {rule.max_ece:.2f}",
         ],
-        "accuracy": {"estimate": accuracy.estimate, "low": accuracy.low, "high": accuracy.high, "n": accuracy.n},
+        "accuracy": {
+            "estimate": accuracy.estimate,
+            "low": accuracy.low,
+            "high": accuracy.high,
+            "n": accuracy.n,
+        },
         "ece": ece,
         "slices": slices,
         "evidence": _keep(workspace, canonical_json(report), "json"),
@@ -83,8 +90,20 @@ def reliability_plot(bars: Sequence[Bin]) -> bytes:
     axes.plot([0.5, 1], [0.5, 1], color="0.6", linestyle="--", linewidth=1)
     axes.plot([bar.confidence for bar in bars], [bar.accuracy for bar in bars], marker="o", color="#1f6f8b")
     for bar in bars:
-        axes.annotate(f"{bar.n}", (bar.confidence, bar.accuracy), textcoords="offset points", xytext=(5, -12), fontsize=8)
-    axes.set(xlabel="how sure", ylabel="how often right", xlim=(0.5, 1.02), ylim=(0, 1.05), title="Reward model, held out")
+        axes.annotate(
+            f"{bar.n}",
+            (bar.confidence, bar.accuracy),
+            textcoords="offset points",
+            xytext=(5, -12),
+            fontsize=8,
+        )
+    axes.set(
+        xlabel="how sure",
+        ylabel="how often right",
+        xlim=(0.5, 1.02),
+        ylim=(0, 1.05),
+        title="Reward model, held out",
+    )
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     return picture.getvalue()

@@ -1,0 +1,1 @@
+"""Generating experience: decoding, and the episode loop."""

@@ -1,13 +1,13 @@
 """Batched decoding with a shared prompt and exact log-probabilities, on any causal transformers model.
 
-All rows of a batch live in one KV cache. Where a row has nothing to say at some column (a shorter prompt, a finished
-turn, a shorter observation) there is a hole: its attention mask is 0 there and its position does not advance, so a
-row's numbers are those of its own tokens alone. Holes stand before the tokens of a chunk, hence the last column always
-holds the newest token of every row that took part.
+All rows of a batch live in one KV cache. Where a row has nothing to say at some column (a shorter prompt, a
+finished turn, a shorter observation) there is a hole: its attention mask is 0 there and its position does not
+advance, so a row's numbers are those of its own tokens alone. Holes stand before the tokens of a chunk, hence
+the last column always holds the newest token of every row that took part.
 
-Rows of one prompt share its computation: the longest common prefix of all prompts is run once, the rest of each prompt
-once, and the cache is then repeated for the samples. Models with sliding-window attention would count holes as part of
-the window; they are exact only while everything fits into it.
+Rows of one prompt share its computation: the longest common prefix of all prompts is run once, the rest of
+each prompt once, and the cache is then repeated for the samples. Models with sliding-window attention would
+count holes as part of the window; they are exact only while everything fits into it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
+
+from tasks.core.errors import Refused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +41,7 @@ _BLOCK = 256  # tokens; see `invert`
 
 
 class GrowingLayer(DynamicLayer):
-    """A cache layer that writes new columns into spare room, where `DynamicLayer` copies all old ones for each token."""
+    """A cache layer that writes new columns into spare room; `DynamicLayer` copies the old ones each time."""
 
     SPARE = 32  # columns
 
@@ -52,8 +54,9 @@ class GrowingLayer(DynamicLayer):
         old = self.get_seq_length()
         new = old + key_states.shape[-2]
         if self._buffers is None or new > self._buffers[0].shape[-2]:
-            held = (self.keys, self.values) if old else (key_states[:, :, :0], value_states[:, :, :0])
-            self._buffers = (_with_room(held[0], new + self.SPARE), _with_room(held[1], new + self.SPARE))
+            keys = key_states[:, :, :0] if self.keys is None else self.keys
+            values = value_states[:, :, :0] if self.values is None else self.values
+            self._buffers = (_with_room(keys, new + self.SPARE), _with_room(values, new + self.SPARE))
             self.is_initialized = True
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, old:new] = states
@@ -93,7 +96,7 @@ class Rows:
 
     @torch.inference_mode()
     def feed(self, chunks: Sequence[Sequence[int]]) -> None:
-        """Append `chunks[i]` (any number of tokens, also none) to row i and compute the logits that follow."""
+        """Append `chunks[i]` (any number of tokens, also none) to row i and find the logits that follow."""
         width = max(map(len, chunks))
         device = self.model.device
         ids = torch.tensor([[0] * (width - len(chunk)) + list(chunk) for chunk in chunks], device=device)
@@ -137,10 +140,11 @@ class Rows:
     ) -> list[Action]:
         """Write one action in every row: tokens up to the first of `stop`, `max_new_tokens` at most.
 
-        Tokens are drawn from softmax(logits / temperature) with the noise of their row; without noise the most
-        probable one is taken (the lowest id wins a tie). The log-probabilities are those of that distribution, in
-        float32 or better. The last token of an action is not yet in the cache: it belongs to the next chunk that is
-        fed. If no chunk will follow (`last`), rows are dropped as their actions end, and none can be used afterwards.
+        Tokens are drawn from softmax(logits / temperature) with the noise of their row; without noise the
+        most probable one is taken (the lowest id wins a tie). The log-probabilities are those of that
+        distribution, in float32 or better. The last token of an action is not yet in the cache: it belongs to
+        the next chunk that is fed. If no chunk will follow (`last`), rows are dropped as their actions end,
+        and none can be used afterwards.
         """
         actions = [Action([], []) for _ in range(len(self))]
         owner = list(range(len(self)))  # of each row: the action that it writes
@@ -170,10 +174,11 @@ class Rows:
 
 def start(model: PreTrainedModel, prompts: Sequence[Sequence[int]], copies: int) -> Rows:
     """Run `prompts` (none empty), each once: len(prompts) * copies rows, the copies of a prompt together."""
-    shortest, first, last = min(map(len, prompts)), min(prompts), max(prompts)
-    # The prefix that the first and the last in sorted order share is shared by all; every prompt keeps at least one
+    # What the first and the last in sorted order share is shared by all. Every prompt keeps at least one
     # token for itself, because the logits after it are where its answer starts.
-    common = next((i for i in range(shortest - 1) if first[i] != last[i]), shortest - 1)
+    in_order = sorted(map(list, prompts))
+    room = min(map(len, prompts)) - 1
+    common = next((i for i in range(room) if in_order[0][i] != in_order[-1][i]), room)
     rows = Rows(model)
     if common:
         rows.feed([prompts[0][:common]])
@@ -184,19 +189,30 @@ def start(model: PreTrainedModel, prompts: Sequence[Sequence[int]], copies: int)
 
 
 def log_distribution(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logarithm of softmax(logits / temperature) over the last axis, in float32, or float64 if the logits are."""
-    return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=-1)
+    """Logarithm of softmax(logits / temperature) over the last axis of [rows, V], in float32 or wider.
+
+    Raises:
+        Refused: the logits are not numbers.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logprobs = torch.log_softmax(wide / temperature, dim=-1)
+    if logprobs[:, 0].isnan().any():  # one bad logit spoils its whole row
+        raise Refused(
+            "The model's logits are not numbers: its weights are damaged or have diverged; use another agent."
+        )
+    return logprobs
 
 
 def invert(logprobs: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
-    """Draw a token per row by inverting its cumulative distribution at `uniforms` in [0, 1): [rows, V] -> [rows].
+    """Draw a token per row of [rows, V] by inverting its cumulative distribution at `uniforms` in [0, 1).
 
-    One number decides a token, so the noise of a token can be named by which token it is (see `uniform`), costs
-    nothing, and is the same on every device. A block of tokens is found first, then the token in it, because running
-    sums over a whole vocabulary in float64 would cost as much as several layers of a small model.
+    One number decides a token, so the noise of a token can be named by which token it is (see `uniform`),
+    costs nothing, and is the same on every device. A block of tokens is found first, then the token in it,
+    because running sums over a whole vocabulary in float64 would cost as much as several layers of a small
+    model.
     """
     padding = -logprobs.shape[1] % _BLOCK
-    blocks = torch.nn.functional.pad(logprobs.exp(), (0, padding)).unflatten(1, (-1, _BLOCK))
+    blocks = torch.nn.functional.pad(logprobs.exp(), (0, padding)).view(len(logprobs), -1, _BLOCK)
     mass = blocks.sum(dim=-1).double()
     target = torch.tensor(uniforms, dtype=torch.float64, device=logprobs.device) * mass.sum(dim=-1)
     block, rest = _locate(mass, target)
@@ -208,7 +224,8 @@ def invert(logprobs: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
 def _locate(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the running sum of `weights` [rows, n] passes `target` [rows]: the index, and how far into it."""
     sums = weights.cumsum(dim=-1)
-    target = torch.minimum(target[:, None], sums[:, -1:] * (1 - 2**-40))  # rounding may put it on the very end
+    almost_all = sums[:, -1:] * (1 - 2**-40)  # rounding may put the target on the very end
+    target = torch.minimum(target[:, None], almost_all)
     index = torch.searchsorted(sums, target, right=True)
     rest = target - (sums - weights).gather(1, index)
     return index[:, 0], rest[:, 0].clamp(min=0)

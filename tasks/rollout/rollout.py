@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class BehaviourIdentity:
-    """Which policy generates: registry version ("agent/1") and the digests of checkpoint, tokenizer and chat template."""
+    """Which policy generates: its registry version ("agent/1") and the digests of what it is made of."""
 
     version: str
     digest: str
@@ -39,7 +39,10 @@ class BehaviourIdentity:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One greedy episode of an evaluation: `response_text` has all turns, `tokens` counts what the policy wrote."""
+    """One greedy episode of an evaluation.
+
+    `response_text` holds all turns with their observations; `tokens` counts what the policy wrote.
+    """
 
     task_id: str
     env: str
@@ -66,13 +69,15 @@ def rollout(
 ) -> Iterator[list[Episode]]:
     """Yield one finished group of `group_size` episodes for each task, in the order of `tasks`.
 
-    The noise of a token depends on `seed`, the task's id, the sample and the token's index only. What is computed together
-    depends on `tasks` and `batch_rows` only, so on a CPU a resumed collection gives the same bytes: name the tasks whose
-    groups exist already in `done`, and their groups are left out (a batch without missing groups is not computed). Give
-    `created_at` (UTC, ISO-8601; by default the time of the call) to repeat that field as well.
+    The noise of a token depends only on `seed`, the task's id, the sample and the token's index, and what is
+    computed together only on `tasks` and `batch_rows`, so on a CPU a resumed collection gives the same bytes:
+    name the tasks whose groups exist already in `done` and they are left out (a batch that lacks none is not
+    computed). Give `created_at` (UTC, ISO-8601; by default the time of the call) to repeat that field as
+    well.
 
     Raises:
         UsageError: the temperature is not above 0, or the group size is below 1.
+        Refused: the model's logits are not numbers.
     """
     if not temperature > 0:
         raise UsageError(f"The sampling temperature must be above 0, not {temperature}.")
@@ -124,7 +129,7 @@ def rollout(
                     reward_digest=reward_digest,
                     finish_reason=draft.finish_reason,
                     prompt_sha256=sha256_bytes(task.prompt.encode()),
-                    response_text=tokenizer.decode(draft.ids),
+                    response_text=_decode(tokenizer, draft.ids),
                     source="rollout",
                     licence=env.licence,
                     created_at=created_at,
@@ -140,7 +145,7 @@ def evaluate(
     tasks: Sequence[Task],
     batch_rows: int,
 ) -> list[Outcome]:
-    """Play every task once, always taking the most probable token; the outcomes stand in the order of `tasks`."""
+    """Play every task once, always taking the most probable token; outcomes stand in the order of `tasks`."""
     drafts = [_Draft(task) for task in tasks]
     for batch in _batches(drafts, batch_rows):
         _play(model, tokenizer, env, batch)
@@ -150,7 +155,7 @@ def evaluate(
             env=draft.task.env,
             reward=draft.end.reward,
             components=dict(draft.end.components),
-            response_text=tokenizer.decode(draft.ids),
+            response_text=_decode(tokenizer, draft.ids),
             turns=len(draft.actions),
             tokens=sum(draft.mask),
         )
@@ -164,8 +169,9 @@ def recompute_logprobs(
 ) -> list[Episode]:
     """Give `episodes` the log-probabilities that `model` assigns to their tokens at their temperature.
 
-    For experience recorded without them, if `model` is the checkpoint that generated it. `batch_tokens` bounds the
-    padded size of one forward pass. Returns copies with `logprob_source` "recomputed", in the order given.
+    For experience recorded without them, if `model` is the checkpoint that generated it. `batch_tokens`
+    bounds the padded size of a forward pass. Returns copies with `logprob_source` "recomputed", in the order
+    given.
     """
     by_length = sorted(
         range(len(episodes)), key=lambda i: len(episodes[i].prompt_ids) + len(episodes[i].response_ids)
@@ -183,6 +189,9 @@ def recompute_logprobs(
     ]
 
 
+_UNFINISHED = Step(observation="", done=False)
+
+
 @dataclass
 class _Draft:
     """An episode while it grows; greedy if it has no noise."""
@@ -196,7 +205,7 @@ class _Draft:
     turn_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     actions: list[str] = field(default_factory=list)
-    end: Step = Step(observation="", done=False)
+    end: Step = _UNFINISHED
     finish_reason: FinishReason = "turns"
 
     def append(self, ids: Sequence[int], logprobs: Sequence[float] | None, turn: int) -> None:
@@ -249,8 +258,8 @@ def _advance(
     turn: int,
     stop: frozenset[int],
 ) -> list[int]:
-    """Let the environment answer `action`; returns what the cache of the row lacks, or nothing if the episode is over."""
-    written = tokenizer.decode(action.ids, skip_special_tokens=True)
+    """Let the environment answer `action`: what the row's cache now lacks, nothing if the episode is over."""
+    written = _decode(tokenizer, action.ids, skip_special_tokens=True)
     draft.append(action.ids, action.logprobs, turn)
     draft.actions.append(written.partition("\n")[0])
     try:
@@ -281,6 +290,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+
 @lru_cache(maxsize=8)
 def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The tokens that end an action: every token whose text has a newline, and the special ones."""
@@ -295,14 +308,15 @@ def _forward_logprobs(model: PreTrainedModel, episodes: Sequence[Episode]) -> li
     device = model.device
     ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences], device=device)
     mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=device)
+    weight: torch.Tensor = model.get_output_embeddings().weight
     hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     answers = []
     for row, episode in enumerate(episodes):
         targets = torch.tensor(episode.response_ids, device=device)
         first = len(episode.prompt_ids)
         states = hidden[row, first - 1 : first - 1 + len(targets)]
-        weight = model.get_output_embeddings().weight
-        logprobs, _ = token_logprobs(states, weight, targets, episode.temperature)
+        temperature = torch.full(targets.shape, episode.temperature, dtype=torch.float64)
+        logprobs, _ = token_logprobs(states, weight, targets, temperature)
         answers.append((logprobs * torch.tensor(episode.loss_mask, device=device)).tolist())
     return answers
 

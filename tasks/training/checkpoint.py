@@ -1,5 +1,6 @@
 """Recovery checkpoints: everything a killed run needs to go on as if nothing had happened.
- A checkpoint is a directory `step-<updates>` with weights and optimizer moments as safetensors and the rest
+
+A checkpoint is a directory `step-<updates>` with weights and optimizer moments as safetensors and the rest
 as JSON. It is written aside, flushed to disk and renamed, so it is whole or absent; its state names the
 SHA-256 of its files and of itself, so bytes that went bad later are noticed and the one before is used.
 """
@@ -80,7 +81,9 @@ def save(
     """
     target = root / f"step-{progress.step:08d}"
     named = dict(model.named_parameters())
-    moments = {f"{name}/{key}": optimizer.state[p][key] for name, p in named.items() for key in _MOMENTS}
+    # A parameter that never had a gradient has no moments.
+    moved = {name: optimizer.state[p] for name, p in named.items() if p in optimizer.state}
+    moments = {f"{name}/{key}": state[key] for name, state in moved.items() for key in _MOMENTS}
     shutil.rmtree(target, ignore_errors=True)
     with whole_directory(target) as aside:
         tensors = {"weights": {name: p.detach() for name, p in named.items()}, "moments": moments}
@@ -114,6 +117,8 @@ def restore(
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(weights[name])
+                if f"{name}/{_MOMENTS[0]}" not in moments:
+                    continue
                 values = {key: moments[f"{name}/{key}"].to(parameter.device) for key in _MOMENTS}
                 step = torch.tensor(float(state["step"]), device=parameter.device)
                 optimizer.state[parameter] = {"step": step, **values}

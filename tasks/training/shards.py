@@ -25,6 +25,7 @@ COLUMNS = (
     "behaviour_logprobs",
     "logprob_source",
     "behaviour_version",
+    "finish_reason",
     "temperature",
     "top_p",
     "tokenizer_digest",
@@ -68,6 +69,7 @@ class Episodes:
     """The episodes of one or more groups: samples without advantages, rewards [B], group index [B] and policy
     lag [B].
 
+    The lag counts registry versions behind the newest behaviour of the dataset, 0 for foreign policies.
     `logprobs_known` is False if the dataset has rows without behaviour log-probabilities.
     """
 
@@ -95,10 +97,10 @@ class Replay:
             name: span for name, span in rows.items() if np.ptp(rewards[span.start : span.stop]) > 0
         }
         self.groups_seen = len(rows)
-        versions = [
-            int(name.rpartition("/")[2]) for name in pc.unique(self._table["behaviour_version"]).to_pylist()
-        ]
-        self._newest = max(versions, default=0)
+        names = pc.unique(self._table["behaviour_version"]).to_pylist()
+        versions = {name: _registry_version(name) for name in names}
+        newest = max((v for v in versions.values() if v is not None), default=0)
+        self._lags = {name: 0 if v is None else newest - v for name, v in versions.items()}
         self._logprobs_known = "missing" not in pc.unique(self._table["logprob_source"]).to_pylist()
 
     @property
@@ -126,7 +128,7 @@ class Replay:
             samples,
             tuple(r["reward"] for r in rows),
             tuple(number for number, span in enumerate(spans) for _ in span),
-            tuple(self._newest - int(r["behaviour_version"].rpartition("/")[2]) for r in rows),
+            tuple(self._lags[r["behaviour_version"]] for r in rows),
             self._logprobs_known,
         )
 
@@ -148,6 +150,8 @@ def read_replay(shards: Sequence[Shard], root: Path, policy: Policy, needs: froz
             "The dataset has no shards, so there is nothing to train on; collect and seal experience first."
         )
     table = pa.concat_tables([_read_shard(root / shard.path, shard.sha256) for shard in shards])
+    # An environment that failed says nothing about the answer, and its reward of 0 would.
+    table = table.filter(pc.not_equal(table["finish_reason"], "error"))
     check_rows(table, policy, needs)
     replay = Replay(table)
     if not replay.groups:
@@ -245,6 +249,12 @@ def _read_shard(path: Path, digest: str) -> pa.Table:
             f"Shard {path} lacks the column {lacking[0]}; seal the experience again with this version."
         )
     return file.read(columns=list(COLUMNS))
+
+
+def _registry_version(name: str) -> int | None:
+    """The number in "agent/<number>"; None for a policy that is not ours."""
+    head, _, number = name.partition("/")
+    return int(number) if head == "agent" and number.isdigit() else None
 
 
 def _lengths(table: pa.Table, name: str) -> np.ndarray:

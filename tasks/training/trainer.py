@@ -1,5 +1,6 @@
 """The off-policy trainer: a plain loop from a pinned dataset version to an exported agent.
- One update samples groups, packs their episodes into rows without repeating a token, adds up the gradients of
+
+One update samples groups, packs their episodes into rows without repeating a token, adds up the gradients of
 the rows and makes one AdamW step. A run is a function of (initial weights, shards, settings, seed): killed
 and started again it continues from its last recovery checkpoint, and on a CPU the export has the same bytes
 as without the interruption.
@@ -95,6 +96,7 @@ def train(
     autocast = _autocast(place, dtype)
     inputs = digest_json(
         {
+            "init": digest_tree(init_dir),
             "shards": [shard.sha256 for shard in shards],
             "settings": settings.model_dump(mode="json"),
             "seed": seed,
@@ -230,7 +232,7 @@ def _read_result(run_dir: Path, inputs: str) -> TrainResult | None:
     body = json.loads(path.read_bytes())
     if body["inputs"] != inputs:
         raise Conflict(
-            f"{run_dir} holds a run of other shards, settings or seed; give this run a folder of its own."
+            f"{run_dir} holds a run of other weights, shards, settings or seed; give this run its own folder."
         )
     files = digest_tree(export) if export.is_dir() else {}
     wrong = sorted(

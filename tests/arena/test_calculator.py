@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.arena.calculator import FORMS, PREFIX, CallError, Calculator, calculate, run_call
+from tasks.arena.calculator import FORMS, PREFIX, Calculator, CallError, calculate, run_call
 from tasks.arena.environment import Task
 from tasks.core.errors import UsageError
 
@@ -17,7 +17,14 @@ WORST = "999999" + " * 999999" * 7
 
 @pytest.mark.parametrize(
     ("expression", "value"),
-    [("52 - 11", 41), ("75+15", 90), ("14 * 16", 224), ("2 + 3 * 4 - 5", 9), ("1-2-3", -4), ("10 - 2 * 3 * 2", -2)],
+    [
+        ("52 - 11", 41),
+        ("75+15", 90),
+        ("14 * 16", 224),
+        ("2 + 3 * 4 - 5", 9),
+        ("1-2-3", -4),
+        ("10 - 2 * 3 * 2", -2),
+    ],
 )
 def test_calculate(expression: str, value: int) -> None:
     assert calculate(expression) == value
@@ -74,7 +81,11 @@ def task(operator_sign: str = "-") -> Task:
 @pytest.mark.parametrize("sign", FORMS)
 def test_the_truth_of_a_task_is_the_arithmetic_of_its_text(sign: str) -> None:
     chosen = task(sign)
-    a, b = (int(word.strip(".")) for word in chosen.prompt.removeprefix(PREFIX).split() if word.strip(".").isdigit())
+    a, b = (
+        int(word.strip("."))
+        for word in chosen.prompt.removeprefix(PREFIX).split()
+        if word.strip(".").isdigit()
+    )
     apply = {"-": operator.sub, "+": operator.add, "*": operator.mul}[sign]
     assert chosen.payload["answer"] == apply(a, b)
     assert chosen.prompt.startswith(PREFIX)

@@ -46,7 +46,7 @@ def test_several_answers_to_a_task_are_one_cluster():
 
 
 @pytest.mark.parametrize(
-    "candidate, champion, says",
+    ("candidate", "champion", "says"),
     [
         (answers("sums", [1, 0]), answers("sums", [1]), "task t1 of sums"),
         (answers("sums", [1]), answers("calculator", [1]), "2 answers have no counterpart"),
@@ -61,7 +61,8 @@ def test_what_is_not_paired_is_refused(candidate, champion, says):
 
 def test_evidence_round_trips_and_equal_outcomes_give_equal_bytes(tmp_path):
     path, digest = write_outcomes(tmp_path, outcomes())
-    assert path.name == f"{digest}.jsonl" and sha256_file(path) == digest
+    assert path.name == f"{digest}.jsonl"
+    assert sha256_file(path) == digest
     assert read_outcomes(path, digest) == outcomes()
     assert write_outcomes(tmp_path, outcomes()) == (path, digest)
 
@@ -78,7 +79,11 @@ def test_a_changed_byte_is_found(tmp_path):
 def test_the_table_shows_both_agents_and_the_constant_answer():
     rows = {row.env: row for row in table(outcomes(), alpha=0.05)}
     assert list(rows) == ["calculator", "sums", "all"]
-    assert (rows["calculator"].candidate, rows["calculator"].champion, rows["calculator"].baseline) == (0.75, 0.25, 0.25)
+    assert (rows["calculator"].candidate, rows["calculator"].champion, rows["calculator"].baseline) == (
+        0.75,
+        0.25,
+        0.25,
+    )
     assert rows["calculator"].low < rows["calculator"].difference == 0.5
     assert rows["all"].baseline == pytest.approx((4 * 0.25 + 2 * 0.1) / 6)
     unknown = pair_outcomes(answers("sums", [1, 0]), answers("sums", [0, 0]), AGENTS, {})

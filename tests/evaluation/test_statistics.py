@@ -24,8 +24,12 @@ def test_without_clusters_it_is_the_ordinary_t_interval():
     theirs = stats.ttest_1samp(values, 0).confidence_interval(0.90)
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=1e-12)
     assert ours.df == pytest.approx(5)
-    assert ours.p_above(0.1) == pytest.approx(stats.ttest_1samp(values, 0.1, alternative="greater").pvalue, rel=1e-12)
-    assert ours.p_below(0.6) == pytest.approx(stats.ttest_1samp(values, 0.6, alternative="less").pvalue, rel=1e-12)
+    assert ours.p_above(0.1) == pytest.approx(
+        stats.ttest_1samp(values, 0.1, alternative="greater").pvalue, rel=1e-12
+    )
+    assert ours.p_below(0.6) == pytest.approx(
+        stats.ttest_1samp(values, 0.6, alternative="less").pvalue, rel=1e-12
+    )
 
 
 def test_equal_clusters_are_a_t_interval_over_cluster_means():
@@ -39,7 +43,7 @@ def test_equal_clusters_are_a_t_interval_over_cluster_means():
 
 
 def test_cr2_and_its_degrees_of_freedom_match_the_matrix_definition():
-    """Bell and McCaffrey in full matrices: A_g = (I - H_gg)^(-1/2), df = tr(B)^2 / tr(B B) over residual makers."""
+    """In full matrices: A_g = (I - H_gg)^(-1/2), df = tr(B)^2 / tr(B B) over residual makers."""
     rng = np.random.default_rng(1)
     sizes = [1, 2, 3, 7, 12]
     member = np.repeat(np.arange(5), sizes)
@@ -76,7 +80,9 @@ def test_a_worked_paired_example():
     assert gain.standard_error == pytest.approx(0.0517960, abs=1e-7)
     assert gain.low == pytest.approx(0.12 - 1.660391 * 0.0517960, abs=1e-6)
     assert gain.mde == pytest.approx((1.660391 + 0.845336) * 0.0517960, abs=1e-5)
-    assert mcnemar(candidate, champion) == pytest.approx(stats.binomtest(20, 28, alternative="greater").pvalue)
+    assert mcnemar(candidate, champion) == pytest.approx(
+        stats.binomtest(20, 28, alternative="greater").pvalue
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
@@ -103,7 +109,8 @@ def test_one_cluster_is_one_observation():
 def test_agents_that_answer_alike_are_inconclusive_and_not_inferior():
     same = np.tile([0.0, 1.0], 80)
     gain = paired_difference(same, same, alpha=0.05)
-    assert gain.estimate == 0 and gain.low < 0 < gain.high
+    assert gain.estimate == 0
+    assert gain.low < 0 < gain.high
     assert judge(gain.low, gain.high, 0.0) == "INCONCLUSIVE"
     assert judge(gain.low, gain.high, -0.05) == "PASS"
 
@@ -113,7 +120,7 @@ def test_all_right_is_clopper_pearson():
     assert (ours.low, ours.high) == pytest.approx(clopper_pearson(25, 25, alpha=0.05))
 
 
-@pytest.mark.parametrize("mean, n", [(0.0, 5), (0.1, 30), (-0.2, 12)])
+@pytest.mark.parametrize(("mean", "n"), [(0.0, 5), (0.1, 30), (-0.2, 12)])
 def test_bounds_and_p_values_agree_without_variance(mean, n):
     ours = clustered_mean(np.full(n, mean), alpha=0.02, support=(-1, 1))
     assert ours.p_above(ours.low) == pytest.approx(0.02)
@@ -136,7 +143,11 @@ def test_holm_worked_example():
 
 
 def test_judge_needs_the_whole_interval():
-    assert [judge(0.01, 0.2, 0.0), judge(-0.2, -0.01, 0.0), judge(-0.1, 0.1, 0.0)] == ["PASS", "FAIL", "INCONCLUSIVE"]
+    assert [judge(0.01, 0.2, 0.0), judge(-0.2, -0.01, 0.0), judge(-0.1, 0.1, 0.0)] == [
+        "PASS",
+        "FAIL",
+        "INCONCLUSIVE",
+    ]
     assert judge(0.0, 0.1, 0.0) == "INCONCLUSIVE"
 
 
@@ -154,26 +165,33 @@ def test_judge_needs_the_whole_interval():
     ],
 )
 def test_nonsense_is_refused(call):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"value|differ|alpha|within|proportion"):
         call()
 
 
 def test_binary():
-    assert is_binary([0, 1, 1.0]) and not is_binary([0.5])
+    assert is_binary([0, 1, 1.0])
+    assert not is_binary([0.5])
 
 
 def _equal_agents(rng, clusters, per_cluster):
-    """gating.md 1.3: an agent and its equal on clustered tasks; rewards 0 or 1, difficulty shared in a cluster."""
+    """An agent and its equal on clustered tasks; rewards 0 or 1, difficulty shared in a cluster."""
     difficulty = rng.beta(2, 2, (clusters, 1))
-    tilt = rng.normal(0, 0.08, (clusters, 1))  # how the two agents differ from cluster to cluster, zero on average
+    tilt = rng.normal(
+        0, 0.08, (clusters, 1)
+    )  # how the two agents differ from cluster to cluster, zero on average
     shape = (clusters, per_cluster)
     candidate = rng.uniform(size=shape) < (difficulty + tilt).clip(0, 1)
     champion = rng.uniform(size=shape) < (difficulty - tilt).clip(0, 1)
-    return candidate.astype(float).ravel(), champion.astype(float).ravel(), np.repeat(np.arange(clusters), per_cluster)
+    return (
+        candidate.astype(float).ravel(),
+        champion.astype(float).ravel(),
+        np.repeat(np.arange(clusters), per_cluster),
+    )
 
 
 def test_false_promotions_against_point_thresholds():
-    """300 tasks in 30 clusters, equal agents: the table of gating.md 1.3, and what our two alphas make of it."""
+    """300 tasks in 30 clusters, equal agents: what point thresholds promote, and what our two alphas do."""
     rng = np.random.default_rng(3)
     rounds = 2000
     wins = {"new > old": 0, "naive z 5%": 0, "5%": 0, "0.25%": 0}

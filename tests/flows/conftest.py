@@ -68,7 +68,13 @@ def forebay(folder: Path, *words: str, timeout: float = 240) -> subprocess.Compl
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "COLUMNS": "160", "HF_HUB_OFFLINE": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(PROJECT),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "160",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def loads(done: subprocess.CompletedProcess[str]) -> dict:
@@ -77,4 +83,8 @@ def loads(done: subprocess.CompletedProcess[str]) -> dict:
 
 
 def _where(words: Sequence[str], folder: Path) -> list[str]:
-    return [] if "--workspace" in words or words[0] == "init" or "--help" in words else ["--workspace", str(folder)]
+    return (
+        []
+        if "--workspace" in words or words[0] == "init" or "--help" in words
+        else ["--workspace", str(folder)]
+    )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from copy import deepcopy
 
 import pytest
 
@@ -25,5 +26,5 @@ def world(_history, tmp_path) -> World:
     copy = World(tmp_path / "workspace")
     shutil.copytree(_history.workspace.root, copy.workspace.root)
     for name in ("agents", "manifests", "parents", "shards"):
-        setattr(copy, name, getattr(_history, name))
+        setattr(copy, name, deepcopy(getattr(_history, name)))
     return copy

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import re
 
@@ -11,16 +12,17 @@ from tests.lineage.world import PaperWorld
 
 
 def drawn(found, width: int = 200) -> str:
-    console = Console(width=width, color_system=None, record=True, quiet=True)
-    console.print(to_tree(found))
-    return console.export_text()
+    page = io.StringIO()
+    Console(width=width, color_system=None, file=page).print(to_tree(found))
+    assert len(page.getvalue().splitlines()) > 10
+    return page.getvalue()
 
 
 def test_tree_goes_down_to_shards_base_model_code_policy_and_lock(world):
     text = drawn(lineage(world.ledger, world.workspace, "agent@champion"))
     assert text.startswith(f"agent/3  {world.agents[3]['digest'][:12]}  champion · trained\n")
     for line in (
-        "run by commit cccccccccccc",
+        "run by code commit cccccccccccc",
         "with packages constraints.txt",
         "trained on main/v2",
         "shard data/replay/main/shards/00001.parquet",
@@ -68,13 +70,33 @@ def test_many_shards_are_counted(world):
     assert "… and 6 more shards with 96 rows" in text
 
 
+def test_every_reference_leads_to_a_line(tmp_path):
+    world = PaperWorld(tmp_path)
+    champion = world.base()
+    for _ in range(12):
+        champion = world.generation(champion)
+    found = lineage(world.publish(), world.workspace, "agent@champion")
+    lines = drawn(found, width=300).splitlines()
+    whole = {
+        match[1]: i
+        for i, line in enumerate(lines)
+        if (match := re.search(r"(?<!and )(agent/\d+|main/v\d+)  [0-9a-f]{12}", line))
+    }
+    met = set()
+    for i, line in enumerate(lines):
+        if match := re.search(r"(agent/\d+|main/v\d+)  see (above|below)$", line):
+            assert (whole[match[1]] < i) == (match[2] == "above")
+            met.add(match[2])
+    assert met == {"above", "below"}
+
+
 def test_long_histories_stay_readable(tmp_path):
     world = PaperWorld(tmp_path)
     champion = world.base()
-    for _ in range(400):
+    for _ in range(200):
         champion = world.generation(champion)
     found = lineage(world.publish(), world.workspace, "agent@champion")
-    lines = drawn(found).splitlines()
+    lines = drawn(found, width=300).splitlines()
     assert len(lines) < 200
     assert any("… earlier: ask for it by name" in line for line in lines)
     assert len(json.dumps(to_json(found))) > 100_000  # and writing it is no deep recursion

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from dataclasses import asdict
 
@@ -48,12 +49,14 @@ def test_intact_history(world):
     not_behind = {waiting / name for name in world.agents[4]["files"]}
     not_behind |= {world.workspace.root / shard.path for shard in newest.shards[-2:]}
     not_behind |= {path for path in files if path.name in ("v00003.json", f"{newest.root[:12]}.json")}
+    # The files of a reward model are hashed as one tree, and not counted.
+    not_behind |= {path for path in files if path.parent.name.startswith("reward-")}
     assert report.bytes == sum(path.stat().st_size for path in files - not_behind)  # every byte, each once
     json.dumps(asdict(report))
 
 
 FILES = {
-    "shard": (lambda w: w.manifests["main"].shards[0].path, "main/shards/00001.parquet"),
+    "shard": (lambda w: w.manifests["main"].shards[0].path, "dataset main/v1"),
     "model": (lambda w: f"{w.agents[3]['path']}/model.safetensors", "agent/3"),
     "model of an ancestor": (lambda w: f"{w.agents[2]['path']}/config.json", "agent/2"),
     "base model": (lambda w: f"{w.agents[1]['path']}/model.safetensors", "agent/1"),
@@ -97,6 +100,16 @@ def test_removed_file_is_found_and_named(world, what):
     (problem,) = check(world).missing
     assert (problem.path, problem.found) == (find(world), None)
     assert owner in problem.owner
+
+
+def test_reward_model_must_be_the_validated_one(world):
+    validated = world.ledger.last("reward.validated").payload
+    flip(world, f"{validated['path']}/model.safetensors")
+    (problem,) = check(world).problems
+    assert (problem.problem, problem.path, problem.owner) == ("changed", validated["path"], "reward PASS")
+    shutil.rmtree(world.workspace.root / validated["path"])
+    (problem,) = check(world).missing
+    assert (problem.path, problem.expected) == (validated["path"], validated["digest"])
 
 
 def test_several_differences_are_all_named(world):
@@ -145,7 +158,7 @@ def test_unreadable_row_is_a_finding_not_a_crash(world):
 
 
 def test_forged_chain_still_contradicts_the_files(world):
-    """Somebody who writes the ledger anew, chain and all, cannot make a changed shard follow from its manifest."""
+    """A ledger written anew, chain and all, still cannot make a changed shard follow from its manifest."""
     shard = world.manifests["main"].shards[0]
     _, after = flip(world, shard.path)
     forged = World(world.workspace.root)

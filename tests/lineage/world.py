@@ -31,6 +31,8 @@ class Answer:
 class World:
     """Writes history as the flows do. `parents` is its own account of what follows from what."""
 
+    shards_a_version = 2
+
     def __init__(self, root: Path) -> None:
         self.workspace = Workspace(root)
         self.ledger = Ledger(self.workspace.ledger_url)
@@ -176,7 +178,7 @@ class World:
 
     def generation(self, champion: int) -> int:
         """One whole cycle; return the new champion."""
-        self.seal([champion])
+        self.seal([champion], shards=self.shards_a_version)
         candidate = self.train(champion)
         decision = self.judge(candidate, champion)
         self.crown(candidate, champion, decision["decision"])
@@ -230,18 +232,22 @@ class World:
 
     def _reward(self, manifest: Manifest) -> dict[str, str]:
         data = canonical_json(
-            {"root": manifest.root, "margins": [4.0] * 30, "groups": [f"g{i}" for i in range(30)]}
+            {"root": manifest.root, "pairs": [{"margin": 4.0, "group_id": f"g{i}"} for i in range(30)]}
         )
         evidence = self.put(self.workspace.evidence / "reward" / f"{manifest.root[:12]}.json", data)
-        digest = sha256_bytes(f"reward of {manifest.root}".encode())
+        plot = self.put(self.workspace.evidence / "reward" / f"{manifest.root[:12]}.png", b"PNG " + data)
+        folder = self.workspace.models / f"reward-{manifest.root[:12]}"
+        digest = digest_files(self.model(folder, f"reward of {manifest.root}"))
         payload = {
             "digest": digest,
             "dataset": manifest.root,
             "verdict": "PASS",
+            "reasons": ["right on every pair"],
             "evidence": evidence,
+            "plot": plot,
             "accuracy": {"estimate": 1.0, "low": 0.9, "high": 1.0, "n": 30},
             "ece": 0.1,
-            "path": ".forebay/models/reward",
+            "path": folder.relative_to(self.workspace.root).as_posix(),
         }
         self.append("reward.validated", digest, payload)
         return evidence
@@ -249,6 +255,8 @@ class World:
 
 class PaperWorld(World):
     """The same history without files, for long histories: the ledger is written in one go by `publish`."""
+
+    shards_a_version = 1
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)

@@ -40,15 +40,19 @@ def answers(env, right, n):
 
 
 def outcomes_file(folder, candidate, champion):
-    """`candidate` and `champion`: {env: (right, of)}; the right ones are nested, so differences have one sign."""
-    sides = [[a for env, (k, n) in side.items() for a in answers(env, k, n)] for side in (candidate, champion)]
+    """Sides are {env: (right, of)}; the right ones are nested, so differences have one sign."""
+    sides = [
+        [a for env, (k, n) in side.items() for a in answers(env, k, n)] for side in (candidate, champion)
+    ]
     baselines = {env: Baseline("0", 0.1) for env in candidate}
-    path, digest = write_outcomes(folder, pair_outcomes(*sides, (Agent(2, "b" * 64), Agent(1, "a" * 64)), baselines))
+    path, digest = write_outcomes(
+        folder, pair_outcomes(*sides, (Agent(2, "b" * 64), Agent(1, "a" * 64)), baselines)
+    )
     return FileRef(path.relative_to(folder).as_posix(), digest)
 
 
 def reward_file(folder, accuracy=0.9, n=300, scale=None):
-    """Margins right with probability `accuracy`, as confident as they are right unless `scale` says otherwise."""
+    """Margins right with probability `accuracy`, as sure as they are right unless `scale` says otherwise."""
     size = np.log(accuracy / (1 - accuracy)) if scale is None else scale
     right = np.arange(n) < accuracy * n
     pairs = [{"margin": float(size if ok else -size), "group_id": str(i)} for i, ok in enumerate(right)]
@@ -63,7 +67,9 @@ def inputs_of(folder, candidate=None, champion=None, **changes):
         candidate or {"calculator": (110, 120), "sums": (20, 40)},
         champion or {"calculator": (80, 120), "sums": (18, 40)},
     )
-    return Inputs(**{"outcomes": outcomes, "reward": reward_file(folder), "data": SOUND, "integrity": SOUND, **changes})
+    return Inputs(
+        **{"outcomes": outcomes, "reward": reward_file(folder), "data": SOUND, "integrity": SOUND, **changes}
+    )
 
 
 def said(decision, name):
@@ -91,7 +97,9 @@ def test_an_equal_agent_stays_inconclusive_and_hears_what_would_have_been_found(
 
 
 def test_a_worse_agent_fails(tmp_path):
-    decision = decide(tmp_path, inputs_of(tmp_path, {"calculator": (40, 120)}, {"calculator": (80, 120)}), Policy())
+    decision = decide(
+        tmp_path, inputs_of(tmp_path, {"calculator": (40, 120)}, {"calculator": (80, 120)}), Policy()
+    )
     assert decision.verdict == "FAIL"
     assert decision.reasons[0].startswith("Quality: -0.333")
 
@@ -107,7 +115,9 @@ def test_a_gain_paid_for_by_one_environment_fails(tmp_path):
 
 
 def test_a_guard_that_cannot_be_shown_leaves_it_open(tmp_path):
-    inputs = inputs_of(tmp_path, {"calculator": (118, 120), "sums": (4, 8)}, {"calculator": (60, 120), "sums": (5, 8)})
+    inputs = inputs_of(
+        tmp_path, {"calculator": (118, 120), "sums": (4, 8)}, {"calculator": (60, 120), "sums": (5, 8)}
+    )
     decision = decide(tmp_path, inputs, Policy())
     assert decision.verdict == "INCONCLUSIVE"
     assert decision.reasons[0].startswith("Guard sums: the candidate may be worse")

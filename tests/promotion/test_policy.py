@@ -1,4 +1,4 @@
-"""The policy file: the default is the documented one, unknown keys are refused, the digest is of the content."""
+"""The policy file: documented defaults, unknown keys refused, a digest of the content."""
 
 from __future__ import annotations
 

@@ -35,7 +35,12 @@ def decision_for(ledger, version):
 
 def go(ledger, registry, version, expected=1):
     return promote(
-        ledger, registry, version, decision=decision_for(ledger, version), expected_champion=expected, by="kim"
+        ledger,
+        registry,
+        version,
+        decision=decision_for(ledger, version),
+        expected_champion=expected,
+        by="kim",
     )
 
 
@@ -58,7 +63,9 @@ def test_the_first_champion_is_crowned_once(world):
 def test_a_stale_expectation_is_refused_and_names_the_winner(world):
     ledger, registry = world
     go(ledger, registry, 2)
-    with pytest.raises(Conflict, match=r"compared with agent/1, but the champion is agent/2 since the promotion of agent/2"):
+    with pytest.raises(
+        Conflict, match=r"compared with agent/1, but the champion is agent/2 since the promotion of agent/2"
+    ):
         go(ledger, registry, 3)
     assert registry.aliases()["champion"] == 2
 
@@ -180,7 +187,7 @@ def test_a_registry_that_forgets_is_reported(world):
     assert registry.aliases()["champion"] == champion(ledger) == 2
 
 
-# --- races and crashes -------------------------------------------------------------------------------------------
+# --- races and crashes
 
 
 class Boundary:
@@ -270,7 +277,9 @@ def test_a_promotion_killed_at_any_boundary_is_all_or_nothing(tmp_path):
     winners = []
     for _, ledger, _ in every_boundary(lambda at: make(tmp_path, at), lambda led, reg: go(led, reg, 2)):
         winners.append(champion(ledger))
-    assert winners == [1] + [2] * (len(winners) - 1)  # before the intent nothing happened, after it everything did
+    assert winners == [1] + [2] * (
+        len(winners) - 1
+    )  # before the intent nothing happened, after it everything did
     assert len(winners) >= 9
 
 
@@ -299,7 +308,9 @@ def test_a_reconcile_killed_at_any_boundary_is_repeated(tmp_path):
 def test_an_open_intent_blocks_others_until_it_is_reconciled(tmp_path):
     ledger, registry = make(tmp_path, 0)
     assert run_killed(registry.root, lambda led, reg: go(led, reg, 2), 2)
-    with pytest.raises(Conflict, match=r"promotion of agent/2 over agent/1 by kim \(ledger entry \d+\) is under way"):
+    with pytest.raises(
+        Conflict, match=r"promotion of agent/2 over agent/1 by kim \(ledger entry \d+\) is under way"
+    ):
         go(ledger, registry, 3)
     (finished,) = reconcile(ledger, registry).finished
     assert finished.kind == "promotion.committed"
@@ -319,7 +330,7 @@ def test_an_intent_whose_version_vanished_is_dropped(tmp_path):
 
 
 def test_a_writer_that_slept_through_everything_does_no_harm(tmp_path):
-    """The worst interleaving: A pauses before its alias, others finish for it and promote on, then A wakes up."""
+    """A pauses before it sets its alias, others finish for it and promote on, then A wakes up."""
     ledger, registry = make(tmp_path, 0)
     overtaken = []
 
@@ -370,7 +381,9 @@ def test_promotions_killed_at_random_moments(tmp_path):
     for at in range(8):
         ledger, registry = make(tmp_path, at)
         gate, answers = fork.Barrier(2), fork.Queue()
-        racers = [fork.Process(target=race, args=(registry.root, version, gate, answers)) for version in (2, 3)]
+        racers = [
+            fork.Process(target=race, args=(registry.root, version, gate, answers)) for version in (2, 3)
+        ]
         for racer in racers:
             racer.start()
         time.sleep(chance.uniform(0.0, 0.08))
@@ -380,4 +393,3 @@ def test_promotions_killed_at_random_moments(tmp_path):
         reconcile(ledger, registry)
         agree(ledger, registry)
         assert champion(ledger) in (1, 2, 3)
-

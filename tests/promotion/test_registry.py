@@ -1,4 +1,4 @@
-"""The MLflow adapter on a real store: agents that load with plain libraries, no doubles, live metrics, traces."""
+"""The MLflow adapter on a real store: plain libraries load its agents, no doubles, live metrics, traces."""
 
 from __future__ import annotations
 
@@ -58,7 +58,12 @@ def test_an_agent_has_all_that_lineage_asks_for(registry, tiny):
     assert run.info.status == "FINISHED"
     (data,) = run.inputs.dataset_inputs
     assert data.dataset.source_type == "dvc"
-    assert json.loads(data.dataset.source) == {"path": DATA.path, "rev": DATA.rev, "md5": DATA.md5, "root": DATA.root}
+    assert json.loads(data.dataset.source) == {
+        "path": DATA.path,
+        "rev": DATA.rev,
+        "md5": DATA.md5,
+        "root": DATA.root,
+    }
     assert [output.model_id for output in run.outputs.model_outputs] == [agent.model_id]
 
 
@@ -88,8 +93,15 @@ print("loaded")
 
 
 def run_python(code: str, *args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "MLFLOW_DISABLE_TELEMETRY": "true", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=cwd, env=env)
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "HF_HUB_OFFLINE": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=cwd, env=env
+    )
 
 
 @pytest.mark.slow
@@ -117,7 +129,10 @@ def test_the_same_digest_is_the_same_version_and_another_is_the_next(registry, t
     assert registry.find("0" * 64) is None
 
 
-@pytest.mark.parametrize("step", ["log_outputs", "log_batch", "finalize_logged_model", "create_registered_model", "create_model_version"])
+@pytest.mark.parametrize(
+    "step",
+    ["log_outputs", "log_batch", "finalize_logged_model", "create_registered_model", "create_model_version"],
+)
 @pytest.mark.parametrize("done", [False, True])
 def test_a_crash_at_any_step_of_registering_makes_no_double(registry, tiny, monkeypatch, step, done):
     with registry.run("training", "key-1", name="run") as sink:
@@ -209,7 +224,9 @@ def test_four_processes_prepare_one_fresh_store(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-c", PREPARE, str(tmp_path)]
     pipe = subprocess.PIPE
-    workers = [subprocess.Popen([*command, f"k{i}"], env=env, stdout=pipe, stderr=pipe, text=True) for i in range(4)]
+    workers = [
+        subprocess.Popen([*command, f"k{i}"], env=env, stdout=pipe, stderr=pipe, text=True) for i in range(4)
+    ]
     for worker in workers:
         out, err = worker.communicate()
         assert "ready" in out, err
@@ -225,7 +242,9 @@ def test_traces_come_as_plain_values_with_their_feedback(registry):
     try:
         experiment = registry._experiment("served")
         for question in ("1+1", "2+2"):
-            root = mlflow.start_span_no_context("agent", inputs={"question": question}, experiment_id=experiment)
+            root = mlflow.start_span_no_context(
+                "agent", inputs={"question": question}, experiment_id=experiment
+            )
             root.set_outputs({"answer": "2"})
             root.end()
             mlflow.flush_trace_async_logging()
@@ -256,7 +275,14 @@ def test_the_same_through_a_server_that_keeps_the_files(migrated, tiny, tmp_path
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = ["--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}", "--host", "127.0.0.1", "--port", str(port)]
+    arguments = [
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path / 'server.db'}",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     arguments += ["--artifacts-destination", str(tmp_path / "kept"), "--workers", "1"]
     with (tmp_path / "server.log").open("w") as log:
         server = subprocess.Popen(

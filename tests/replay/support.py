@@ -72,7 +72,9 @@ def make_workspace(root: Path) -> Workspace:
     return Workspace(root)
 
 
-def append(workspace: Workspace, episodes: Iterable[Sequence[Episode]], writer: str = "w", name: str = "main") -> None:
+def append(
+    workspace: Workspace, episodes: Iterable[Sequence[Episode]], writer: str = "w", name: str = "main"
+) -> None:
     with SegmentWriter(open_folder(workspace, name), writer) as segment:
         for members in episodes:
             segment.append(members)

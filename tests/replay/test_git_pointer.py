@@ -81,7 +81,9 @@ def test_a_repository_without_commits_and_a_detached_head_will_do(repo: Path) ->
 
 def test_the_same_files_make_no_second_commit(repo: Path) -> None:
     pointer = write(repo, "a.dvc", "1")
-    assert git_pointer.commit(repo, [pointer], "one", DATE) == git_pointer.commit(repo, [pointer], "again", DATE)
+    assert git_pointer.commit(repo, [pointer], "one", DATE) == git_pointer.commit(
+        repo, [pointer], "again", DATE
+    )
     assert git(repo, "rev-list", "--count", "forebay/data").strip() == "1"
 
 
@@ -89,7 +91,9 @@ def test_racing_committers_all_get_in(repo: Path) -> None:
     files = [write(repo, f"{number}.dvc", str(number)) for number in range(8)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda file: git_pointer.commit(repo, [file], file.name, DATE), files))
-    assert sorted(git(repo, "ls-tree", "--name-only", "forebay/data").split()) == sorted(f.name for f in files)
+    assert sorted(git(repo, "ls-tree", "--name-only", "forebay/data").split()) == sorted(
+        f.name for f in files
+    )
     assert git(repo, "rev-list", "--count", "forebay/data").strip() == "8"
 
 

@@ -14,7 +14,16 @@ import pytest
 from tasks.core.errors import Corrupt, Unavailable, UsageError
 from tasks.core.workspace import Workspace
 from tasks.replay import segments
-from tasks.replay.segments import SegmentWriter, open_folder, read_line, salvage, scan, take, taken, waiting_groups
+from tasks.replay.segments import (
+    SegmentWriter,
+    open_folder,
+    read_line,
+    salvage,
+    scan,
+    take,
+    taken,
+    waiting_groups,
+)
 from tests.replay.support import append, episode, group, groups, in_child
 
 
@@ -47,7 +56,9 @@ def test_any_prefix_of_a_segment_is_whole_groups_and_a_torn_tail(workspace: Work
     for line in data.splitlines(keepends=True):
         ends.append(ends[-1] + len(line))
     whole = ends[::2]
-    for cut in range(len(data) + 1):
+    for cut in sorted(
+        {*range(0, len(data), 37), *(end + step for end in ends for step in (-1, 0, 1))} - {-1, len(data) + 1}
+    ):
         path.write_bytes(data[:cut])
         found = scan(path)
         kept = max(end for end in whole if end <= cut)
@@ -77,7 +88,9 @@ def test_every_flipped_byte_before_the_last_newline_is_found(workspace: Workspac
         path.write_bytes(damaged)
         found = scan(path)
         assert found.bad, f"byte {at}"
-        assert len(found.groups) == 2
+        assert (
+            len(found.groups) == 2 or data[at : at + 1] == b"\n"
+        )  # which joins two lines, perhaps of two groups
         with pytest.raises(Corrupt, match=rf"Line {found.bad[0][0]} of segment .*{path.name}"):
             found.require_intact()
 
@@ -153,7 +166,9 @@ def test_a_killed_writer_leaves_whole_groups(workspace: Workspace, monkeypatch: 
     assert waiting_groups(workspace, "main") == {"g0", "g1", "g2"}
 
 
-def test_a_full_disk_leaves_the_segment_as_it_was(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_segment_as_it_was(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with SegmentWriter(open_folder(workspace, "main"), "w") as writer:
         writer.append(group("g0"))
         before = only_file(workspace).read_bytes()
@@ -194,8 +209,10 @@ def test_rows_of_another_format_are_named(workspace: Workspace) -> None:
     assert scan(path).bad == ((1, "its columns are of another version of Forebay"),)
 
 
-def test_the_module_needs_no_heavy_import() -> None:
-    code = "import sys, tasks.replay.seal, tasks.replay.validation; print([m for m in HEAVY if m in sys.modules])"
-    heavy = "HEAVY = ['dvc', 'great_expectations', 'pandas', 'pyarrow', 'torch', 'mlflow']; "
-    done = subprocess.run([sys.executable, "-c", heavy + code], capture_output=True, text=True, check=True)
+def test_the_modules_need_no_heavy_import() -> None:
+    heavy = {"dvc", "great_expectations", "pandas", "pyarrow", "torch", "mlflow"}
+    code = (
+        f"import sys, tasks.replay.seal, tasks.replay.validation; print(sorted({heavy} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

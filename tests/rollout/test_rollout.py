@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tasks.arena.calculator import Calculator
-from tasks.arena.environment import Step, Task, get, verifier_digest
+from tasks.arena.calculator import PREFIX, Calculator
+from tasks.arena.environment import Split, Step, Task, get, verifier_digest
 from tasks.arena.largest import Largest
 from tasks.core.errors import UsageError
 from tasks.replay.schema import Episode, arrow_schema
@@ -24,12 +24,32 @@ IDENTITY = BehaviourIdentity("agent/1", "a" * 64, "b" * 64, "c" * 64)
 TIME = "2026-01-01T00:00:00+00:00"
 
 
+class Short(Calculator):
+    """The calculator for a character-level model: no examples in the prompt, room for longer actions."""
+
+    max_new_tokens = 20
+
+    def tasks(self, split: Split, n: int, seed: int) -> list[Task]:
+        return [
+            dataclasses.replace(t, prompt=t.prompt.removeprefix(PREFIX))
+            for t in super().tasks(split, n, seed)
+        ]
+
+
+ENV = Short()
+TASKS = ENV.tasks("train", 5, seed=1)
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that has seen the calculator's examples, so that it writes some calls that run."""
+    """A tiny model that was taught the form of an episode, so that it writes calls that run, and others."""
     path = make_tiny_model(tmp_path_factory.mktemp("rollout") / "tiny")
-    lines = [f"call: calc({a} - {b})\nresult: {a - b}\nanswer: {a - b}\n" for a, b in ((52, 11), (75, 15), (90, 40))]
-    return teach(path, lines, steps=60)
+    facts = [
+        (t.prompt, t.payload["a"], t.payload["operator"], t.payload["b"], t.payload["answer"]) for t in TASKS
+    ]
+    return teach(
+        path, [f"{p} calc({a} {o} {b})\nresult: {r}\nanswer: {r}\n" for p, a, o, b, r in facts], steps=80
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +60,6 @@ def tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="module")
 def model(directory: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
-
-
-class Wide(Calculator):
-    """The calculator with room for a character-level model."""
-
-    max_new_tokens = 20
-
-
-ENV = Wide()
-TASKS = ENV.tasks("train", 5, seed=1)
 
 
 def play(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> list[list[Episode]]:
@@ -88,12 +98,17 @@ def test_samples_and_tasks_have_noise_of_their_own(groups: list[list[Episode]]) 
 def test_the_columns_of_an_episode_fit_together(
     groups: list[list[Episode]], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    for episode, task in ((episode, task) for group, task in zip(groups, TASKS, strict=True) for episode in group):
+    for episode, task in (
+        (episode, task) for group, task in zip(groups, TASKS, strict=True) for episode in group
+    ):
         n = len(episode.response_ids)
         assert n == len(episode.loss_mask) == len(episode.turn_ids) == len(episode.behaviour_logprobs)
         assert tokenizer.decode(episode.prompt_ids) == task.prompt
         assert tokenizer.decode(episode.response_ids) == episode.response_text
-        assert all((logprob == 0) == (not mine) for logprob, mine in zip(episode.behaviour_logprobs, episode.loss_mask))
+        assert all(
+            (logprob == 0) == (not mine)
+            for logprob, mine in zip(episode.behaviour_logprobs, episode.loss_mask, strict=True)
+        )
         assert all(logprob <= 0 and math.isfinite(logprob) for logprob in episode.behaviour_logprobs)
         assert episode.turn_ids == sorted(episode.turn_ids)
         assert set(episode.turn_ids) == {0, 1}
@@ -111,7 +126,9 @@ def test_scoring_the_text_again_gives_the_same_reward(
     for group, task in zip(groups, TASKS, strict=True):
         for episode in group:
             turns: list[list[int]] = [[], []]
-            for token, turn, mine in zip(episode.response_ids, episode.turn_ids, episode.loss_mask, strict=True):
+            for token, turn, mine in zip(
+                episode.response_ids, episode.turn_ids, episode.loss_mask, strict=True
+            ):
                 if mine:
                     turns[turn].append(token)
             actions = [tokenizer.decode(ids, skip_special_tokens=True).partition("\n")[0] for ids in turns]
@@ -131,14 +148,16 @@ def test_the_tool_really_runs(groups: list[list[Episode]]) -> None:
 def test_an_action_that_is_cut_gets_its_line_break_with_the_observation(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    class Narrow(Calculator):
+    class Narrow(Short):
         max_new_tokens = 2
 
     episodes = [e for group in play(model, tokenizer, env=Narrow(), batch_rows=100) for e in group]
     cut = [e for e in episodes if "\n" not in tokenizer.decode(e.response_ids[:2]) and e.loss_mask[1]]
     assert cut
     for episode in cut:
-        assert tokenizer.decode(episode.response_ids[2:], skip_special_tokens=True).startswith("\nresult: error\n")
+        assert tokenizer.decode(episode.response_ids[2:], skip_special_tokens=True).startswith(
+            "\nresult: error\n"
+        )
     assert "length" in {e.finish_reason for e in episodes}
 
 
@@ -166,7 +185,9 @@ def test_in_float64_the_batching_does_not_matter(
 ) -> None:
     for group, other in zip(groups, play(model, tokenizer, batch_rows=batch_rows), strict=True):
         for a, b in zip(group, other, strict=True):
-            assert dataclasses.replace(a, behaviour_logprobs=[]) == dataclasses.replace(b, behaviour_logprobs=[])
+            assert dataclasses.replace(a, behaviour_logprobs=[]) == dataclasses.replace(
+                b, behaviour_logprobs=[]
+            )
             assert a.behaviour_logprobs == pytest.approx(b.behaviour_logprobs, abs=1e-10)
 
 
@@ -202,7 +223,7 @@ class Faulty(Largest):
         self.reward = reward
 
     def step(self, task: Task, actions: Sequence[str]) -> Step:
-        if len(actions[0]) % 2:
+        if sum(map(ord, actions[0])) % 2:
             return Step("", done=True, reward=1.0)
         if self.reward is None:
             raise RuntimeError("the tool broke")
@@ -217,7 +238,9 @@ def test_an_environment_that_fails_costs_one_episode(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     env = Faulty(reward)
-    episodes = [e for g in play(model, tokenizer, env=env, tasks=env.tasks("train", 4, 0), batch_rows=8) for e in g]
+    episodes = [
+        e for g in play(model, tokenizer, env=env, tasks=env.tasks("train", 4, 0), batch_rows=8) for e in g
+    ]
     assert len(episodes) == 16
     failed = [e for e in episodes if e.finish_reason == "error"]
     assert 0 < len(failed) < 16
@@ -274,7 +297,9 @@ def test_stopping_tokens_are_line_breaks_and_specials(tokenizer: PreTrainedToken
 
 
 @pytest.mark.parametrize("name", ["largest", "reasoning_gym/chain_sum"])
-def test_other_environments_run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+def test_other_environments_run(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+) -> None:
     env = get(name)
     episodes = [e for g in play(model, tokenizer, env=env, tasks=env.tasks("train", 2, 0)) for e in g]
     assert {e.env for e in episodes} == {name}

@@ -43,6 +43,13 @@ def test_groups_without_a_signal_are_left_out(tmp_path, episodes, policy):
 def test_policy_lag_counts_registry_versions(tmp_path, episodes, policy):
     replay = read(tmp_path, changed(episodes, 0, behaviour_version="agent/4"), policy)
     assert replay.episodes(["g0"]).lags == (0, 3, 3, 3)
+    foreign = changed(episodes, 0, behaviour_version="someone/else")
+    assert read(tmp_path, foreign, policy).episodes(["g0"]).lags == (0, 0, 0, 0)
+
+
+def test_episodes_of_a_failed_environment_are_left_out(tmp_path, episodes, policy):
+    replay = read(tmp_path, changed(episodes, 1, finish_reason="error"), policy)
+    assert len(replay.episodes(["g0"]).samples) == 3
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from models import objectives
 from tasks.core.digest import digest_files, digest_tree
 from tasks.core.errors import Conflict, Corrupt, Refused, Unavailable, UsageError
+from tasks.core.locks import file_lock
 from tasks.training.settings import Guards, TrainingSettings
 from tasks.training.trainer import stop_reason, train
 from tests.training.replay import changed, write_shards
 
+LENIENT = Guards(min_ess=0, max_kl=100)
 SETTINGS = TrainingSettings(
-    steps=6, groups_per_step=2, learning_rate=1e-3, token_budget=64, checkpoint_every=2
+    steps=6, groups_per_step=2, learning_rate=1e-3, token_budget=64, checkpoint_every=2, guards=LENIENT
 )
 
 
@@ -75,7 +77,7 @@ def test_a_finished_run_is_returned_and_not_repeated(options):
     called = []
     assert train(**options, on_metrics=lambda step, m: called.append(step)) == first
     assert not called
-    with pytest.raises(Conflict, match="other shards, settings or seed"):
+    with pytest.raises(Conflict, match="other weights, shards, settings or seed"):
         train(**options | {"seed": 1})
     weights = first.export_dir / "model.safetensors"
     data = bytearray(weights.read_bytes())
@@ -202,6 +204,23 @@ def test_reinforce_trains_on_rows_without_logprobs(options, episodes, tmp_path):
     result = train(**options | {"settings": SETTINGS.model_copy(update={"objective": "reinforce"})})
     assert result.stop_reason == "finished"
     assert result.metrics["ess"] == pytest.approx(1)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(options, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tasks.training.checkpoint.save_file", full)
+    with pytest.raises(Unavailable, match=r"full: step-00000002 was not written"):
+        train(**options)
+    assert not list(options["run_dir"].rglob("*.safetensors"))
+    monkeypatch.undo()
+    assert train(**options).stop_reason == "finished"
+
+
+def test_only_one_process_works_in_a_run(options):
+    with file_lock(options["run_dir"] / ".lock"), pytest.raises(Conflict, match="already working"):
+        train(**options)
 
 
 def test_wrong_requests(options, tmp_path):

@@ -1,0 +1,196 @@
+"""The whole cycle on a small model, through the functions that every way of running it shares."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flows.context import Context
+from flows.cycle import Cycle, Finished, open_cycle, run_stage
+from flows.experience import validate_dataset
+from flows.judging import replay_decision
+from flows.run import run_stages
+from flows.status import status
+from tasks.core.errors import Conflict, Corrupt, Refused
+from tasks.core.stages import STAGES
+from tests.flows.conftest import ENVIRONMENT, PROJECT, forebay, lay_workspace, loads
+
+
+@pytest.fixture(scope="module")
+def cycled(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Context:
+    """A workspace in which one cycle has run to promotion."""
+    context = lay_workspace(tmp_path_factory.mktemp("cycled") / "ws", tiny_base)
+    cycle = open_cycle(context)
+    assert isinstance(cycle, Cycle)
+    ended = run_stages(context, cycle)
+    assert ended["outcome"] == "promoted", ended
+    return context
+
+
+def test_every_stage_leaves_its_entry_and_the_chain_holds(cycled: Context):
+    kinds = [entry.kind for entry in cycled.ledger.entries()]
+    for kind in (
+        "dataset.sealed",
+        "dataset.validated",
+        "reward.validated",
+        "run.started",
+        "run.finished",
+        "agent.registered",
+        "evaluation.done",
+        "decision.made",
+        "promotion.intent",
+        "promotion.committed",
+        "cycle.finished",
+    ):
+        assert kind in kinds
+    assert cycled.ledger.verify_chain() == len(kinds)
+
+
+def test_a_second_cycle_finds_everything_done(cycled: Context):
+    before = cycled.ledger.head()
+    found = open_cycle(Context.open(cycled.workspace.root))
+    assert isinstance(found, Finished)
+    assert found.entry.payload["outcome"] == "promoted"
+    assert cycled.ledger.head() == before
+
+
+def test_the_candidate_is_better_by_a_paired_interval_and_the_constant_answer_is_shown(cycled: Context):
+    ended = cycled.ledger.last("cycle.finished")
+    assert ended is not None
+    row = ended.payload["evaluation"]["slices"][ENVIRONMENT]
+    assert row["low"] > 0
+    assert row["candidate"] > row["champion"]
+    assert 0 < row["constant"] < 1
+
+
+def test_the_agent_loads_with_plain_transformers_and_plain_mlflow(
+    cycled: Context, monkeypatch: pytest.MonkeyPatch
+):
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", cycled.workspace.mlflow_uri)
+    mlflow.set_tracking_uri(cycled.workspace.mlflow_uri)
+    folder = Path(mlflow.artifacts.download_artifacts("models:/agent@champion"))
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    pipeline = mlflow.transformers.load_model("models:/agent@champion")
+    prompt = "gcd of 24, 28:"
+    ids = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=2, do_sample=False)
+    text = pipeline(prompt, max_new_tokens=2, do_sample=False)[0]["generated_text"]
+    assert text == tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def test_the_decision_follows_from_its_evidence_byte_for_byte(cycled: Context):
+    assert replay_decision(cycled, "")["verdict"] == "PASS"
+
+
+def test_mlflow_shows_metrics_dataset_and_lineage_of_the_run(cycled: Context):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(cycled.workspace.mlflow_uri)
+    finished = cycled.ledger.last("run.finished")
+    assert finished is not None
+    run = client.get_run(finished.payload["outputs"]["mlflow_run"])
+    assert {
+        "reward_estimate",
+        "kl_k3",
+        "ess",
+        "phi",
+        "entropy",
+        "grad_norm",
+        "staleness",
+    } <= run.data.metrics.keys()
+    assert run.info.status == "FINISHED"
+    source = json.loads(run.inputs.dataset_inputs[0].dataset.source)
+    assert source["root"] == finished.payload.get("dataset", source["root"]) and len(source["root"]) == 64
+    assert run.inputs.dataset_inputs[0].dataset.source_type == "dvc"
+    version = client.get_model_version_by_alias("agent", "champion")
+    assert version.tags["forebay.digest"] == finished.payload["outputs"]["digest"]
+
+
+def test_status_says_who_is_champion_and_that_nothing_is_stale(cycled: Context):
+    now = status(Context.open(cycled.workspace.root))
+    assert now["champion"]["agent"] == "agent/2"
+    assert now["previous"]["agent"] == "agent/1"
+    assert now["stale"] == []
+
+
+def test_dvc_and_the_flow_name_the_same_stages(cycled: Context):
+    chain = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]
+    assert tuple(chain) == STAGES
+    for stage, body in chain.items():
+        assert body["cmd"] == f"forebay stage {stage}"
+
+
+def test_the_user_branch_is_left_alone(cycled: Context):
+    root = cycled.workspace.root
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+        ).stdout
+
+    assert git("for-each-ref", "--format=%(refname)").split() == ["refs/heads/forebay/data"]
+    assert git("diff", "--cached", "--name-only") == ""
+
+
+@pytest.mark.parametrize("what", ["shard", "checkpoint"])
+def test_a_flipped_byte_is_found_by_verify_and_refused_by_training(
+    tmp_path: Path, tiny_base: Path, what: str
+):
+    context = lay_workspace(tmp_path / "ws", tiny_base)
+    cycle = open_cycle(context)
+    assert isinstance(cycle, Cycle)
+    for stage in ("collect", "seal", "validate", "reward"):
+        run_stage(context, cycle, stage)
+    dataset = cycle.receipt("seal")
+    shard, model = dataset["shards"][0]["path"], context.agent("1").payload["path"] + "/model.safetensors"
+    path = context.workspace.root / (shard if what == "shard" else model)
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    ref = f"dataset:{dataset['name']}/v{dataset['version']}" if what == "shard" else "agent/1"
+    report = forebay(context.workspace.root, "verify", ref, "--json")
+    assert report.returncode == 6
+    assert path.name in report.stdout
+    with pytest.raises(Corrupt, match=path.name):
+        run_stage(context, cycle, "train")
+
+
+def test_a_failing_dataset_is_quarantined_and_never_trained_on(tmp_path: Path, tiny_base: Path):
+    context = lay_workspace(tmp_path / "ws", tiny_base)
+    strict = Context.open(context.workspace.root, ["validation.min_groups=1000"])
+    cycle = open_cycle(strict)
+    assert isinstance(cycle, Cycle)
+    with pytest.raises(Refused, match="quarantined"):
+        run_stages(strict, cycle)
+    assert strict.ledger.last("dataset.validated").payload["verdict"] == "FAIL"
+    assert strict.ledger.last("run.started") is None
+    assert strict.ledger.last("cycle.finished").payload["outcome"] == "refused"
+    assert validate_dataset(context)["verdict"] == "PASS"  # with the workspace's own settings it is fine
+
+
+def test_a_candidate_compared_with_a_deposed_champion_is_refused(tmp_path: Path, tiny_base: Path):
+    context = lay_workspace(tmp_path / "ws", tiny_base)
+    cycle = open_cycle(context)
+    assert isinstance(cycle, Cycle)
+    for stage in STAGES[:-1]:
+        run_stage(context, cycle, stage)
+    loads(forebay(context.workspace.root, "promote", "agent/2", "--json"))
+    loads(forebay(context.workspace.root, "rollback", "--json"))
+    again = forebay(context.workspace.root, "promote", "agent/2", "--json")
+    assert again.returncode == Conflict.exit_code
+    assert "a decision promotes once" in json.loads(again.stdout)["error"]
+
+
+def test_one_cycle_at_a_time(context: Context):
+    with context.exclusive("a cycle"):
+        done = forebay(context.workspace.root, "retrain")
+    assert done.returncode == Conflict.exit_code
+    assert "is already working on a cycle" in done.stderr
