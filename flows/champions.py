@@ -50,7 +50,11 @@ def register_agent(
             "files": dict(files),
             "origin": origin,
             "path": context.workspace.relative(folder),
-            "mlflow": {"model_id": registered.model_id, "run_id": registered.run_id, "version": registered.version},
+            "mlflow": {
+                "model_id": registered.model_id,
+                "run_id": registered.run_id,
+                "version": registered.version,
+            },
             "parents": dict(parents),
             "tokenizer_digest": tokenizer,
             "template_digest": template,
@@ -72,7 +76,9 @@ def promote_agent(context: Context, version: str, reason: str) -> dict[str, Any]
     subject = f"agent/{context.agent(version).payload['version']}"
     made = context.ledger.last("decision.made", subject)
     if made is None:
-        raise NotFound(f"The gate has not decided about {subject} yet; `forebay retrain` evaluates and decides.")
+        raise NotFound(
+            f"The gate has not decided about {subject} yet; `forebay retrain` evaluates and decides."
+        )
     entry = promote(
         context.ledger,
         context.registry,
@@ -104,7 +110,9 @@ def rollback_champion(context: Context, reason: str) -> dict[str, Any]:
     now = champion(context.ledger)
     if now is None:
         raise NotFound("There is no champion to roll back from.")
-    entry = rollback(context.ledger, context.registry, expected_champion=now, reason=reason, by=getpass.getuser())
+    entry = rollback(
+        context.ledger, context.registry, expected_champion=now, reason=reason, by=getpass.getuser()
+    )
     return _change(entry)
 
 

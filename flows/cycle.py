@@ -45,7 +45,9 @@ class Cycle:
         path = self.receipts / f"{stage}.json"
         value = json.loads(path.read_text()) if path.exists() else {}
         if value.get("cycle") != self.key:
-            raise NotFound(f"Stage `{stage}` has not run in this cycle yet; run `forebay stage {stage}` first.")
+            raise NotFound(
+                f"Stage `{stage}` has not run in this cycle yet; run `forebay stage {stage}` first."
+            )
         return dict(value["outputs"])
 
 
@@ -70,7 +72,9 @@ def find_dataset(context: Context, ref: str) -> Entry:
         NotFound: none or several match; the sentence lists what there is.
     """
     sealed = context.ledger.entries("dataset.sealed")
-    found = [e for e in sealed if ref in (e.subject, f"dataset:{e.subject}") or e.payload["root"].startswith(ref)]
+    found = [
+        e for e in sealed if ref in (e.subject, f"dataset:{e.subject}") or e.payload["root"].startswith(ref)
+    ]
     if len({e.payload["root"] for e in found}) != 1:
         known = ", ".join(e.subject for e in sealed) or "none yet"
         raise NotFound(f"`{ref}` names no single dataset; sealed here: {known}.")
@@ -89,7 +93,9 @@ def open_cycle(
             continue
         if entry.payload["pins"] == pins and root in (None, entry.payload["dataset"]) and not force:
             return _cycle(context, entry)
-        finish(context, entry.subject, "abandoned", "settings, policy, code or dataset changed before it ended")
+        finish(
+            context, entry.subject, "abandoned", "settings, policy, code or dataset changed before it ended"
+        )
     newest = newest_dataset(context)
     if root is None and newest is not None and collect != "always" and not open_episodes(context):
         root = newest.payload["root"]
@@ -212,7 +218,10 @@ def _promote(context: Context, cycle: Cycle) -> Receipt:
     decision = cycle.receipt("decide")
     subject = f"agent/{decision['candidate']['version']}"
     if decision["verdict"] != "PASS":
-        return {"promoted": False, "reason": f"{subject} is not promoted: the gate says {decision['verdict']}."}
+        return {
+            "promoted": False,
+            "reason": f"{subject} is not promoted: the gate says {decision['verdict']}.",
+        }
     if decision["approval"] == "required":
         return {"promoted": False, "reason": f"{subject} passed and waits for `forebay approve {subject}`."}
     for entry in context.ledger.entries("promotion.committed", subject):
@@ -229,5 +238,9 @@ def _require_valid(cycle: Cycle) -> None:
 
 
 _FUNCTIONS: Mapping[str, Callable[[Context, Cycle], Receipt]] = dict(
-    zip(STAGES, (_collect, _seal, _validate, _reward, _train, _register, _evaluate, _decide, _promote), strict=True)
+    zip(
+        STAGES,
+        (_collect, _seal, _validate, _reward, _train, _register, _evaluate, _decide, _promote),
+        strict=True,
+    )
 )

@@ -7,6 +7,8 @@ runner makes the server follow the file whenever it starts. Applying twice chang
 from __future__ import annotations
 
 import difflib
+import importlib
+import inspect
 import json
 import urllib.request
 import uuid
@@ -29,7 +31,8 @@ from tasks.core.settings import Section, build_section, load_section
 from tasks.core.workspace import Workspace
 
 if TYPE_CHECKING:
-    from prefect.automations import Automation
+    from prefect import Flow
+    from prefect.automations import AutomationCore
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.actions import DeploymentScheduleUpdate
     from prefect.client.schemas.objects import DeploymentSchedule
@@ -62,7 +65,7 @@ class Schedule(Section):
     """When a flow runs by itself: by the clock (cron or interval) or upon an event."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    flow: str
+    flow: Literal["collect", "retrain", "promote", "audit"]
     cron: str | None = None
     interval: str | None = Field(
         None, pattern=r"^[1-9][0-9]*[smhd]$", description="30m, 6h, 1d: counted from 2024-01-01 UTC"
@@ -129,7 +132,7 @@ def schedule(
         name: by default the flow and the kind of trigger, as in `retrain-cron`.
 
     Raises:
-        UsageError: no such flow, event or timezone, not a cron expression, not exactly one trigger.
+        UsageError: a flow, event, timezone, cron expression, parameter or setting that is none.
         Unavailable: the servers are up and refuse it; the file keeps the wish.
     """
     if flow not in FLOWS:
@@ -151,6 +154,7 @@ def schedule(
     }
     wanted = build_section(Schedule, values, "schedule")
     _clock(wanted)
+    _require_callable(workspace, wanted)
     with _editing(workspace):
         kept = [s for s in schedules(workspace) if s.name != wanted.name]
         _write(workspace, [*kept, wanted])
@@ -201,18 +205,44 @@ def emit_sealed(workspace: Workspace, root: str, name: str, version: int) -> str
     return f"The Prefect server knows that {name}/v{version} is sealed."
 
 
+def load(target: str) -> Flow[..., Any]:
+    """Return the flow that "module:function" names."""
+    module, _, name = target.partition(":")
+    found: Flow[..., Any] = getattr(importlib.import_module(module), name)
+    return found
+
+
 def apply(workspace: Workspace, client: SyncPrefectClient) -> None:
     """Make schedules and automations on the server those of `schedules.yaml`; other automations stay."""
     by_flow: dict[str, list[Schedule]] = {}
     for wanted in schedules(workspace):
         by_flow.setdefault(wanted.flow, []).append(wanted)
     deployments = {d.flow_id: d for d in client.read_deployments() if d.name == DEPLOYMENT}
-    automations: dict[str, Automation] = {}
+    automations: dict[str, AutomationCore] = {}
     for flow_id, deployment in deployments.items():
         flow = client.read_flow(flow_id).name
         _apply_clocks(client, deployment, [s for s in by_flow.get(flow, []) if not s.on])
         automations |= {s.name: _automation(workspace, s, deployment) for s in by_flow.get(flow, []) if s.on}
     _apply_automations(client, automations.values())
+
+
+def _require_callable(workspace: Workspace, wanted: Schedule) -> None:
+    """Refuse parameters and overrides that would only fail when the flow runs, at night."""
+    from prefect.exceptions import ParameterTypeError
+
+    from flows.settings import Settings
+
+    if wanted.overrides:
+        Settings.load(workspace.params, wanted.overrides)
+    flow = load(FLOWS[wanted.flow])
+    values = {"workspace": str(workspace.root), **wanted.flow_parameters()}
+    try:
+        inspect.signature(flow.fn).bind(**values)
+        flow.validate_parameters(values)
+    except TypeError as error:
+        raise UsageError(f"Flow `{wanted.flow}`: {error}.") from None
+    except ParameterTypeError as error:
+        raise UsageError(f"Flow `{wanted.flow}`: {' '.join(str(error).split())}.") from None
 
 
 def _apply_clocks(
@@ -267,8 +297,8 @@ def _clock(wanted: Schedule) -> CronSchedule | IntervalSchedule | None:
         ) from None
 
 
-def _automation(workspace: Workspace, wanted: Schedule, deployment: DeploymentResponse) -> Automation:
-    from prefect.automations import Automation, EventTrigger, Posture, RunDeployment
+def _automation(workspace: Workspace, wanted: Schedule, deployment: DeploymentResponse) -> AutomationCore:
+    from prefect.automations import AutomationCore, EventTrigger, Posture, RunDeployment
 
     assert wanted.on is not None
     trigger = EventTrigger(
@@ -284,7 +314,7 @@ def _automation(workspace: Workspace, wanted: Schedule, deployment: DeploymentRe
         job_variables=None,
     )
     definition = digest_json([wanted.model_dump(mode="json"), _resource(workspace, "*"), str(deployment.id)])
-    return Automation(
+    return AutomationCore(
         name=wanted.name,
         description=f"Kept by Forebay from schedules.yaml; definition {definition}",
         tags=[_TAG],
@@ -293,7 +323,7 @@ def _automation(workspace: Workspace, wanted: Schedule, deployment: DeploymentRe
     )
 
 
-def _apply_automations(client: SyncPrefectClient, wanted: Iterable[Automation]) -> None:
+def _apply_automations(client: SyncPrefectClient, wanted: Iterable[AutomationCore]) -> None:
     missing = {a.description: a for a in wanted}
     for there in client.read_automations():
         if _TAG not in there.tags:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from flows import progress
 from flows.context import Context
+from tasks.core.errors import UsageError
 from tasks.core.stages import derive_seed, once
 
 if TYPE_CHECKING:
     from tasks.rollout.rollout import BehaviourIdentity
 
 
-def collect_into_segment(context: Context, version: str = "champion", round: int | None = None) -> dict[str, Any]:
+def collect_into_segment(
+    context: Context, version: str = "champion", round: int | None = None
+) -> dict[str, Any]:
     """Roll out an agent on the environments of the settings and append its episodes to an open segment.
 
     A collection is named by the agent's digest, the settings and the round, so one that was cut short goes on
@@ -65,7 +71,9 @@ def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -
             wanted = {task.id for task in tasks}
             rewards: dict[str, list[float]] = {}
             for row in _open_rows(segment):
-                if (row["seed"], row["behaviour_digest"]) == (seed, agent["digest"]) and row["task_id"] in wanted:
+                if (row["seed"], row["behaviour_digest"]) == (seed, agent["digest"]) and row[
+                    "task_id"
+                ] in wanted:
                     rewards.setdefault(row["task_id"], []).append(row["reward"])
             with progress.current().bar(f"collect {name}") as report:
                 report(len(rewards), groups, "groups")
@@ -103,6 +111,80 @@ def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -
     }
 
 
+def import_experience(
+    context: Context,
+    what: str,
+    kind: Literal["chat", "traces"],
+    *,
+    written_by: str,
+    recompute: bool,
+    source: str,
+    licence: str,
+    feedback: str,
+) -> dict[str, Any]:
+    """Bring experience that others recorded into an open segment.
+
+    Args:
+        what: a file (chat JSONL, or a JSON list of exported traces), or for traces the name of an MLflow experiment.
+        written_by: the behaviour policy: a registered agent ("agent/1", "champion") or any other name.
+        recompute: let that agent's checkpoint compute log-probabilities that the records lack; else such rows are
+            marked, and objectives that need them refuse them.
+        feedback: name of the feedback that is the reward of a trace.
+
+    Returns:
+        {groups, episodes, errors: [sentence]}; good records are kept whatever the errors.
+    """
+    from models.causal_lm import load_policy, load_tokenizer
+    from tasks.replay.importers import Origin, import_chat, import_traces
+    from tasks.replay.segments import SegmentWriter, open_folder
+    from tasks.rollout.rollout import recompute_logprobs
+
+    policy = context.agent("champion").payload
+    registered = re.fullmatch(r"champion|candidate|previous|agent[/@]\w+|\d+", written_by) is not None
+    writer = context.agent(written_by).payload if registered else None
+    if recompute and writer is None:
+        raise UsageError(
+            f"--recompute needs the checkpoint that wrote the records, and `{written_by}` is no agent here."
+        )
+    model = load_policy(context.workspace.root / writer["path"]) if recompute and writer else None
+    origin = Origin(
+        tokenizer=load_tokenizer(context.workspace.root / policy["path"]),
+        tokenizer_digest=policy["tokenizer_digest"],
+        template_digest=policy["template_digest"],
+        behaviour_version=f"agent/{writer['version']}" if writer else f"import/{written_by}",
+        behaviour_digest=writer["digest"] if writer else "",
+        source=source,
+        licence=licence,
+        recompute=partial(recompute_logprobs, model) if model is not None else None,
+    )
+    file = Path(what)
+    if kind == "chat":
+        report = import_chat(file, origin)
+    elif file.is_file():
+        report = import_traces(_json_list(file), origin, feedback)
+    else:
+        report = import_traces(context.registry.traces(what), origin, feedback)
+    segment = open_folder(context.workspace, context.settings.replay.dataset)
+    with SegmentWriter(segment, "import") as out:
+        for group in report.groups:
+            out.append(group)
+    return {
+        "groups": len(report.groups),
+        "episodes": report.episodes,
+        "errors": [str(error) for error in report.errors],
+    }
+
+
+def _json_list(path: Path) -> list[dict[str, Any]]:
+    try:
+        value = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not JSON ({error}); export traces as a JSON list.") from None
+    if not isinstance(value, list):
+        raise UsageError(f"{path} must hold a JSON list of traces, not a {type(value).__name__}.")
+    return value
+
+
 def seal_dataset(context: Context, announce: bool = True) -> dict[str, Any]:
     """Seal what waits in open segments as the next dataset version.
 
@@ -135,7 +217,9 @@ def validate_dataset(context: Context, ref: str | None = None, agent: int | None
 
     sealed = find(context.ledger, ref or context.settings.replay.dataset)
     policy = context.agent("champion" if agent is None else str(agent)).payload
-    prompts = {sha256_bytes(task.prompt.encode()) for tasks in heldout_tasks(context).values() for task in tasks}
+    prompts = {
+        sha256_bytes(task.prompt.encode()) for tasks in heldout_tasks(context).values() for task in tasks
+    }
     settings = context.settings.validation
     expected = Expected(
         tokenizer_digest=policy["tokenizer_digest"],

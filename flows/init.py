@@ -11,8 +11,8 @@ from pathlib import Path
 import yaml
 
 from flows import progress
-from flows.context import Context
 from flows.champions import register_agent
+from flows.context import Context
 from tasks.core.digest import digest_files, digest_tree, write_atomic
 from tasks.core.errors import Unavailable, UsageError
 from tasks.core.locks import file_lock
@@ -50,10 +50,16 @@ def init_workspace(folder: Path, base_model: str | None = None, overrides: Seque
 
 def _prepare_git(root: Path) -> None:
     if shutil.which("git") is None:
-        raise Unavailable("Forebay keeps dataset pointers in git, and there is no `git` on the PATH; install it.")
-    inside = subprocess.run(["git", "-C", str(root), "rev-parse", "--show-toplevel"], capture_output=True, text=True)
+        raise Unavailable(
+            "Forebay keeps dataset pointers in git, and there is no `git` on the PATH; install it."
+        )
+    inside = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "--show-toplevel"], capture_output=True, text=True
+    )
     if inside.returncode != 0 or Path(inside.stdout.strip()).resolve() != root:
-        subprocess.run(["git", "init", "--quiet", "--initial-branch=main", str(root)], check=True, capture_output=True)
+        subprocess.run(
+            ["git", "init", "--quiet", "--initial-branch=main", str(root)], check=True, capture_output=True
+        )
     ignore = root / ".gitignore"
     lines = ignore.read_text().splitlines() if ignore.exists() else []
     missing = [name for name in _IGNORED if name not in lines]
@@ -108,7 +114,9 @@ def _register_base(context: Context) -> None:
         template=template_digest(folder),
     )
     crown(context.ledger, context.registry, version, by="forebay init")
-    progress.current().say(f"agent/{version} is {context.settings.base_model}, digest {digest_files(files)[:12]}.")
+    progress.current().say(
+        f"agent/{version} is {context.settings.base_model}, digest {digest_files(files)[:12]}."
+    )
 
 
 def _set_base_model(workspace: Workspace, base_model: str) -> None:

@@ -24,7 +24,9 @@ def heldout_tasks(context: Context) -> dict[str, list[Task]]:
 
     seed = context.settings.seed
     wanted = context.settings.evaluation.tasks
-    return {name: get(name).tasks("heldout", n, derive_seed(seed, name, "heldout")) for name, n in wanted.items()}
+    return {
+        name: get(name).tasks("heldout", n, derive_seed(seed, name, "heldout")) for name, n in wanted.items()
+    }
 
 
 def evaluate_pair(context: Context, candidate: int, champion: int) -> dict[str, Any]:
@@ -47,7 +49,10 @@ def evaluate_pair(context: Context, candidate: int, champion: int) -> dict[str, 
     }
 
     def work(key: str) -> dict[str, Any]:
-        outcomes = [_answer(context, agent, tasks, role) for agent, role in zip(agents, ("candidate", "champion"), strict=True)]
+        outcomes = [
+            _answer(context, agent, tasks, role)
+            for agent, role in zip(agents, ("candidate", "champion"), strict=True)
+        ]
         names = (Agent(candidate, agents[0]["digest"]), Agent(champion, agents[1]["digest"]))
         baselines = {name: Baseline(*get(name).constant_baseline(found)) for name, found in tasks.items()}
         paired = pair_outcomes(outcomes[0], outcomes[1], names, baselines)
@@ -64,7 +69,8 @@ def evaluate_pair(context: Context, candidate: int, champion: int) -> dict[str, 
         return outputs
 
     def there(outputs: Mapping[str, Any]) -> bool:
-        return (context.workspace.root / outputs["outcomes"]["path"]).exists()
+        path: str = outputs["outcomes"]["path"]
+        return (context.workspace.root / path).exists()
 
     outputs, _ = once(context.ledger, "evaluate", inputs, work, there)
     return outputs
@@ -84,7 +90,9 @@ def decide_promotion(
     evidence = context.workspace.evidence
 
     def ref(file: Mapping[str, str]) -> FileRef:
-        return FileRef((context.workspace.root / file["path"]).relative_to(evidence).as_posix(), file["sha256"])
+        return FileRef(
+            (context.workspace.root / file["path"]).relative_to(evidence).as_posix(), file["sha256"]
+        )
 
     inputs = Inputs(
         outcomes=ref(evaluation["outcomes"]),
@@ -138,7 +146,12 @@ def check_integrity(context: Context, candidate: int, root: str) -> Any:
         found = verify(context.ledger, context.workspace, f"agent/{candidate}", report)
     reasons = tuple(f"{item.path}: {item.problem}" for item in found.problems)
     agent = context.agent(str(candidate)).payload["digest"]
-    return Finding("PASS" if found.ok else "FAIL", agent, digest_json({"agent": agent, "data": root, "problems": reasons}), reasons)
+    return Finding(
+        "PASS" if found.ok else "FAIL",
+        agent,
+        digest_json({"agent": agent, "data": root, "problems": reasons}),
+        reasons,
+    )
 
 
 def _answer(

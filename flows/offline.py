@@ -32,4 +32,3 @@ def run_one_stage(context: Context, stage: str) -> None:
         progress.current().say(f"{stage}: {summary(stage, outputs)}")
         if stage == STAGES[-1]:
             close_cycle(context, cycle, {name: cycle.receipt(name) for name in STAGES})
-

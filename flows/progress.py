@@ -7,7 +7,14 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 Report = Callable[[int, int, str], None]
 """report(done, total, note)"""
@@ -40,10 +47,11 @@ class Lines:
     """For logs and pipes: a line when a tenth more is done."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
-        self.say = write  # type: ignore[method-assign]
+        self._write = write
 
     def say(self, text: str) -> None:
         """Write one line."""
+        self._write(text)
 
     @contextmanager
     def bar(self, label: str) -> Iterator[Report]:

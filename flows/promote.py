@@ -19,14 +19,18 @@ def promote(workspace: str, version: str, reason: str = "flow promote") -> dict[
     """Repair what a crash left open, then promote `version` by its newest decision."""
     context = Context.open(Path(workspace))
 
-    @task(name="reconcile", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[5, 30], timeout_seconds=600)
+    @task(
+        name="reconcile", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[5, 30], timeout_seconds=600
+    )
     def reconcile() -> dict[str, Any]:
         return reconcile_registry(context)
 
     @task(name="promote", cache_policy=NO_CACHE, timeout_seconds=600)
     def change() -> dict[str, Any]:
         outputs = promote_agent(context, version, reason)
-        publish(context, "promote", {"promoted": True, "reason": f"agent/{outputs['to']} is promoted.", **outputs})
+        publish(
+            context, "promote", {"promoted": True, "reason": f"agent/{outputs['to']} is promoted.", **outputs}
+        )
         return outputs
 
     with report_to_prefect():

@@ -8,30 +8,28 @@ from typing import Any
 from flows import progress
 from flows.context import Context
 from flows.cycle import CollectMode, Cycle, Finished, finish, open_cycle, run_stage
-from tasks.core.errors import Conflict, Refused, UsageError
+from tasks.core.errors import Conflict, Refused
 from tasks.core.stages import STAGES
 
-_MODES = ("never", "missing", "always")
 
-
-def plan(context: Context, collect: str, dataset: str | None, force: bool = False) -> Cycle | dict[str, Any]:
-    """Return the cycle to run, or the result of the one that already answered the same question.
-
-    Raises:
-        UsageError: `collect` is no known mode.
-        Conflict: another process runs a cycle in this workspace.
-    """
-    if collect not in _MODES:
-        raise UsageError(f"--collect is one of {', '.join(_MODES)}, not `{collect}`.")
-    mode: CollectMode = collect  # type: ignore[assignment]
-    found = open_cycle(context, mode, dataset, force)
+def plan(
+    context: Context, collect: CollectMode, dataset: str | None, force: bool = False
+) -> Cycle | dict[str, Any]:
+    """Return the cycle to run, or the result of the one that already answered the same question."""
+    found = open_cycle(context, collect, dataset, force)
     if isinstance(found, Finished):
         return {**found.entry.payload, "found": True}
     return found
 
 
-def run_retrain(context: Context, collect: str, dataset: str | None, force: bool) -> dict[str, Any]:
-    """Run the cycle through Prefect, unless there is nothing to do (then Prefect is not even imported)."""
+def run_retrain(
+    context: Context, collect: CollectMode, dataset: str | None = None, force: bool = False
+) -> dict[str, Any]:
+    """Run the cycle through Prefect, unless there is nothing to do (then Prefect is not even imported).
+
+    Raises:
+        Conflict: another process runs a cycle in this workspace.
+    """
     with context.exclusive("a cycle"):
         planned = plan(context, collect, dataset, force)
     if isinstance(planned, dict):
@@ -41,9 +39,9 @@ def run_retrain(context: Context, collect: str, dataset: str | None, force: bool
     with prefect_api(context.workspace):
         from flows.retrain import retrain
 
-        return retrain(
-            workspace=str(context.workspace.root), collect=collect, dataset=dataset, overrides=list(context.overrides)
-        )
+        root, overrides = str(context.workspace.root), list(context.overrides)
+        result: dict[str, Any] = retrain(root, collect, dataset, overrides)
+        return result
 
 
 def run_stages(context: Context, cycle: Cycle, run: Any = run_stage) -> dict[str, Any]:
@@ -59,7 +57,13 @@ def run_stages(context: Context, cycle: Cycle, run: Any = run_stage) -> dict[str
                 say(f"    {line}")
     except (Refused, Conflict) as error:
         outcome = "refused" if isinstance(error, Refused) else "stale"
-        finish(context, cycle.key, outcome, str(error), dataset=receipts.get("seal", {}).get("root", cycle.dataset))
+        finish(
+            context,
+            cycle.key,
+            outcome,
+            str(error),
+            dataset=receipts.get("seal", {}).get("root", cycle.dataset),
+        )
         raise
     return close_cycle(context, cycle, receipts)
 
@@ -83,7 +87,10 @@ def close_cycle(context: Context, cycle: Cycle, receipts: Mapping[str, Mapping[s
 def summary(stage: str, outputs: dict[str, Any]) -> str:
     """Return one line about what a stage gave."""
     if stage == "collect" and "environments" in outputs:
-        rows = (f"{name} {row['reward']:.3f} (constant {row['constant']:.3f})" for name, row in outputs["environments"].items())
+        rows = (
+            f"{name} {row['reward']:.3f} (constant {row['constant']:.3f})"
+            for name, row in outputs["environments"].items()
+        )
         return f"{outputs['episodes']} episodes by agent/{outputs['version']}; mean reward {', '.join(rows)}"
     if stage == "seal":
         return f"{outputs['name']}/v{outputs['version']}, {outputs['rows']} episodes, root {outputs['root'][:12]}"
@@ -97,7 +104,10 @@ def summary(stage: str, outputs: dict[str, Any]) -> str:
     if stage == "register":
         return f"agent/{outputs['version']}"
     if stage == "evaluate":
-        rows = (f"{name} {row['champion']:.3f} → {row['candidate']:.3f}" for name, row in outputs["slices"].items())
+        rows = (
+            f"{name} {row['champion']:.3f} → {row['candidate']:.3f}"
+            for name, row in outputs["slices"].items()
+        )
         return ", ".join(rows)
     if stage == "decide":
         return str(outputs["verdict"])

@@ -6,7 +6,6 @@ Started by `forebay up` as `python -m flows.runner WORKSPACE NAME=MODULE:FUNCTIO
 from __future__ import annotations
 
 import asyncio
-import importlib
 import os
 import sys
 import time
@@ -14,9 +13,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import (
@@ -31,10 +28,11 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Crashed
 from prefect.types.entrypoint import EntrypointType
 
-from flows.deployments import DEPLOYMENT, apply
+from flows.deployments import DEPLOYMENT, apply, load
 from flows.environment import get
 from flows.processes import ready_mark
 from tasks.core.digest import write_atomic
+from tasks.core.errors import ForebayError
 from tasks.core.workspace import Workspace
 
 # Polling is one request on loopback: often enough that an event does not seem to be lost.
@@ -44,13 +42,6 @@ _SERVER_SECONDS = 180
 _ONE_AT_A_TIME = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE)
 _PAGE = 200
 _CUT_OFF = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
-
-
-def load(target: str) -> Flow[..., Any]:
-    """Return the flow that "module:function" names."""
-    module, _, name = target.partition(":")
-    found: Flow[..., Any] = getattr(importlib.import_module(module), name)
-    return found
 
 
 def settle(client: SyncPrefectClient) -> None:
@@ -123,4 +114,7 @@ def main(root: str, *flows: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except ForebayError as error:
+        sys.exit(str(error))

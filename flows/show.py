@@ -34,7 +34,14 @@ def _table(*columns: str, title: str | None = None) -> Table:
 
 def checks_table(report: Mapping[str, Any]) -> RenderableType:
     """Draw the checks of a dataset."""
-    table = _table("check", "ok", "failed:n", "of:n", "detail", title=f"dataset {report['root'][:12]}: {report['verdict']}")
+    table = _table(
+        "check",
+        "ok",
+        "failed:n",
+        "of:n",
+        "detail",
+        title=f"dataset {report['root'][:12]}: {report['verdict']}",
+    )
     for check in report["checks"]:
         sign = Text("yes", style="green") if check["ok"] else Text("NO", style="bold red")
         table.add_row(check["name"], sign, str(check["failed"]), str(check["of"]), check["detail"])
@@ -48,7 +55,9 @@ def schedules_table(found: Sequence[Mapping[str, Any]]) -> RenderableType:
     table = _table("name", "flow", "when", "timezone", "overrides")
     for row in found:
         when = row.get("cron") or f"on {row.get('on')}"
-        table.add_row(row["name"], row["flow"], when, row.get("timezone") or "", " ".join(row.get("overrides") or ()))
+        table.add_row(
+            row["name"], row["flow"], when, row.get("timezone") or "", " ".join(row.get("overrides") or ())
+        )
     return table
 
 
@@ -83,7 +92,9 @@ def decision_record(context: Context, path: str, sha256: str) -> dict[str, Any]:
     """
     file = context.workspace.root / path
     if not file.exists() or sha256_file(file) != sha256:
-        raise Corrupt(f"The decision record {path} is missing or changed; `forebay verify` says what else is.")
+        raise Corrupt(
+            f"The decision record {path} is missing or changed; `forebay verify` says what else is."
+        )
     return dict(json.loads(file.read_text()))
 
 
@@ -113,11 +124,18 @@ def decision_view(record: Mapping[str, Any]) -> RenderableType:
 def verify_view(report: Mapping[str, Any]) -> RenderableType:
     """Draw the result of a verification."""
     if report["ok"]:
-        return Text(f"verified: {report['checked']} digests agree, {report['bytes'] / 1e6:,.0f} MB read again.", style="green")
+        return Text(
+            f"verified: {report['checked']} digests agree, {report['bytes'] / 1e6:,.0f} MB read again.",
+            style="green",
+        )
     table = _table("problem", "what", "belongs to", "expected", "found", title="differences")
     for item in report["problems"]:
         table.add_row(
-            Text(item["problem"], style="bold red"), item["path"], item["owner"], item["expected"][:12], (item["found"] or "")[:12]
+            Text(item["problem"], style="bold red"),
+            item["path"],
+            item["owner"],
+            item["expected"][:12],
+            (item["found"] or "")[:12],
         )
     return table
 

@@ -67,7 +67,9 @@ def _stale(context: Context, last: Any, dataset: Any) -> list[str]:
     elif last is not None:
         changed = [name for name, pin in context.pins.items() if last.payload["pins"].get(name) != pin]
         if changed:
-            found.append(f"{' and '.join(changed)} changed since the last cycle; `forebay retrain` would run again")
+            found.append(
+                f"{' and '.join(changed)} changed since the last cycle; `forebay retrain` would run again"
+            )
     return found
 
 
@@ -92,14 +94,25 @@ def status_table(value: dict[str, Any]) -> RenderableType:
                 line.append(f"  gate: {agent['decision']}")
         table.add_row(role, line)
     data = value["dataset"]
-    table.add_row("dataset", f"{data['name']}/v{data['version']}  {data['rows']} episodes  {data['root'][:12]}" if data else "none")
+    table.add_row(
+        "dataset",
+        f"{data['name']}/v{data['version']}  {data['rows']} episodes  {data['root'][:12]}"
+        if data
+        else "none",
+    )
     table.add_row("open", f"{value['open_episodes']} episodes not sealed yet")
     last = value["last_cycle"]
-    table.add_row("last cycle", f"{last['time'][:19]}  {last['outcome']}: {last['reason']}" if last else "none")
+    table.add_row(
+        "last cycle", f"{last['time'][:19]}  {last['outcome']}: {last['reason']}" if last else "none"
+    )
     if value["unfinished_cycle"]:
-        table.add_row("unfinished", f"cycle {value['unfinished_cycle'][:12]}; `forebay retrain` goes on with it")
+        table.add_row(
+            "unfinished", f"cycle {value['unfinished_cycle'][:12]}; `forebay retrain` goes on with it"
+        )
     for item in value["schedules"]:
-        table.add_row("schedule", f"{item['name']}: {item['flow']} {item.get('cron') or 'on ' + str(item.get('on'))}")
+        table.add_row(
+            "schedule", f"{item['name']}: {item['flow']} {item.get('cron') or 'on ' + str(item.get('on'))}"
+        )
     table.add_row("servers", _servers(value["servers"]))
     for line in value["stale"] or ["nothing"]:
         table.add_row("stale", Text(line, style="yellow" if value["stale"] else "dim"))

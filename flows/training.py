@@ -55,7 +55,11 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
         context.settings.replay.dataset,
         key,
         name=f"train {key[:8]}",
-        params={**settings.model_dump(mode="json"), "seed": context.settings.seed, "init": f"agent/{champion}"},
+        params={
+            **settings.model_dump(mode="json"),
+            "seed": context.settings.seed,
+            "init": f"agent/{champion}",
+        },
         dataset=dataset_ref(dataset),
     )
     with progress.current().bar("train") as report, tracked as run, _recorded_failure(ledger, key):
@@ -64,7 +68,9 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
         def on_metrics(step: int, values: Mapping[str, float]) -> None:
             run.log(values, step)
             _append_curve(run_dir, step, values)
-            note = f"reward {values['reward_estimate']:.3f}  kl {values['kl_k3']:.4f}  ess {values['ess']:.2f}"
+            note = (
+                f"reward {values['reward_estimate']:.3f}  kl {values['kl_k3']:.4f}  ess {values['ess']:.2f}"
+            )
             report(step, settings.steps, note)
 
         result = train(
@@ -97,7 +103,9 @@ def _recorded_failure(ledger: Ledger, key: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        ledger.append("run.failed", key, {"key": key, "error": type(error).__name__, "reason": str(error)[:500]})
+        ledger.append(
+            "run.failed", key, {"key": key, "error": type(error).__name__, "reason": str(error)[:500]}
+        )
         raise
 
 
@@ -135,7 +143,9 @@ def register_trained(
     return {"version": version, "digest": run["digest"]}
 
 
-def train_and_validate_reward_model(context: Context, dataset: Mapping[str, Any], champion: int) -> dict[str, Any]:
+def train_and_validate_reward_model(
+    context: Context, dataset: Mapping[str, Any], champion: int
+) -> dict[str, Any]:
     """Fit a reward head on pairs of the dataset and judge it on pairs of prompts it has not seen."""
     agent = context.agent(str(champion)).payload
     inputs = {
@@ -161,7 +171,9 @@ def train_and_validate_reward_model(context: Context, dataset: Mapping[str, Any]
                 device=context.device(),
                 report=report,
             )
-        outputs = validate_reward_model(model, context.policy.reward_model, context.workspace, dataset["root"])
+        outputs = validate_reward_model(
+            model, context.policy.reward_model, context.workspace, dataset["root"]
+        )
         context.ledger.append("reward.validated", outputs["digest"], outputs)
         return outputs
 
@@ -195,7 +207,11 @@ def training_curves(context: Context, key: str) -> bytes:
 
     rows = read_curve(context, key)
     figure = Figure(figsize=(9, 4.2), layout="constrained")
-    for axis, name in zip(figure.subplots(2, 3).flat, ("reward_estimate", "kl_k3", "ess", "phi", "entropy", "grad_norm"), strict=True):
+    for axis, name in zip(
+        figure.subplots(2, 3).flat,
+        ("reward_estimate", "kl_k3", "ess", "phi", "entropy", "grad_norm"),
+        strict=True,
+    ):
         axis.plot([row["step"] for row in rows], [row.get(name) for row in rows], color="#1f6f8b")
         axis.set_title(name, fontsize=9)
         axis.grid(alpha=0.25)

@@ -85,7 +85,7 @@ def _states(model: PreTrainedModel, row: MicroBatch, layer: int) -> Tensor:
 
 
 def _closed(sample: Sample) -> Sample:
-    """Add a token that nobody looks at: a packed row names the nodes that predict one, so now the last as well."""
+    """Add a token nobody looks at: a packed row names nodes that predict one, so now the last as well."""
     length = len(sample.response_ids) + 1
     ids = [*sample.response_ids, 0]
     return replace(sample, response_ids=ids, trained=[True] * length, behaviour_logprobs=[0.0] * length)

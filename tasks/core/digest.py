@@ -33,7 +33,9 @@ def canonical_json(value: Any) -> bytes:
     Keys are sorted, separators are compact, text is UTF-8; NaN and infinity raise ValueError because
     JSON has no spelling for them and a digest must be reproducible by other programs.
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
 
 
 def digest_json(value: Any) -> str:
@@ -51,7 +53,9 @@ def merkle_root(leaves: Sequence[str]) -> str:
     if not level:
         return sha256_bytes(b"")
     while len(level) > 1:
-        pairs = [hashlib.sha256(b"\x01" + a + b).digest() for a, b in zip(level[::2], level[1::2], strict=False)]
+        pairs = [
+            hashlib.sha256(b"\x01" + a + b).digest() for a, b in zip(level[::2], level[1::2], strict=False)
+        ]
         level = pairs + level[len(pairs) * 2 :]
     return level[0].hex()
 
@@ -84,7 +88,11 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         Unavailable: the disk is full; nothing is left behind.
     """
-    write_file_atomic(path, lambda aside: aside.write_bytes(data) and None)
+
+    def fill(aside: Path) -> None:
+        aside.write_bytes(data)
+
+    write_file_atomic(path, fill)
 
 
 def write_file_atomic(path: Path, fill: Callable[[Path], None]) -> None:

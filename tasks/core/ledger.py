@@ -25,7 +25,9 @@ _metadata = sa.MetaData()
 _table = sa.Table(
     "ledger",
     _metadata,
-    sa.Column("seq", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=False),
+    sa.Column(
+        "seq", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=False
+    ),
     sa.Column("time", sa.Text, nullable=False),
     sa.Column("kind", sa.Text, nullable=False, index=True),
     sa.Column("subject", sa.Text, nullable=False, index=True),
@@ -56,7 +58,9 @@ class LedgerView:
 
     def entries(self, kind: str | None = None, subject: str | None = None) -> list[Entry]:
         """Return the entries in order, of one kind and subject where given."""
-        return [_entry(row) for row in self._connection.execute(_select(kind, subject).order_by(_table.c.seq))]
+        return [
+            _entry(row) for row in self._connection.execute(_select(kind, subject).order_by(_table.c.seq))
+        ]
 
     def last(self, kind: str | None = None, subject: str | None = None) -> Entry | None:
         """Return the newest entry of that kind and subject, or None."""
@@ -88,7 +92,9 @@ class Ledger:
         except sa.exc.OperationalError as error:
             if "already exists" not in str(error):  # another process made the table between check and create
                 reason = str(error.orig).strip().splitlines()[0]
-                raise Unavailable(f"The ledger at {url.render_as_string()} cannot be opened: {reason}.") from error
+                raise Unavailable(
+                    f"The ledger at {url.render_as_string()} cannot be opened: {reason}."
+                ) from error
         except sa.exc.IntegrityError:
             pass  # the same race on PostgreSQL
         return engine
@@ -118,14 +124,23 @@ class Ledger:
                 last = view.last()
                 seq, prev = (last.seq + 1, last.digest) if last else (1, GENESIS)
                 time = datetime.now(UTC).isoformat(timespec="microseconds")
-                row = {"seq": seq, "time": time, "kind": kind, "subject": subject, "payload": text, "prev": prev}
+                row = {
+                    "seq": seq,
+                    "time": time,
+                    "kind": kind,
+                    "subject": subject,
+                    "payload": text,
+                    "prev": prev,
+                }
                 row["digest"] = _digest(row)
                 connection.execute(_table.insert().values(**row))
                 self._end(connection, "COMMIT")
             except sa.exc.OperationalError as error:
                 self._end(connection, "ROLLBACK")
                 reason = str(error.orig).strip().splitlines()[0]
-                raise Unavailable(f"The ledger could not be written ({reason}); nothing was recorded.") from error
+                raise Unavailable(
+                    f"The ledger could not be written ({reason}); nothing was recorded."
+                ) from error
             except BaseException:
                 self._end(connection, "ROLLBACK")
                 raise
@@ -158,7 +173,9 @@ class Ledger:
                 values = dict(row._mapping)
                 seq += 1
                 if values["seq"] != seq or values["prev"] != prev or values["digest"] != _digest(values):
-                    raise Corrupt(f"The ledger was altered at entry {seq}: its digest does not follow from entry {seq - 1}.")
+                    raise Corrupt(
+                        f"The ledger was altered at entry {seq}: its digest does not follow from entry {seq - 1}."
+                    )
                 prev = values["digest"]
         return seq
 
@@ -190,4 +207,6 @@ def _entry(row: sa.Row[Any]) -> Entry:
 
 
 def _digest(row: Mapping[str, Any]) -> str:
-    return sha256_bytes(canonical_json({key: row[key] for key in ("seq", "time", "kind", "subject", "payload", "prev")}))
+    return sha256_bytes(
+        canonical_json({key: row[key] for key in ("seq", "time", "kind", "subject", "payload", "prev")})
+    )

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tasks.core.digest import digest_json
 from tasks.core.errors import UsageError
 
-
 S = TypeVar("S", bound="Section")
 
 
@@ -49,7 +48,9 @@ class Replay(Section):
 
     dataset: str = Field("main", pattern=r"^[a-z0-9][a-z0-9_-]*$")
     shard_rows: int = Field(8192, ge=1)
-    remote: str | None = Field(None, description="DVC remote; None is a folder in the workspace, s3://… a bucket")
+    remote: str | None = Field(
+        None, description="DVC remote; None is a folder in the workspace, s3://… a bucket"
+    )
 
 
 class Validation(Section):
@@ -119,7 +120,9 @@ def build_section(cls: type[S], values: Mapping[str, Any], where: str) -> S:
 def _override(values: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name.strip():
-        raise UsageError(f"`{override}` is not a setting; write section.key=value, for example training.steps=8.")
+        raise UsageError(
+            f"`{override}` is not a setting; write section.key=value, for example training.steps=8."
+        )
     *parents, last = name.strip().split(".")
     for part in parents:
         values = values.setdefault(part, {})

@@ -40,11 +40,18 @@ def code_commit() -> dict[str, Any]:
     """Return the git commit of the project's code and whether the tree differs from it."""
 
     def git(*words: str) -> str | None:
-        done = subprocess.run(["git", "-C", str(_PROJECT), *words], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", "-C", str(_PROJECT), *words], capture_output=True, text=True, check=False
+        )
         return done.stdout.strip() if done.returncode == 0 else None
 
     changed = git("status", "--porcelain", "--", "tasks", "models", "flows", "constraints.txt")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed), "digest": code_digest(), "lock": lock_digest()}
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(changed),
+        "digest": code_digest(),
+        "lock": lock_digest(),
+    }
 
 
 def derive_seed(*parts: object) -> int:

@@ -31,46 +31,57 @@ class Workspace:
 
     @property
     def state(self) -> Path:
+        """Everything that is not for git."""
         return self.root / STATE
 
     @property
     def params(self) -> Path:
+        """The settings file."""
         return self.root / "params.yaml"
 
     @property
     def policy(self) -> Path:
+        """The promotion policy."""
         return self.root / "policy.yaml"
 
     @property
     def replay(self) -> Path:
+        """Sealed shards, their DVC pointers and manifests."""
         return self.root / "data" / "replay"
 
     @property
     def remote(self) -> Path:
+        """The local DVC remote."""
         return self.state / "remote"
 
     @property
     def segments(self) -> Path:
+        """Open segments: episodes that are not sealed yet."""
         return self.state / "segments"
 
     @property
     def models(self) -> Path:
+        """Base models and reward models."""
         return self.state / "models"
 
     @property
     def runs(self) -> Path:
+        """One folder a training run: recovery checkpoints, export, metrics."""
         return self.state / "runs"
 
     @property
     def evidence(self) -> Path:
+        """What decisions rest on, content-addressed."""
         return self.state / "evidence"
 
     @property
     def locks(self) -> Path:
+        """Lock files."""
         return self.state / "locks"
 
     @property
     def servers(self) -> Path:
+        """State and logs of Prefect, MLflow and the runner."""
         return self.state / "servers"
 
     @property
@@ -80,10 +91,12 @@ class Workspace:
 
     @property
     def ledger_url(self) -> str:
+        """SQLAlchemy URL of the ledger."""
         return f"sqlite:///{self.state / 'ledger.db'}"
 
     @property
     def mlflow_uri(self) -> str:
+        """Tracking URI of the workspace's own MLflow store."""
         return f"sqlite:///{self.state / 'mlflow.db'}"
 
     def relative(self, path: Path) -> str:

@@ -81,7 +81,7 @@ class PairedOutcomes:
         return sorted({pair.env for pair in self.pairs})
 
     def rewards(self, env: str | None = None) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Return candidate rewards [n], champion rewards [n] and cluster names [n], of one environment or all.
+        """Return candidate and champion rewards [n] and cluster names [n], of one environment or all.
 
         Answers to one task are one cluster: they share its difficulty.
         """

@@ -181,7 +181,7 @@ def clopper_pearson(successes: int, n: int, *, alpha: float) -> tuple[float, flo
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return Holm's adjusted p-values, in the given order: rejecting those <= alpha errs at most alpha in all."""
+    """Return Holm's adjusted p-values in the given order: rejecting those <= alpha errs alpha in all."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted = [0.0] * len(p_values)
     running = 0.0

@@ -70,7 +70,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the gate said about replacing `champion` by `candidate`, with all that is needed to say it again."""
+    """What the gate said about replacing `champion` by `candidate`, with all needed to say it again."""
 
     candidate: Agent
     champion: Agent
@@ -103,7 +103,7 @@ class Decision:
         return sha256_bytes(self.record)
 
     def payload(self, record: str) -> dict[str, Any]:
-        """Return the ledger's payload of `decision.made`; `record` is the record's path as the ledger has it."""
+        """Return the payload of `decision.made`; `record` is the record's path as the ledger has it."""
         return {
             "decision": self.digest,
             "verdict": self.verdict,
@@ -270,10 +270,8 @@ def recompute_decision(path: Path) -> Decision:
 def _finding(name: str, finding: Finding | None, required: bool) -> Evidence:
     if finding is None:
         return Evidence(name, "INCONCLUSIVE", f"{name.capitalize()}: not checked.", None, required)
-    why = (
-        "; ".join(finding.reasons)
-        or {"PASS": "sound", "FAIL": "refused", "INCONCLUSIVE": "unclear"}[finding.verdict]
-    )
+    plainly = {"PASS": "sound", "FAIL": "refused", "INCONCLUSIVE": "unclear"}[finding.verdict]
+    why = "; ".join(finding.reasons) or plainly
     says = f"{name.capitalize()} of {finding.subject[:12]}…: {why}."
     return Evidence(name, finding.verdict, says, finding.digest, required)
 
@@ -281,8 +279,8 @@ def _finding(name: str, finding: Finding | None, required: bool) -> Evidence:
 def _measured(
     name: str, verdict: Verdict, says: str, digest: str, by: Estimate, margin: float, counts: bool = True
 ) -> Evidence:
-    numbers = [_rounded(x) for x in (by.estimate, by.low, by.high)]
-    return Evidence(name, verdict, says, digest, counts, *numbers, by.n, _rounded(by.mde), margin)
+    estimate, low, high, mde = map(_rounded, (by.estimate, by.low, by.high, by.mde))
+    return Evidence(name, verdict, says, digest, counts, estimate, low, high, by.n, mde, margin)
 
 
 def _rounded(x: float) -> float:

@@ -18,7 +18,9 @@ class Superiority(Section):
 
     margin: float = Field(default=0.0, ge=0, lt=1, description="mean reward on [0, 1]")
     alpha: float = Field(default=0.0025, gt=0, lt=0.5, description="false promotions per cycle")
-    power: float = Field(default=0.8, gt=0.5, lt=1, description="at which the minimum detectable effect is reported")
+    power: float = Field(
+        default=0.8, gt=0.5, lt=1, description="at which the minimum detectable effect is reported"
+    )
     min_tasks: int = Field(default=30, ge=2, description="fewer paired tasks are inconclusive")
 
 
@@ -26,14 +28,18 @@ class Guards(Section):
     """In no environment may the candidate be worse than the champion by `margin` or more."""
 
     margin: float = Field(default=0.10, gt=0, lt=1, description="mean reward on [0, 1]")
-    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="error over all environments together (Holm)")
+    alpha: float = Field(
+        default=0.05, gt=0, lt=0.5, description="error over all environments together (Holm)"
+    )
 
 
 class RewardModel(Section):
     """What the reward model must show on pairs it was not trained on."""
 
     required: bool = True
-    min_accuracy: float = Field(default=0.60, gt=0.5, lt=1, description="for the lower bound of pair accuracy")
+    min_accuracy: float = Field(
+        default=0.60, gt=0.5, lt=1, description="for the lower bound of pair accuracy"
+    )
     max_ece: float = Field(default=0.15, gt=0, lt=1, description="expected calibration error")
     alpha: float = Field(default=0.05, gt=0, lt=0.5, description="one-sided error of the accuracy's bounds")
 

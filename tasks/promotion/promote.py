@@ -108,7 +108,10 @@ def standing(ledger: Entries) -> Standing:
         if entry.seq in dropped:
             continue
         to = entry.payload["to"]
-        line = line[: line.index(to) + 1] if entry.kind == "rollback.intent" else [*line, to]
+        if entry.kind == "rollback.intent":
+            line = line[: len(line) - line[::-1].index(to)]  # back to its latest term of office
+        else:
+            line = [*line, to]
         intent = None if entry.seq in closed else entry
     newest = ledger.last("agent.registered")
     return Standing(tuple(line), None if newest is None else newest.payload["version"], intent)
@@ -135,9 +138,7 @@ def crown(ledger: Ledger, registry: Aliases, version: int, *, by: str) -> Entry:
     def check(view: LedgerView) -> None:
         now = standing(view)
         if now.champion is not None:
-            raise Conflict(
-                f"agent/{now.champion} is champion already; agent/{version} has to pass the gate."
-            )
+            raise Conflict(f"agent/{now.champion} is champion already; agent/{version} has to pass the gate.")
 
     payload = {"to": version, "from": None, "decision": None, "reason": "first champion", "by": by}
     return _change(ledger, registry, "promotion", version, payload, check)
@@ -173,9 +174,8 @@ def promote(
             raise Conflict(
                 f"{_who(now.intent)} is under way; wait, or run `forebay reconcile` if its process died."
             )
-        used = [e for e in view.entries("promotion.intent") if e.payload["decision"] == decision]
-        if used and now.champion == version:
-            raise Conflict(f"agent/{version} is champion already ({_who(used[-1])}).")
+        if now.champion == version:
+            raise Conflict(f"agent/{version} is champion already.")
         if now.champion != expected_champion:
             last = max(
                 (e for word in _CHANGES for e in view.entries(f"{word}.intent")),
@@ -188,9 +188,10 @@ def promote(
                 else f"the champion is agent/{now.champion} since {_who(last)}"
             )
             raise Conflict(
-                f"agent/{version} was compared with agent/{expected_champion}, but {why}; evaluate it against "
-                "the champion again."
+                f"agent/{version} was compared with agent/{expected_champion}, but {why}; "
+                "evaluate it against the champion again."
             )
+        used = [e for e in view.entries("promotion.intent") if e.payload["decision"] == decision]
         if used:
             raise Conflict(
                 f"The decision {decision[:12]}… was used by {_who(used[-1])}; a decision promotes once."
@@ -201,8 +202,8 @@ def promote(
         for role, asked in (("candidate", version), ("champion", expected_champion)):
             if judged[role] != (asked, _registered(view, asked)):
                 raise Refused(
-                    f"The decision {decision[:12]}… is about agent/{judged[role][0]} ({judged[role][1][:12]}…) "
-                    f"as {role}, not about agent/{asked} as it is registered."
+                    f"The decision {decision[:12]}… is about agent/{judged[role][0]} "
+                    f"({judged[role][1][:12]}…) as {role}, not about agent/{asked} as it is registered."
                 )
         if made["approval"] == "required" and not _approved(view, decision):
             raise Refused(f"The policy asks for an approval; give it with `forebay approve {decision[:12]}`.")
@@ -222,7 +223,7 @@ def rollback(
     """
     before = standing(ledger)
     target = before.previous if to is None else to
-    if target is None or target not in before.champions[:-1]:
+    if target is None or target not in before.champions[:-1] or target == before.champion:
         line = ", ".join(f"agent/{v}" for v in before.champions[:-1]) or "none"
         raise NotFound(f"There is no such champion to roll back to; earlier champions: {line}.")
 
@@ -234,8 +235,8 @@ def rollback(
             )
         if now.champions != before.champions or now.champion != expected_champion:
             raise Conflict(
-                f"The champion is agent/{now.champion}, not agent/{expected_champion}; look at `forebay status` "
-                "and decide again."
+                f"The champion is agent/{now.champion}, not agent/{expected_champion}; "
+                "look at `forebay status` and decide again."
             )
 
     payload = {"to": target, "from": expected_champion, "decision": None, "reason": reason, "by": by}

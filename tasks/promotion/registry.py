@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from importlib import import_module
 from importlib.metadata import version as installed
 from pathlib import Path
 from types import TracebackType
@@ -53,7 +54,7 @@ class DatasetRef:
 
 @dataclass(frozen=True)
 class Registered:
-    """A version of the agent: its number, its logged model, and the run that trained it (None: a base model)."""
+    """A version of the agent: its number, its logged model, and the run that trained it (None: base)."""
 
     version: int
     model_id: str
@@ -124,7 +125,7 @@ class Registry:
         self._locks = locks
 
     def prepare(self) -> None:
-        """Create or migrate the store; several processes may do so at once, and a prepared store costs little.
+        """Create or migrate the store; several processes may do so at once.
 
         MLflow itself migrates at first use, where processes that come at the same time have broken one
         another's tables.
@@ -132,7 +133,7 @@ class Registry:
         if not self._is_database:
             return
         with self._lock("mlflow-store"):
-            from mlflow.store.db import utils
+            utils: Any = import_module("mlflow.store.db.utils")
             from mlflow.store.model_registry.dbmodels import models as _registry_tables  # noqa: F401  (fills metadata)
             from mlflow.store.tracking.dbmodels import models as _tracking_tables  # noqa: F401
 
@@ -191,7 +192,7 @@ class Registry:
         tags: Mapping[str, str] | None = None,
         dataset: DatasetRef | None = None,
     ) -> Registered:
-        """Make the Hugging Face folder `files` a version of the agent; the same digest is the same version again.
+        """Make the Hugging Face folder `files` a version of the agent; the same digest is the same version.
 
         The files are hard-linked into the logged model where it lies on the same file system, else copied or
         uploaded. A crash at any point leaves nothing that a second call does not complete.
@@ -422,7 +423,8 @@ def _lay_out(target: Path, files: Path, model: LoggedModel) -> None:
         _link(source, target / "model" / name)
         if source.suffix != ".safetensors":  # MLflow looks for the tokenizer in a folder of its own
             _link(source, target / "components" / "tokenizer" / name)
-    text = [{"type": "string", "required": True}]
+    text = json.dumps([{"type": "string", "required": True}])
+    python = ".".join(map(str, sys.version_info[:3]))
     description = {
         "flavors": {
             "transformers": {
@@ -439,20 +441,18 @@ def _lay_out(target: Path, files: Path, model: LoggedModel) -> None:
             "python_function": {
                 "loader_module": "mlflow.transformers",
                 "env": {"virtualenv": "python_env.yaml"},
-                "python_version": ".".join(map(str, sys.version_info[:3])),
+                "python_version": python,
             },
         },
         "mlflow_version": installed("mlflow"),
         "model_id": model.model_id,
         "run_id": model.source_run_id,
-        "signature": {"inputs": json.dumps(text), "outputs": json.dumps(text), "params": None},
+        "signature": {"inputs": text, "outputs": text, "params": None},
     }
     packages = [f"{name}=={installed(name)}" for name in ("mlflow", "transformers", "torch", "accelerate")]
     (target / "requirements.txt").write_text("\n".join(packages) + "\n")
-    environment = {"python": description["flavors"]["python_function"]["python_version"]}
-    (target / "python_env.yaml").write_text(
-        yaml.safe_dump({**environment, "dependencies": ["-r requirements.txt"]})
-    )
+    environment = {"python": python, "dependencies": ["-r requirements.txt"]}
+    (target / "python_env.yaml").write_text(yaml.safe_dump(environment))
     (target / "MLmodel").write_text(yaml.safe_dump(description))
 
 

@@ -59,7 +59,8 @@ def init(workspace: Workspace, remote: str | None = None) -> None:
         # Written here and not by `Repo.init`, which stages its files in the user's index.
         _add_lines(root / ".dvc" / ".gitignore", _PRIVATE)
         _add_lines(root / ".dvcignore", _IGNORED)
-        (root / ".dvc" / "config").touch()
+        if not (root / ".dvc" / "config").exists():
+            (root / ".dvc" / "config").touch()
         _configure(root, remote)
 
 
@@ -86,14 +87,19 @@ def push(workspace: Workspace, folder: Path) -> None:
         repo.push(targets=[str(_pointer_file(folder))])
 
 
-def pull(workspace: Workspace, folder: Path) -> None:
-    """Make `folder` what its pointer says, with files from the remote: missing and changed ones are replaced.
+def pull(workspace: Workspace, folder: Path, damaged: Sequence[Path] = ()) -> None:
+    """Bring what `folder` lacks of what its pointer says from the remote.
+
+    Args:
+        damaged: files of the folder to be replaced.
 
     Raises:
         Unavailable: the remote cannot be reached or does not hold them.
     """
     with _repo(workspace, "pull from the remote") as repo:
-        repo.pull(targets=[str(_pointer_file(folder))], force=True)
+        for path in damaged:
+            _discard(path, Path(repo.cache.local.path))
+        repo.pull(targets=[str(_pointer_file(folder))])
 
 
 def status(workspace: Workspace) -> dict[str, Any]:
@@ -129,6 +135,17 @@ def _repo(workspace: Workspace, what: str) -> Iterator[Repo]:
             raise Unavailable(f"DVC could not {what} in {root}: {' '.join(str(error).split())}") from error
 
 
+def _discard(path: Path, cache: Path) -> None:
+    """Remove a damaged file and the cache's name for the same bytes, which DVC would link back unseen."""
+    if not path.exists():
+        return
+    inode = path.stat().st_ino
+    for linked in cache.rglob("*") if path.stat().st_nlink > 1 else ():
+        if linked.stat().st_ino == inode:
+            linked.unlink()
+    path.unlink()
+
+
 def _pointer_file(folder: Path) -> Path:
     return folder.with_name(folder.name + ".dvc")
 
@@ -142,7 +159,7 @@ def _configure(root: Path, remote: str | None) -> None:
     url = remote if "://" in remote or os.path.isabs(remote) else RelPath(root / remote)
     config = Config(str(root / ".dvc"))
     wanted: dict[str, dict[str, Any]] = {
-        "core": {"analytics": False, "autostage": False, "remote": _REMOTE},
+        "core": {"analytics": "false", "autostage": "false", "remote": _REMOTE},
         "cache": {
             "type": ["reflink", "hardlink", "copy"]
         },  # shards never change, so no second copy is needed

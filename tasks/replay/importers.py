@@ -157,7 +157,7 @@ def _guarded(work: Callable[..., Any], *arguments: Any) -> Any:
 
 def _parsed(raw: bytes) -> Mapping[str, Any]:
     try:
-        record = json.loads(raw.strip())
+        record = json.loads(raw.decode("utf-8-sig").strip())
     except UnicodeDecodeError:
         raise _Bad("it is not UTF-8 text") from None
     except json.JSONDecodeError as error:

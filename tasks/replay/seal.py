@@ -129,14 +129,20 @@ def known_groups(workspace: Workspace, ledger: Ledger, name: str) -> set[str]:
     return segments.waiting_groups(workspace, name) | index.sealed_groups(workspace, name)
 
 
-def restore(workspace: Workspace, name: str) -> None:
-    """Bring the shards of dataset `name` that are missing or damaged back from the remote.
+def restore(workspace: Workspace, manifest: Manifest) -> None:
+    """Bring the shards of a version that are missing or damaged back from the remote.
+
+    The present pointer of the dataset must still hold them, as that of every later version does.
 
     Raises:
         Unavailable: the remote cannot be reached or does not hold them.
+        Corrupt: what came back is not what was sealed.
     """
-    with _locked(workspace, name):
-        dvc_store.pull(workspace, shards.folder_of(workspace, name))
+    with _locked(workspace, manifest.name):
+        damaged = [workspace.root / shard.path for shard in shards.damaged(workspace, manifest.shards)]
+        if damaged:
+            dvc_store.pull(workspace, shards.folder_of(workspace, manifest.name), damaged)
+            shards.verify(workspace, manifest.shards)
 
 
 def _locked(workspace: Workspace, name: str) -> AbstractContextManager[None]:

@@ -64,15 +64,15 @@ def behaviours(workspace: Workspace, shards: Sequence[Shard]) -> set[Behaviour]:
     return found
 
 
-def damaged(workspace: Workspace, shards: Sequence[Shard]) -> list[str]:
-    """Re-hash `shards`; return one sentence for each that is missing or whose bytes differ."""
-    found = []
+def damaged(workspace: Workspace, shards: Sequence[Shard]) -> dict[Shard, str]:
+    """Re-hash `shards`; return the missing and the changed ones, each with a sentence that says so."""
+    found = {}
     for shard in shards:
         path = workspace.root / shard.path
         if not path.exists():
-            found.append(f"Shard {shard.path} is missing; pull it from the remote.")
+            found[shard] = f"Shard {shard.path} is missing; restore it from the remote."
         elif (digest := sha256_file(path)) != shard.sha256:
-            found.append(
+            found[shard] = (
                 f"Shard {shard.path} is corrupt: its SHA-256 is {digest}, sealed was {shard.sha256}."
             )
     return found
@@ -84,8 +84,8 @@ def verify(workspace: Workspace, shards: Sequence[Shard]) -> None:
     Raises:
         Corrupt: the first shard that is missing or differs is named.
     """
-    if found := damaged(workspace, shards):
-        raise Corrupt(found[0])
+    for sentence in damaged(workspace, shards).values():
+        raise Corrupt(sentence)
 
 
 def read_rows(workspace: Workspace, manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Table:

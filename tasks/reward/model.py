@@ -96,8 +96,8 @@ def train_reward_model(
     split = split_pairs(pairs, holdout=settings.holdout, seed=seed)
     if not split.train or not split.heldout:
         raise Refused(
-            f"The dataset has {len({p.group_id for p in pairs})} groups with both a right and a wrong answer, too "
-            "few to train and validate a reward model; collect more, or tasks neither too easy nor too hard."
+            f"The dataset has {len({p.group_id for p in pairs})} groups with both a right and a wrong answer: "
+            "too few to train and validate on; collect more, on tasks neither too easy nor too hard."
         )
     features = _features(pairs, backbone, device, report)
     differences = _differences(split.train, features)

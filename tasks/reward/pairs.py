@@ -1,4 +1,4 @@
-"""Pairs of a better and a worse answer to one prompt, from replay; no prompt is on both sides of the split."""
+"""Pairs of a better and a worse answer to one prompt, from replay; no prompt is on both sides of a split."""
 
 from __future__ import annotations
 

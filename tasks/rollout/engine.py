@@ -40,13 +40,13 @@ class Action:
 _BLOCK = 256  # tokens; see `invert`
 
 
-class GrowingLayer(DynamicLayer):
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A cache layer that writes new columns into spare room; `DynamicLayer` copies the old ones each time."""
 
     SPARE = 32  # columns
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None  # [rows, heads, capacity, size] each
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object) -> Any:

@@ -308,7 +308,7 @@ def _forward_logprobs(model: PreTrainedModel, episodes: Sequence[Episode]) -> li
     device = model.device
     ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences], device=device)
     mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=device)
-    weight: torch.Tensor = model.get_output_embeddings().weight
+    weight: torch.Tensor = model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
     hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     answers = []
     for row, episode in enumerate(episodes):

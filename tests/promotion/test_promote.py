@@ -136,6 +136,22 @@ def test_rollback_walks_back_along_the_line_of_champions(world):
         rollback(ledger, registry, expected_champion=1, reason="no more", by="kim")
 
 
+def test_an_agent_may_come_back_into_office_and_the_line_keeps_both_terms(world):
+    ledger, registry = world
+    go(ledger, registry, 2)
+    add_decision(ledger, 1, 2)
+    go(ledger, registry, 1, expected=2)
+    add_decision(ledger, 3, 1, "PASS", note="second term")
+    go(ledger, registry, 3)
+    assert standing(ledger).champions == (1, 2, 1, 3)
+    rollback(ledger, registry, expected_champion=3, reason="bad", by="kim")
+    assert standing(ledger).champions == (1, 2, 1)
+    with pytest.raises(NotFound, match="no such champion"):
+        rollback(ledger, registry, expected_champion=1, reason="it is me", by="kim", to=1)
+    rollback(ledger, registry, expected_champion=1, reason="bad too", by="kim")
+    assert registry.aliases()["champion"] == 2
+
+
 def test_rollback_can_skip_and_checks_what_it_expects(world):
     ledger, registry = world
     go(ledger, registry, 2)

@@ -201,19 +201,19 @@ def test_a_flipped_byte_in_a_shard_is_found_and_refused(workspace: Workspace, le
     sealed = seal.seal(workspace, ledger, SETTINGS)
     shards.verify(workspace, sealed.manifest.shards)
     path = workspace.root / sealed.manifest.shards[1].path
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0x01
-    path.unlink()
-    path.write_bytes(data)
+    path.chmod(0o644)
+    with path.open("r+b") as stream:  # in place: DVC's cache may share the bytes
+        stream.seek(500)
+        byte = stream.read(1)[0]
+        stream.seek(500)
+        stream.write(bytes([byte ^ 0x01]))
     missing = workspace.root / sealed.manifest.shards[2].path
     missing.unlink()
     found = shards.damaged(workspace, sealed.manifest.shards)
-    assert len(found) == 2
-    assert path.name in found[0]
-    assert missing.name in found[1]
+    assert list(found) == list(sealed.manifest.shards[1:])
     with pytest.raises(Corrupt, match=f"{path.name} is corrupt"):
         shards.read_rows(workspace, sealed.manifest)
-    seal.restore(workspace, "main")
+    seal.restore(workspace, sealed.manifest)
     shards.verify(workspace, sealed.manifest.shards)
 
 
@@ -231,7 +231,7 @@ def test_a_clone_of_the_data_commit_pulls_the_very_version(
     )
     git(clone, "fetch", "--quiet", "origin", "forebay/data")
     git(clone, "checkout", "--quiet", first.git_commit)
-    seal.restore(clone, "main")
+    seal.restore(clone, first.manifest)
     assert sorted(rows_of(clone, first)) == ids(("a", 2))
     assert len(list(shards.folder_of(clone, "main").iterdir())) == 1
 

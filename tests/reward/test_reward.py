@@ -33,7 +33,8 @@ def episode(
     prompt = prompt or f"{group}: "
     return Episode(
         episode_id=f"{group}-{sample}", group_id=group, sample_index=sample, task_id=group, env=env,
-        env_version="1", split="train", seed=0, prompt_ids=[3, 4], response_ids=[5], loss_mask=[True], turn_ids=[0],
+        env_version="1", split="train", seed=0, prompt_ids=[3, 4], response_ids=[5],
+        loss_mask=[True], turn_ids=[0],
         behaviour_logprobs=[-1.0], logprob_source="engine", behaviour_version="agent/1", behaviour_digest="b",
         temperature=1.0, top_p=1.0, max_new_tokens=4, tokenizer_digest="t", template_digest="t",
         reward=reward, reward_components="{}", reward_digest="r", finish_reason="done",
