@@ -107,6 +107,7 @@ def rollback_champion(context: Context, reason: str) -> dict[str, Any]:
     """Put the previous champion back."""
     from tasks.promotion.promote import champion, rollback
 
+    settle(context)
     now = champion(context.ledger)
     if now is None:
         raise NotFound("There is no champion to roll back from.")
@@ -114,6 +115,14 @@ def rollback_champion(context: Context, reason: str) -> dict[str, Any]:
         context.ledger, context.registry, expected_champion=now, reason=reason, by=getpass.getuser()
     )
     return _change(entry)
+
+
+def settle(context: Context) -> None:
+    """Finish a promotion or rollback whose process died; costs one look at the ledger where there is none."""
+    from tasks.promotion.promote import reconcile, standing
+
+    if standing(context.ledger).intent is not None:
+        reconcile(context.ledger, context.registry)
 
 
 def reconcile_registry(context: Context) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from flows.processes import running_url
 from tasks.core.digest import digest_json, sha256_bytes, write_atomic
 from tasks.core.errors import NotFound, Unavailable, UsageError
 from tasks.core.locks import file_lock
-from tasks.core.settings import Section, build_section, load_section
+from tasks.core.settings import Section, build_section
 from tasks.core.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -95,10 +95,6 @@ class Schedule(Section):
         return {**from_event, **self.parameters, **overrides}
 
 
-class _File(Section):
-    schedules: tuple[Schedule, ...] = ()
-
-
 def schedules(workspace: Workspace) -> list[Schedule]:
     """Return the schedules of the workspace, by name.
 
@@ -106,7 +102,18 @@ def schedules(workspace: Workspace) -> list[Schedule]:
         UsageError: `schedules.yaml` was edited into something that is none.
     """
     path = _path(workspace)
-    return sorted(load_section(_File, path).schedules, key=lambda s: s.name) if path.exists() else []
+    try:
+        rows = yaml.safe_load(path.read_text()) if path.exists() else {}
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(rows or {}, dict) or not all(isinstance(row, dict) for row in (rows or {}).values()):
+        raise UsageError(
+            f"{path.name} must give each schedule a name and, below it, a flow and when it runs."
+        )
+    found = (
+        build_section(Schedule, {"name": n, **row}, f"{path.name}: {n}") for n, row in (rows or {}).items()
+    )
+    return sorted(found, key=lambda s: s.name)
 
 
 def schedule(
@@ -158,7 +165,7 @@ def schedule(
     with _editing(workspace):
         kept = [s for s in schedules(workspace) if s.name != wanted.name]
         _write(workspace, [*kept, wanted])
-        up = _apply_if_up(workspace)
+        up = apply_if_up(workspace)
     waits = "" if up else ", once `forebay up` has started the servers"
     return f"Schedule {wanted.name}: {flow} runs {wanted.when}{waits}."
 
@@ -175,7 +182,7 @@ def unschedule(workspace: Workspace, name: str) -> str:
             known = ", ".join(s.name for s in found) or "none"
             raise NotFound(f"There is no schedule `{name}`; known: {known}.")
         _write(workspace, [s for s in found if s.name != name])
-        _apply_if_up(workspace)
+        apply_if_up(workspace)
     return f"Schedule {name} is removed."
 
 
@@ -336,8 +343,12 @@ def _apply_automations(client: SyncPrefectClient, wanted: Iterable[AutomationCor
         client.create_automation(automation)
 
 
-def _apply_if_up(workspace: Workspace) -> bool:
-    """Apply the file if the server runs; tell whether it does."""
+def apply_if_up(workspace: Workspace) -> bool:
+    """Apply `schedules.yaml` if the server runs; tell whether it does.
+
+    Raises:
+        Unavailable: the server runs and does not take it.
+    """
     url = running_url(workspace, "prefect")
     if url is None:
         return False
@@ -368,9 +379,8 @@ def _path(workspace: Workspace) -> Path:
 
 def _write(workspace: Workspace, wanted: Sequence[Schedule]) -> None:
     ordered = sorted(wanted, key=lambda s: s.name)
-    rows = [s.model_dump(mode="json", exclude_defaults=True) for s in ordered]
-    text = _HEAD + yaml.safe_dump({"schedules": rows}, sort_keys=False)
-    write_atomic(_path(workspace), text.encode())
+    rows = {s.name: s.model_dump(mode="json", exclude={"name"}, exclude_defaults=True) for s in ordered}
+    write_atomic(_path(workspace), (_HEAD + yaml.safe_dump(rows, sort_keys=False)).encode())
 
 
 def _editing(workspace: Workspace) -> AbstractContextManager[None]:

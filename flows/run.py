@@ -30,7 +30,10 @@ def run_retrain(
     Raises:
         Conflict: another process runs a cycle in this workspace.
     """
+    from flows.champions import settle
+
     with context.exclusive("a cycle"):
+        settle(context)
         planned = plan(context, collect, dataset, force)
     if isinstance(planned, dict):
         return planned

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from flows.deployments import FLOWS
+from flows.deployments import FLOWS, schedules
 from flows.environment import LOOPBACK, environment, get
 from flows.processes import Process, alive, ready_mark, record, recorded, spawn, stop, tail, wait_while_alive
 from tasks.core.errors import Unavailable
@@ -63,8 +63,10 @@ def up(
         foreground: stay, and stop everything on Ctrl-C, SIGTERM or when one of the servers ends.
 
     Raises:
+        UsageError: `schedules.yaml` does not say what it should.
         Unavailable: a port is taken, or a server did not come up; what this call started is stopped again.
     """
+    schedules(workspace)  # the runner would find the mistake half a minute later
     with file_lock(workspace.locks / "servers.lock", timeout=5, what=f"the servers of {workspace.root}"):
         _stop(workspace, [p for p in recorded(workspace) if not alive(p)])  # what a dead server left behind
         running = {p.name: p for p in recorded(workspace)}

@@ -37,7 +37,7 @@ class Compute(Section):
 class Collect(Section):
     """How experience is made."""
 
-    environments: dict[str, int] = {"calculator": 64, "reasoning_gym/chain_sum": 24}
+    environments: dict[str, int] = {"calculator": 48, "largest": 32, "reasoning_gym/chain_sum": 24}
     group_size: int = Field(8, ge=2, description="answers to each task; groups of one carry no signal")
     temperature: float = Field(1.0, gt=0)
     batch_rows: int = Field(128, ge=1, description="answers decoded side by side")
@@ -65,13 +65,13 @@ class Reward(Section):
 
     holdout: float = Field(0.3, gt=0, lt=1)
     pairs_per_group: int = Field(4, ge=1)
-    l2: float = Field(1e-2, gt=0)
+    l2: float = Field(1e-4, gt=0)
 
 
 class Evaluation(Section):
     """The held-out tasks on which candidate and champion are compared."""
 
-    tasks: dict[str, int] = {"calculator": 120, "reasoning_gym/chain_sum": 40}
+    tasks: dict[str, int] = {"calculator": 120, "largest": 100, "reasoning_gym/chain_sum": 50}
     batch_rows: int = Field(128, ge=1)
 
 

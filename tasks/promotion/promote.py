@@ -108,10 +108,8 @@ def standing(ledger: Entries) -> Standing:
         if entry.seq in dropped:
             continue
         to = entry.payload["to"]
-        if entry.kind == "rollback.intent":
-            line = line[: len(line) - line[::-1].index(to)]  # back to its latest term of office
-        else:
-            line = [*line, to]
+        latest_term = len(line) - line[::-1].index(to) if entry.kind == "rollback.intent" else None
+        line = [*line, to] if latest_term is None else line[:latest_term]
         intent = None if entry.seq in closed else entry
     newest = ledger.last("agent.registered")
     return Standing(tuple(line), None if newest is None else newest.payload["version"], intent)

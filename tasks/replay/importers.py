@@ -170,7 +170,7 @@ def _parsed(raw: bytes) -> Mapping[str, Any]:
 def _episode(record: Mapping[str, Any], origin: Origin, default_time: str) -> tuple[str, Episode]:
     """Return the group and the episode of one record; log-probabilities are 0 where the record has none."""
     messages, reward = _messages(record), _reward(record.get("reward"))
-    prompt_ids, response_ids, mask, turns, text = _laid_out(messages, origin.tokenizer)
+    prompt_ids, response_ids, mask, turns = _laid_out(messages, origin.tokenizer)
     source = str(record.get("source") or origin.source)
     opening = [m for m in messages[: _first_answer(messages)] if m["role"] == "user"]
     prompt = "\n".join(m["content"] for m in opening)
@@ -204,7 +204,7 @@ def _episode(record: Mapping[str, Any], origin: Origin, default_time: str) -> tu
         reward_digest=digest_json({"recorded_by": source}),
         finish_reason="done",
         prompt_sha256=sha256_bytes(prompt.encode()),
-        response_text=text,
+        response_text=str(origin.tokenizer.decode(response_ids)),
         source=source,
         licence=str(record.get("licence") or origin.licence),
         created_at=str(record.get("created_at") or default_time),
@@ -257,15 +257,15 @@ def _number(record: Mapping[str, Any], key: str, default: float) -> float:
 
 def _laid_out(
     messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int], list[bool], list[int], str]:
-    """Return prompt ids, response ids, mask and turn ids, and the response's text.
+) -> tuple[list[int], list[int], list[bool], list[int]]:
+    """Return prompt ids, response ids, mask and turn ids.
 
     The template is applied to growing prefixes of the conversation; what an assistant message adds is its
     turn. Pieces are tokenised one by one, as they were when the policy wrote one after the other.
     """
     first = _first_answer(messages)
     done = _rendered(tokenizer, messages[:first], True)
-    prompt_ids, response = _tokens(tokenizer, done), done
+    prompt_ids = _tokens(tokenizer, done)
     ids: list[int] = []
     mask: list[bool] = []
     turns: list[int] = []
@@ -292,7 +292,7 @@ def _laid_out(
         if not last:
             add(rest, False, turn)
         done = after
-    return prompt_ids, ids, mask, turns, done.removeprefix(response)
+    return prompt_ids, ids, mask, turns
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], asks: bool) -> str:

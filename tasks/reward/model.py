@@ -95,8 +95,9 @@ def train_reward_model(
     pairs = make_pairs(episodes, per_group=settings.pairs_per_group, seed=seed)
     split = split_pairs(pairs, holdout=settings.holdout, seed=seed)
     if not split.train or not split.heldout:
+        groups = len({pair.group_id for pair in pairs})
         raise Refused(
-            f"The dataset has {len({p.group_id for p in pairs})} groups with both a right and a wrong answer: "
+            f"The dataset has {groups} groups with both a right and a wrong answer: "
             "too few to train and validate on; collect more, on tasks neither too easy nor too hard."
         )
     features = _features(pairs, backbone, device, report)

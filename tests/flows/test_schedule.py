@@ -1,4 +1,4 @@
-"""Schedules: what is refused, what is kept, and what the real servers make of it with nobody at the keyboard."""
+"""Schedules: what is refused, what is kept, and what the real servers make of it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from flows.deployments import _apply_if_up as apply_if_up
-from flows.deployments import emit_sealed, schedule, schedules, unschedule
+from flows.deployments import apply_if_up, emit_sealed, schedule, schedules, unschedule
+from flows.servers import up
 from tasks.core.errors import NotFound, UsageError
 from tasks.core.workspace import Workspace
 from tests.flows.live import ask, lay, ports, servers, until
@@ -74,10 +74,7 @@ def test_an_unknown_setting_is_refused_now_and_not_at_night(workspace: Workspace
 def test_schedules_are_kept_in_a_file_and_the_same_name_replaces(workspace: Workspace) -> None:
     assert schedules(workspace) == []
     line = schedule(workspace, "retrain", cron="0 3 * * *")
-    assert (
-        line
-        == 'Schedule retrain-cron: retrain runs cron "0 3 * * *" (UTC), once `forebay up` has started the servers.'
-    )
+    assert line.startswith('Schedule retrain-cron: retrain runs cron "0 3 * * *" (UTC), once `forebay up`')
     schedule(workspace, "retrain", on="dataset.sealed")
     schedule(workspace, "retrain", cron="0 4 * * *", timezone="Europe/Vienna")
     schedule(workspace, "audit", interval="1d", name="audit-daily", parameters={"ref": "agent/1"})
@@ -95,12 +92,22 @@ def test_schedules_are_kept_in_a_file_and_the_same_name_replaces(workspace: Work
         unschedule(workspace, "retrain-cron")
 
 
-def test_a_file_edited_into_nonsense_is_one_sentence(workspace: Workspace) -> None:
-    (workspace.root / "schedules.yaml").write_text(
-        "schedules:\n- {name: x, flow: retrain, crn: '0 3 * * *'}\n"
-    )
-    with pytest.raises(UsageError, match="schedules.yaml: .*crn"):
-        schedules(workspace)
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("x: {flow: retrain, crn: '0 3 * * *'}", r"schedules\.yaml: x: .*crn.*did you mean `cron`"),
+        ("x: {flow: retrain}", r"schedules\.yaml: x: .*exactly one of cron, interval and on"),
+        ("x: [", r"schedules\.yaml is not YAML"),
+        ("- x", r"schedules\.yaml must give each schedule a name"),
+        ("x: 0 3 * * *", r"schedules\.yaml must give each schedule a name"),
+    ],
+)
+def test_a_file_edited_into_nonsense_is_one_sentence(workspace: Workspace, text: str, sentence: str) -> None:
+    (workspace.root / "schedules.yaml").write_text(text)
+    for read in (schedules, lambda w: up(w, ports())):
+        with pytest.raises(UsageError, match=sentence) as raised:
+            read(workspace)
+        assert "\n" not in str(raised.value)
 
 
 def test_a_seal_without_servers_says_so_and_stands(workspace: Workspace) -> None:

@@ -158,8 +158,8 @@ def test_bad_lines_are_named_and_good_ones_kept(tmp_path: Path) -> None:
     )
     report = import_chat(path, ORIGIN)
     assert [e.response_text for members in report.groups for e in members] == [
-        "1<|im_end|>\n",
-        "3<|im_end|>\n",
+        "1<|im_end|>",
+        "3<|im_end|>",
     ]
     assert [str(error) for error in report.errors] == [
         "line 2: it is not JSON (Expecting value at column 15)",
@@ -229,7 +229,7 @@ def test_mlflow_traces() -> None:
     ]
     report = import_traces(traces, ORIGIN, "correct")
     (members,) = report.groups
-    assert [(e.response_text, e.reward) for e in members] == [("4<|im_end|>\n", 1.0), ("5<|im_end|>\n", 0.25)]
+    assert [(e.response_text, e.reward) for e in members] == [("4<|im_end|>", 1.0), ("5<|im_end|>", 0.25)]
     assert members[0].created_at == "2026-11-23T01:39:44.615Z"
     assert [str(error) for error in report.errors] == [
         "line 3: trace tr-1 has no chat span with messages and an answer",
