@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.settings import Settings
-from tasks.core.digest import digest_json
-from tasks.core.errors import NotFound, Unavailable
+from tasks.core.digest import digest_json, sha256_file
+from tasks.core.errors import Corrupt, NotFound, Unavailable
 from tasks.core.ledger import Entry, Ledger
 from tasks.core.locks import file_lock
 from tasks.core.workspace import Workspace
@@ -84,6 +84,22 @@ class Context:
             known = ", ".join(f"agent/{v}" for v in sorted(registered, key=int)) or "none yet"
             raise NotFound(f"There is no agent `{ref}`; registered here: {known}.")
         return registered[name]
+
+    def weights(self, agent: Mapping[str, Any]) -> Path:
+        """Return the folder of a registered agent after hashing its files: nothing is loaded that was changed.
+
+        Raises:
+            Corrupt: a file is missing or differs; it is named.
+        """
+        folder = self.workspace.root / agent["path"]
+        for name, digest in agent["files"].items():
+            path = folder / name
+            if not path.is_file() or sha256_file(path) != digest:
+                raise Corrupt(
+                    f"{path} is not the file that agent/{agent['version']} was registered with; "
+                    f"`forebay verify agent/{agent['version']}` lists every difference."
+                )
+        return folder
 
     def device(self) -> str:
         """Return "cpu" or "cuda".

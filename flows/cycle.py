@@ -165,20 +165,22 @@ def _seal(context: Context, cycle: Cycle) -> Receipt:
 def _validate(context: Context, cycle: Cycle) -> Receipt:
     from flows.experience import validate_dataset
 
-    return validate_dataset(context, cycle.receipt("seal")["root"], agent=cycle.champion)
+    return validate_dataset(
+        context, cycle.receipt("seal")["root"], agent=cycle.champion
+    )  # judged by the next stage
 
 
 def _reward(context: Context, cycle: Cycle) -> Receipt:
     from flows.training import train_and_validate_reward_model
 
-    _require_valid(cycle)
+    _require_valid(context, cycle)
     return train_and_validate_reward_model(context, cycle.receipt("seal"), cycle.champion)
 
 
 def _train(context: Context, cycle: Cycle) -> Receipt:
     from flows.training import train_agent
 
-    _require_valid(cycle)
+    _require_valid(context, cycle)
     return train_agent(context, cycle.receipt("seal"), cycle.champion)
 
 
@@ -231,10 +233,10 @@ def _promote(context: Context, cycle: Cycle) -> Receipt:
     return {**change, "promoted": True, "reason": f"{subject} is promoted."}
 
 
-def _require_valid(cycle: Cycle) -> None:
-    report = cycle.receipt("validate")
-    if report["verdict"] != "PASS":
-        raise Refused(f"Dataset {report['root'][:12]} is quarantined: {'; '.join(report['reasons'])}.")
+def _require_valid(context: Context, cycle: Cycle) -> None:
+    from tasks.replay.validation import assert_usable
+
+    assert_usable(context.ledger, cycle.receipt("seal")["root"])
 
 
 _FUNCTIONS: Mapping[str, Callable[[Context, Cycle], Receipt]] = dict(

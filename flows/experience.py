@@ -58,7 +58,7 @@ def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -
     from tasks.replay.segments import SegmentWriter, open_folder
     from tasks.rollout.rollout import rollout
 
-    folder = context.workspace.root / agent["path"]
+    folder = context.weights(agent)
     model, tokenizer = load_policy(folder, context.device(), context.dtype()), load_tokenizer(folder)
     settings = context.settings.collect
     segment = open_folder(context.workspace, context.settings.replay.dataset)
@@ -146,7 +146,7 @@ def import_experience(
         raise UsageError(
             f"--recompute needs the checkpoint that wrote the records, and `{written_by}` is no agent here."
         )
-    model = load_policy(context.workspace.root / writer["path"]) if recompute and writer else None
+    model = load_policy(context.weights(writer)) if recompute and writer else None
     origin = Origin(
         tokenizer=load_tokenizer(context.workspace.root / policy["path"]),
         tokenizer_digest=policy["tokenizer_digest"],

@@ -161,7 +161,7 @@ def _answer(
     from tasks.arena.environment import get
     from tasks.rollout.rollout import evaluate
 
-    folder = context.workspace.root / agent["path"]
+    folder = context.weights(agent)
     model, tokenizer = load_policy(folder, context.device(), context.dtype()), load_tokenizer(folder)
     rows, total, answered = context.settings.evaluation.batch_rows, sum(map(len, tasks.values())), []
     with progress.current().bar(f"evaluate {role}") as report:

@@ -41,6 +41,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
         "settings": settings.model_dump(mode="json"),
         "seed": context.settings.seed,
         "dtype": dtype,
+        "oldest_behaviour": champion - context.settings.validation.max_policy_lag,
         "code": code_digest(),
         "lock": lock_digest(),
     }
@@ -75,13 +76,14 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
 
         result = train(
             run_dir=run_dir,
-            init_dir=context.workspace.root / agent["path"],
+            init_dir=context.weights(agent),
             shards=[ShardRef(s["path"], s["sha256"]) for s in dataset["shards"]],
             shard_root=context.workspace.root,
             settings=settings,
             seed=context.settings.seed,
             device=device,
             dtype=dtype,
+            oldest_behaviour=inputs["oldest_behaviour"],
             on_metrics=on_metrics,
         )
         outputs = {
@@ -163,7 +165,7 @@ def train_and_validate_reward_model(
         with progress.current().bar("reward") as report:
             model = train_reward_model(
                 list(episodes(context, dataset)),
-                context.workspace.root / agent["path"],
+                context.weights(agent),
                 agent["digest"],
                 context.settings.reward,
                 seed=context.settings.seed,

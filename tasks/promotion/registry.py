@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib import import_module
@@ -261,11 +261,7 @@ class Registry:
             self._client.delete_registered_model_alias(AGENT, alias)
 
     def traces(self, experiment: str, filter_string: str | None = None) -> Iterator[dict[str, Any]]:
-        """Yield the traces of an experiment, oldest first, as plain dictionaries.
-
-        Keys: trace_id, time (UTC milliseconds), request and response (decoded JSON where it is JSON), tags,
-        metadata, feedback ([{name, value, source, rationale}], newest last) and spans ([{name, type, inputs,
-        outputs, parent}]).
+        """Yield the traces of an experiment, oldest first, as the dictionaries that MLflow exports.
 
         Raises:
             NotFound: there is no such experiment.
@@ -282,7 +278,7 @@ class Registry:
                 order_by=["timestamp_ms ASC"],
                 page_token=token,
             )
-            yield from map(_plain_trace, page)
+            yield from (trace.to_dict() for trace in page)
             token = page.token
             if not token:
                 return
@@ -463,47 +459,6 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # another file system, or one without links
         shutil.copy2(source, target)
-
-
-def _plain_trace(trace: Any) -> dict[str, Any]:
-    info = trace.info
-    feedback = sorted(
-        (a for a in info.assessments or [] if getattr(a, "feedback", None)),
-        key=lambda a: a.create_time_ms or 0,
-    )
-    return {
-        "trace_id": info.trace_id,
-        "time": info.request_time,
-        "request": _decoded(trace.data.request),
-        "response": _decoded(trace.data.response),
-        "tags": dict(info.tags or {}),
-        "metadata": dict(info.trace_metadata or {}),
-        "feedback": [
-            {
-                "name": a.name,
-                "value": a.feedback.value,
-                "source": None if a.source is None else a.source.source_id,
-                "rationale": a.rationale,
-            }
-            for a in feedback
-        ],
-        "spans": [
-            {
-                "name": s.name,
-                "type": s.span_type,
-                "inputs": s.inputs,
-                "outputs": s.outputs,
-                "parent": s.parent_id,
-            }
-            for s in trace.data.spans
-        ],
-    }
-
-
-def _decoded(text: str | None) -> Any:
-    with suppress(TypeError, ValueError):
-        return json.loads(text)  # type: ignore[arg-type]
-    return text
 
 
 def _answering(uri: str) -> None:

@@ -133,12 +133,16 @@ class Replay:
         )
 
 
-def read_replay(shards: Sequence[Shard], root: Path, policy: Policy, needs: frozenset[str]) -> Replay:
+def read_replay(
+    shards: Sequence[Shard], root: Path, policy: Policy, needs: frozenset[str], oldest_behaviour: int = 0
+) -> Replay:
     """Read shards whose bytes have the digests given, and refuse rows that this policy or objective cannot
     learn from.
 
     Args:
         needs: fields that the objective needs, as in `models.objectives.Objective.needs`.
+        oldest_behaviour: rows of agents registered before this version are passed over; a growing dataset always
+            holds some.
 
     Raises:
         NotFound: a shard is missing.
@@ -152,6 +156,8 @@ def read_replay(shards: Sequence[Shard], root: Path, policy: Policy, needs: froz
     table = pa.concat_tables([_read_shard(root / shard.path, shard.sha256) for shard in shards])
     # An environment that failed says nothing about the answer, and its reward of 0 would.
     table = table.filter(pc.not_equal(table["finish_reason"], "error"))
+    versions = [_registry_version(name) for name in table["behaviour_version"].to_pylist()]
+    table = table.filter(pa.array([v is None or v >= oldest_behaviour for v in versions], pa.bool_()))
     check_rows(table, policy, needs)
     replay = Replay(table)
     if not replay.groups:

@@ -65,6 +65,7 @@ def train(
     seed: int,
     device: str,
     dtype: str,
+    oldest_behaviour: int = 0,
     on_metrics: OnMetrics = lambda step, metrics: None,
 ) -> TrainResult:
     """Train the agent in `init_dir` on replay and export it to `run_dir`/export.
@@ -80,6 +81,8 @@ def train(
         dtype: of the products in the forward and backward pass: "float32", "bfloat16" or "auto" (bfloat16 on
         a GPU).
             Weights and optimizer moments are float32 always.
+        oldest_behaviour: registry version below which an agent's episodes are too stale to learn from; they are
+            passed over.
         on_metrics: called after each update with its number (from 1) and its metrics (`accumulate_gradients`,
         with
             staleness, seconds and tokens_per_second). After a resume, updates made since the last checkpoint
@@ -101,13 +104,15 @@ def train(
             "settings": settings.model_dump(mode="json"),
             "seed": seed,
             "dtype": str(autocast),
+            "oldest_behaviour": oldest_behaviour,
         }
     )
     with file_lock(run_dir / ".lock", timeout=0, what=f"the run in {run_dir}"):
         result = _read_result(run_dir, inputs)
         if result is None:
             model, policy = _initial(init_dir, place)
-            replay = read_replay(shards, shard_root, policy, objectives.get(settings.objective).needs)
+            needs = objectives.get(settings.objective).needs
+            replay = read_replay(shards, shard_root, policy, needs, oldest_behaviour)
             progress, reason, metrics = _updates(
                 model, replay, settings, seed, autocast, run_dir / "checkpoints", inputs, on_metrics
             )

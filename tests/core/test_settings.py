@@ -42,7 +42,7 @@ def test_every_value_can_be_overridden(tmp_path: Path):
     assert settings.seed == 7
     with pytest.raises(UsageError, match="did you mean `seed`"):
         Settings.load(path, ["sead=1"])
-    with pytest.raises(UsageError, match="write section.key=value"):
+    with pytest.raises(UsageError, match=r"write section\.key=value"):
         Settings.load(path, ["seed"])
 
 

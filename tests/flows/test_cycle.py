@@ -107,7 +107,9 @@ def test_mlflow_shows_metrics_dataset_and_lineage_of_the_run(cycled: Context):
     } <= run.data.metrics.keys()
     assert run.info.status == "FINISHED"
     source = json.loads(run.inputs.dataset_inputs[0].dataset.source)
-    assert source["root"] == finished.payload.get("dataset", source["root"]) and len(source["root"]) == 64
+    sealed = cycled.ledger.last("dataset.sealed")
+    assert sealed is not None
+    assert source["root"] == sealed.payload["root"]
     assert run.inputs.dataset_inputs[0].dataset.source_type == "dvc"
     version = client.get_model_version_by_alias("agent", "champion")
     assert version.tags["forebay.digest"] == finished.payload["outputs"]["digest"]

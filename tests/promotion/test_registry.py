@@ -258,9 +258,12 @@ def test_traces_come_as_plain_values_with_their_feedback(registry):
     finally:
         mlflow.set_tracking_uri(before)
     found = list(registry.traces("served"))
-    assert [t["request"]["question"] for t in found] == ["1+1", "2+2"]
-    assert [t["feedback"][0]["value"] for t in found] == [True, False]
-    assert found[0]["spans"][0]["name"] == "agent"
+    given = [t["info"]["assessments"] for t in found]
+    assert [(a[0]["assessment_name"], a[0]["feedback"]["value"]) for a in given] == [
+        ("right", True),
+        ("right", False),
+    ]
+    assert [t["data"]["spans"][0]["name"] for t in found] == ["agent", "agent"]
     json.dumps(found)
     with pytest.raises(NotFound, match="no experiment 'none'"):
         list(registry.traces("none"))
