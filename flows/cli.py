@@ -570,6 +570,7 @@ def main() -> None:
     from flows.environment import QUIET
 
     os.environ.update(QUIET)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # our own bars tell what libraries would draw over them
     as_json = "--json" in sys.argv
     try:
         app(standalone_mode=False)

@@ -91,7 +91,7 @@ class Context:
         Raises:
             Corrupt: a file is missing or differs; it is named.
         """
-        folder = self.workspace.root / agent["path"]
+        folder = self.workspace.root / str(agent["path"])
         for name, digest in agent["files"].items():
             path = folder / name
             if not path.is_file() or sha256_file(path) != digest:

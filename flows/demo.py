@@ -12,6 +12,8 @@ from flows.context import Context
 from flows.init import init_workspace
 from flows.run import run_retrain
 from flows.show import cycle_report
+from tasks.core.ledger import Ledger
+from tasks.core.workspace import Workspace
 from tasks.lineage.graph import lineage
 from tasks.lineage.render import to_tree
 
@@ -20,7 +22,11 @@ def demo(folder: Path, overrides: Sequence[str], out: Console) -> None:
     """Lay a workspace, run the whole cycle on the default model, print the decision and the lineage."""
     start = monotonic()
     out.rule("[bold]Forebay: one cycle on a real language model")
-    init_workspace(folder, None, overrides)
+    workspace = Workspace(folder.resolve())
+    if not (workspace.state / "ledger.db").exists() or not Ledger(workspace.ledger_url).last(
+        "promotion.committed"
+    ):
+        init_workspace(folder, None, overrides)
     context = Context.open(folder, overrides)
     result = run_retrain(context, "missing", None, force=False)
     out.print(cycle_report(context, result))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
 from typing import Protocol
 
 from rich.console import Console
@@ -18,6 +19,8 @@ from rich.progress import (
 
 Report = Callable[[int, int, str], None]
 """report(done, total, note)"""
+
+_LINE_SECONDS = 2.0
 
 
 class Reporter(Protocol):
@@ -44,7 +47,7 @@ class Silent:
 
 
 class Lines:
-    """For logs and pipes: a line when a tenth more is done."""
+    """For logs and pipes: a line when a tenth more is done, and no more than one in two seconds."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
@@ -55,15 +58,15 @@ class Lines:
 
     @contextmanager
     def bar(self, label: str) -> Iterator[Report]:
-        """Write a line for every tenth."""
-        last = -1
+        """Write a line for every tenth that took a while."""
+        tenth, written = 0, monotonic()
 
         def report(done: int, total: int, note: str) -> None:
-            nonlocal last
-            tenth = 10 * done // max(total, 1)
-            if tenth != last:
-                last = tenth
-                self.say(f"{label}: {done}/{total} {note}".rstrip())
+            nonlocal tenth, written
+            now = 10 * done // max(total, 1)
+            if now > tenth and monotonic() - written > _LINE_SECONDS:
+                tenth, written = now, monotonic()
+                self._write(f"    {label}: {done}/{total} {note}".rstrip())
 
         yield report
 

@@ -119,5 +119,11 @@ def status_table(value: dict[str, Any]) -> RenderableType:
     return table
 
 
-def _servers(state: Any) -> str:
-    return str(state)
+def _servers(state: dict[str, Any]) -> Text:
+    if all(server["state"] == "stopped" for server in state.values()):
+        return Text("stopped; `forebay up` starts them", style="dim")
+    return Text(
+        "   ".join(
+            f"{name} {server['state']} {server['url'] or ''}".strip() for name, server in state.items()
+        )
+    )

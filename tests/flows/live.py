@@ -52,6 +52,9 @@ def servers(workspace: Workspace, settings: Servers) -> Iterator[list[str]]:
         yield said
     finally:
         down(workspace)
+        assert processes_of(workspace) == []
+        down(workspace, said.append)
+        assert said[-1] == "Nothing is running."
 
 
 def ask(workspace: Workspace, path: str, body: Any = None) -> Any:

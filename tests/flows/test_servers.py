@@ -23,6 +23,9 @@ from tasks.core.workspace import Workspace
 from tests.flows.live import FLOWS, ask, lay, ports, processes_of, servers, until
 
 
+PROJECT = Path(__file__).resolve().parents[2]
+
+
 @pytest.fixture(scope="module")
 def settings() -> Servers:
     return ports()
@@ -128,16 +131,30 @@ def test_a_run_that_is_cut_off_is_crashed_and_the_next_one_gets_its_place(
 
 
 @pytest.mark.server
-def test_down_leaves_no_process_and_is_safe_to_repeat(running: Workspace) -> None:
+def test_ctrl_c_in_the_foreground_stops_everything(running: Workspace, settings: Servers) -> None:
     before = recorded(running)
     assert len(processes_of(running)) >= 4  # a run is active, see above
-    said: list[str] = []
-    down(running, said.append)
+    code = f"""if True:
+        from pathlib import Path
+        from flows.servers import up
+        from tasks.core.settings import Servers
+        from tasks.core.workspace import Workspace
+        settings = Servers.model_validate({settings.model_dump()})
+        up(Workspace(Path({str(running.root)!r})), settings, lambda t: print(t, flush=True), foreground=True)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() != "Ctrl-C stops everything.\n":
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        said = process.stdout.read().splitlines()
+    assert process.returncode == 0
     assert said == ["runner stopped.", "MLflow server stopped.", "Prefect server stopped."]
     assert processes_of(running) == []
     assert not any(alive(p) for p in before)
-    down(running, said.append)
-    assert said[-1] == "Nothing is running."
+    assert {row["state"] for row in state(running).values()} == {"stopped"}
 
 
 @pytest.mark.server
@@ -174,7 +191,7 @@ with prefect_api(workspace) as api:
 
 def start(workspace: Workspace, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", RUN, str(workspace.root), *words]
-    return subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.server
