@@ -10,6 +10,7 @@ import difflib
 import importlib
 import inspect
 import json
+import time
 import urllib.request
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,6 +58,7 @@ _FROM_EVENT = {"retrain": {"dataset": "{{ event.payload.root }}", "collect": "ne
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 _EPOCH = datetime(2024, 1, 1, tzinfo=UTC)
 _EVENT_SECONDS = 10
+_LISTENING_SECONDS = 1.0
 _TAG = "forebay"
 _HEAD = "# Kept by `forebay schedule` and `forebay unschedule`; `forebay up` applies what is edited here.\n"
 
@@ -341,6 +343,8 @@ def _apply_automations(client: SyncPrefectClient, wanted: Iterable[AutomationCor
             client.delete_automation(there.id)
     for automation in missing.values():
         client.create_automation(automation)
+    if missing:  # the server answers before it listens, and an event in between would be lost
+        time.sleep(_LISTENING_SECONDS)
 
 
 def apply_if_up(workspace: Workspace) -> bool:

@@ -60,6 +60,8 @@ def environment(workspace: Workspace, api_url: str) -> dict[str, str]:
         # The run's page keeps the whole log; the terminal shows what needs a person.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+        # How soon a run that waits for another of its flow looks again; 30 s is for servers far away.
+        "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "5",
         # Without it, any web page that a person visits may read and drive the server on loopback.
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": api_url.removesuffix("/api"),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(_PROJECT), os.environ.get("PYTHONPATH")))),

@@ -21,6 +21,7 @@ from tasks.core.workspace import Workspace
 
 # A correction of the clock moves start times a little; a pid is never given out again that soon.
 _SAME_START_SECONDS = 5.0
+_POLL_SECONDS = 0.2
 _TAIL_LINES = 15
 
 
@@ -65,18 +66,17 @@ def alive(process: Process) -> bool:
 
 
 def stop(process: Process, patience: float) -> None:
-    """End the process and everything it started: SIGTERM, `patience` seconds, then SIGKILL."""
-    leader = _leader(process)
-    if leader is not None:
-        with suppress(psutil.NoSuchProcess):
-            leader.terminate()  # it alone first: a runner or server winds up its children in order
-        psutil.wait_procs([leader], timeout=patience)
+    """End the process and everything it started: SIGTERM, `patience` seconds, then SIGKILL.
+
+    All get the signal at once: Prefect's runner would else wait for its runs, and they for nobody.
+    """
     for send in (psutil.Process.terminate, psutil.Process.kill):
-        left = list(_session(process))
-        for member in left:
+        for member in _session(process):
             with suppress(psutil.NoSuchProcess):
                 send(member)
-        psutil.wait_procs(left, timeout=patience)
+        deadline = time.monotonic() + patience
+        while any(_session(process)) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
 
 
 def tail(log: Path) -> str:
@@ -107,13 +107,13 @@ def ready_mark(workspace: Workspace) -> Path:
     return workspace.servers / "runner.ready"
 
 
-def wait_while_alive(processes: Sequence[Process], poll_seconds: float = 0.5) -> Process:
+def wait_while_alive(processes: Sequence[Process]) -> Process:
     """Block until one of the processes has ended; return it."""
     while True:
         for process in processes:
             if not alive(process):
                 return process
-        time.sleep(poll_seconds)
+        time.sleep(_POLL_SECONDS)
 
 
 def _state_file(workspace: Workspace) -> Path:

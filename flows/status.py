@@ -81,6 +81,8 @@ def _open_intent(context: Context) -> bool:
 
 def status_table(value: dict[str, Any]) -> RenderableType:
     """Draw the status."""
+    from flows.servers import describe
+
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -113,17 +115,7 @@ def status_table(value: dict[str, Any]) -> RenderableType:
         table.add_row(
             "schedule", f"{item['name']}: {item['flow']} {item.get('cron') or 'on ' + str(item.get('on'))}"
         )
-    table.add_row("servers", _servers(value["servers"]))
+    table.add_row("servers", describe(value["servers"]))
     for line in value["stale"] or ["nothing"]:
         table.add_row("stale", Text(line, style="yellow" if value["stale"] else "dim"))
     return table
-
-
-def _servers(state: dict[str, Any]) -> Text:
-    if all(server["state"] == "stopped" for server in state.values()):
-        return Text("stopped; `forebay up` starts them", style="dim")
-    return Text(
-        "   ".join(
-            f"{name} {server['state']} {server['url'] or ''}".strip() for name, server in state.items()
-        )
-    )

@@ -22,7 +22,6 @@ from tasks.core.settings import Servers
 from tasks.core.workspace import Workspace
 from tests.flows.live import FLOWS, ask, lay, ports, processes_of, servers, until
 
-
 PROJECT = Path(__file__).resolve().parents[2]
 
 
