@@ -573,11 +573,9 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # our own bars tell what libraries would draw over them
     as_json = "--json" in sys.argv
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False))  # typer.Exit comes back as a return value here
     except ForebayError as error:
         sys.exit(_fail(error, as_json))
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
     except typer.Abort:
         sys.exit(130)
     except KeyboardInterrupt:

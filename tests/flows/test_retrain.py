@@ -1,0 +1,150 @@
+"""`forebay retrain` as a user runs it: through Prefect, killed at random, by DVC, and by an event on real servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.context import Context
+from tasks.core.stages import STAGES
+from tests.flows.conftest import environment, forebay, lay_workspace, loads
+
+KILLS = 10
+
+
+def assert_consistent(context: Context) -> None:
+    """Nothing twice, nothing lost, ledger and registry agree."""
+    ledger = context.ledger
+    ledger.verify_chain()
+    finished = [entry.subject for entry in ledger.entries("run.finished")]
+    assert len(finished) == len(set(finished)) == 1
+    assert [e.payload["version"] for e in ledger.entries("agent.registered")] == [1, 2]
+    assert [e.subject for e in ledger.entries("dataset.sealed")] == ["main/v1"]
+    assert ledger.entries("dataset.sealed")[0].payload["rows"] == 24 * 8
+    assert len({e.payload["decision"] for e in ledger.entries("decision.made")}) == 1
+    assert len(ledger.entries("promotion.committed")) == 2  # the first champion and the candidate
+    assert context.registry.aliases() == {"champion": 2, "previous": 1}
+
+
+@pytest.mark.server
+def test_retrain_through_prefect_then_nothing_to_do(context: Context):
+    root = context.workspace.root
+    first = loads(forebay(root, "retrain", "--json"))
+    assert first["outcome"] == "promoted"
+    assert_consistent(context)
+    started = time.monotonic()
+    again = loads(forebay(root, "retrain", "--json"))
+    seconds = time.monotonic() - started
+    assert again["found"] is True
+    assert again["run"] == first["run"]
+    assert seconds < 15  # a loaded machine; benchmarks/cycle_overhead.py measures it
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_ten_kills_at_random_moments(tmp_path: Path, tiny_base: Path):
+    """Each start gets further; what one kept the next does not do again, and the last word is the same as without kills."""
+    context = lay_workspace(tmp_path / "ws", tiny_base)
+    root = context.workspace.root
+    whole = lay_workspace(tmp_path / "whole", tiny_base)
+    clock = time.monotonic()
+    loads(forebay(whole.workspace.root, "retrain", "--json"))
+    typical = time.monotonic() - clock
+    chance = random.Random(20261123)
+    for _ in range(KILLS):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", "retrain", "-w", str(root)],
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            process.wait(chance.uniform(0.15, 0.9) * typical)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    last = loads(forebay(root, "retrain", "--json"))
+    assert last["outcome"] == "promoted"
+    assert_consistent(context)
+    assert context.agent("2").payload["files"].keys() == whole.agent("2").payload["files"].keys()
+    assert loads(forebay(root, "verify", "agent@champion", "--json"))["ok"]
+
+
+@pytest.mark.slow
+def test_dvc_repro_runs_the_same_chain(context: Context, tmp_path: Path):
+    root = context.workspace.root
+    script = tmp_path / "bin" / "forebay"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m flows.cli "$@"\n')
+    script.chmod(0o755)
+    env = environment() | {"PATH": f"{script.parent}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
+
+    def repro() -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", "repro"],
+            cwd=root,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    first = repro()
+    for stage in STAGES:
+        assert f"Running stage '{stage}'" in first
+    assert context.ledger.last("cycle.finished").payload["outcome"] == "promoted"
+    assert_consistent(context)
+    assert "Running stage" not in repro()
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_a_sealed_dataset_leads_to_a_finished_retrain_with_nobody_at_the_keyboard(context: Context):
+    root = context.workspace.root
+    ports = [_free_port(), _free_port()]
+    with (root / "params.yaml").open("a") as stream:
+        stream.write(f"servers: {{prefect_port: {ports[0]}, mlflow_port: {ports[1]}}}\n")
+    try:
+        up = forebay(root, "up")
+        assert up.returncode == 0, up.stderr
+        scheduled = forebay(root, "schedule", "retrain", "--on", "dataset.sealed")
+        assert scheduled.returncode == 0, scheduled.stderr
+        assert forebay(root, "collect").returncode == 0
+        sealed = loads(forebay(root, "seal", "--json"))
+        deadline = time.monotonic() + 150
+        while (ended := context.ledger.last("cycle.finished")) is None:
+            assert time.monotonic() < deadline, (context.workspace.servers / "runner.log").read_text()[-3000:]
+            time.sleep(1)
+        assert ended.payload["outcome"] == "promoted"
+        assert ended.payload["dataset"] == sealed["root"]
+        status = loads(forebay(root, "status", "--json"))
+        assert status["champion"]["agent"] == "agent/2"
+        assert {name: row["state"] for name, row in status["servers"].items()} == dict.fromkeys(
+            ("prefect", "mlflow", "runner"), "running"
+        )
+    finally:
+        down = forebay(root, "down")
+    assert down.returncode == 0, down.stderr
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_json_errors_are_json(tmp_path: Path):
+    done = forebay(tmp_path, "status", "--json")
+    assert json.loads(done.stdout)["exit_code"] == done.returncode == 3
