@@ -302,19 +302,33 @@ def retrain(
 def schedule(
     flow: Annotated[str, typer.Argument(help="collect, retrain or audit")],
     cron: Annotated[str | None, typer.Option(help='Five-field cron, for example "0 3 * * *".')] = None,
+    interval: Annotated[str | None, typer.Option(help="A number and s, m, h or d, for example 6h.")] = None,
     on: Annotated[str | None, typer.Option(help="Event: dataset.sealed")] = None,
     timezone: Annotated[str, typer.Option(help="IANA name, for example Europe/Vienna.")] = "UTC",
+    name: Annotated[str | None, typer.Option(help="Name of the schedule; the same name replaces it.")] = None,
     overrides: Set = None,
     workspace: Where = HERE,
 ) -> None:
     """Run a flow by the clock or upon an event, while `forebay up` is running.
 
+    By the clock, `retrain` lets the champion make new experience first; upon an event it trains on what was sealed.
+
     Examples: `forebay schedule retrain --cron "0 3 * * *"` · `forebay schedule retrain --on dataset.sealed`
     """
     from flows.deployments import schedule as add
 
-    context = _context(workspace)
-    line = add(context.workspace, flow, cron=cron, on=on, timezone=timezone, overrides=overrides or [])
+    timed = flow == "retrain" and on is None
+    line = add(
+        _context(workspace).workspace,
+        flow,
+        cron=cron,
+        interval=interval,
+        on=on,
+        timezone=timezone,
+        parameters={"collect": "always"} if timed else None,
+        overrides=overrides or [],
+        name=name,
+    )
     out.print(line, highlight=False)
 
 
@@ -354,7 +368,13 @@ def up(
 
     _watch(False)
     context = _context(workspace, overrides)
-    start(context.workspace, context.settings.servers, progress.current().say, foreground=foreground)
+    start(
+        context.workspace,
+        context.settings.servers,
+        progress.current().say,
+        mlflow_uri=context.settings.stores.mlflow,
+        foreground=foreground,
+    )
 
 
 @app.command(rich_help_panel=SCHEDULE)

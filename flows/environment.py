@@ -74,6 +74,8 @@ def configure(workspace: Workspace, api_url: str) -> None:
     for key in _FOREIGN:
         os.environ.pop(key, None)
     os.environ.update(environment(workspace, api_url))
+    # Whoever runs a flow in this process gets its exception; Prefect would print the traceback as well.
+    os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
     if "prefect.context" in sys.modules:
         sys.modules["prefect.context"].refresh_global_settings_context()
 
@@ -149,8 +151,10 @@ def prefect_api(workspace: Workspace) -> Iterator[PrefectApi]:
         )
     configure(workspace, api.url)
     try:
-        yield api
-        _drain()
+        try:
+            yield api
+        finally:
+            _drain()
     finally:
         assert server.stdin is not None
         server.stdin.close()

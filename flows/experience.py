@@ -199,7 +199,8 @@ def seal_dataset(context: Context, announce: bool = True) -> dict[str, Any]:
     if announce:
         from flows.deployments import emit_sealed
 
-        emit_sealed(context.workspace, sealed.root, sealed.manifest.name, sealed.manifest.version)
+        manifest = sealed.manifest
+        progress.current().say(emit_sealed(context.workspace, sealed.root, manifest.name, manifest.version))
     return dict(entry.payload)
 
 

@@ -39,9 +39,10 @@ def run_retrain(
         return planned
     from flows.environment import prefect_api
 
-    with prefect_api(context.workspace):
+    with prefect_api(context.workspace) as api:
         from flows.retrain import retrain
 
+        api.wait()
         root, overrides = str(context.workspace.root), list(context.overrides)
         result: dict[str, Any] = retrain(root, collect, dataset, overrides)
         return result

@@ -99,9 +99,9 @@ def hold(workspace: Workspace, say: Say = lambda text: None) -> None:
     Raises:
         Unavailable: a server ended by itself; the others are stopped, the end of its log is in the error.
     """
-    say("Ctrl-C stops everything.")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a supervisor says Ctrl-C
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a supervisor says Ctrl-C
+        say("Ctrl-C stops everything.")
         ended = wait_while_alive(recorded(workspace))
     except KeyboardInterrupt:
         down(workspace, say)
