@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flows.context import Context
 from flows.init import init_workspace
+from flows.settings import Settings
 from tasks.arena.environment import get
 from tests.tiny import make_tiny_model, teach
 
@@ -26,7 +28,7 @@ PARAMS = """
 base_model: {base}
 compute: {{device: cpu, threads: 1}}
 collect: {{environments: {{{env}: 24}}, group_size: 8}}
-training: {{steps: 8, groups_per_step: 8, learning_rate: 0.002, checkpoint_every: 2}}
+training: {{steps: 8, groups_per_step: 8, learning_rate: 0.002, checkpoint_every: 2, guards: {{max_kl: 9, min_ess: 0}}}}
 evaluation: {{tasks: {{{env}: 60}}}}
 validation: {{min_groups: 4}}
 """
@@ -45,7 +47,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def lay_workspace(folder: Path, base: Path) -> Context:
     folder.mkdir(parents=True)
-    (folder / "params.yaml").write_text(PARAMS.format(base=base, env=ENVIRONMENT))
+    settings = Settings.model_validate(yaml.safe_load(PARAMS.format(base=base, env=ENVIRONMENT)))
+    (folder / "params.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     (folder / "policy.yaml").write_text(POLICY)
     return init_workspace(folder)
 

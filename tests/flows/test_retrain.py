@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flows.context import Context
 from tasks.core.stages import STAGES
@@ -114,8 +115,9 @@ def test_dvc_repro_runs_the_same_chain(context: Context, tmp_path: Path):
 def test_a_sealed_dataset_leads_to_a_finished_retrain_with_nobody_at_the_keyboard(context: Context):
     root = context.workspace.root
     ports = [_free_port(), _free_port()]
-    with (root / "params.yaml").open("a") as stream:
-        stream.write(f"servers: {{prefect_port: {ports[0]}, mlflow_port: {ports[1]}}}\n")
+    params = yaml.safe_load((root / "params.yaml").read_text())
+    params["servers"] = {"prefect_port": ports[0], "mlflow_port": ports[1]}
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
     try:
         up = forebay(root, "up")
         assert up.returncode == 0, up.stderr
