@@ -87,16 +87,18 @@ class Ledger:
             connect_args={"timeout": 60} if sqlite else {},
         )
         try:
-            with engine.begin() as connection:
-                _metadata.create_all(connection)
-        except sa.exc.OperationalError as error:
-            if "already exists" not in str(error):  # another process made the table between check and create
-                reason = str(error.orig).strip().splitlines()[0]
-                raise Unavailable(
-                    f"The ledger at {url.render_as_string()} cannot be opened: {reason}."
-                ) from error
-        except sa.exc.IntegrityError:
-            pass  # the same race on PostgreSQL
+            try:
+                with engine.begin() as connection:
+                    _metadata.create_all(connection)
+            except sa.exc.DBAPIError:
+                # Two processes may both see no table; the slower one fails, and finds the table when it looks again.
+                if not sa.inspect(engine).has_table(_table.name):
+                    raise
+        except sa.exc.DBAPIError as error:
+            reason = str(error.orig).strip().splitlines()[0]
+            raise Unavailable(
+                f"The ledger at {url.render_as_string()} cannot be opened: {reason}."
+            ) from error
         return engine
 
     def append(
