@@ -79,6 +79,7 @@ def promote_agent(context: Context, version: str, reason: str) -> dict[str, Any]
         raise NotFound(
             f"The gate has not decided about {subject} yet; `forebay retrain` evaluates and decides."
         )
+    context.weights(context.agent(subject).payload)  # months may lie between the decision and an approval
     entry = promote(
         context.ledger,
         context.registry,

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
+    epilog="Exit codes: 0 done · 1 unexpected · 2 wrong request · 3 not found · 4 lost a race or stale · 5 refused by a gate "
+    "or validation · 6 bytes differ from their digest · 7 unavailable (port, GPU, disk, server) · 130 interrupted.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 decision_app = typer.Typer(help="Read and recompute gate decisions.", no_args_is_help=True)
@@ -77,7 +80,9 @@ def _watch(as_json: bool) -> None:
     """Show progress to a person, in lines to a log, and on stderr when stdout carries JSON."""
     console = err if as_json else out
     progress.use(
-        progress.Terminal(console) if console.is_terminal else progress.Lines(lambda t: console.print(t))
+        progress.Terminal(console)
+        if console.file.isatty()
+        else progress.Lines(partial(console.print, highlight=False))
     )
 
 
@@ -180,7 +185,9 @@ def import_(
         typer.Option("--recompute", help="Let that agent compute the log-probabilities that are missing."),
     ] = False,
     source: Annotated[str, typer.Option(help="Where it is from, if the records do not say.")] = "import",
-    licence: Annotated[str, typer.Option(help="Its licence, if the records do not say.")] = "",
+    licence: Annotated[
+        str, typer.Option(help="Its licence (SPDX), if the records do not say.")
+    ] = "NOASSERTION",
     feedback: Annotated[str, typer.Option(help="Feedback that is a trace's reward.")] = "reward",
     workspace: Where = HERE,
     overrides: Set = None,
@@ -228,6 +235,42 @@ def seal(workspace: Where = HERE, overrides: Set = None, as_json: Json = False) 
             f"Sealed {result['name']}/v{result['version']}: {result['new_rows']} new of {result['rows']} episodes, root {result['root'][:12]}.",
             highlight=False,
         )
+
+
+@app.command(rich_help_panel=STEPS)
+def salvage(workspace: Where = HERE, overrides: Set = None) -> None:
+    """Set the damaged groups of open segments aside, so that the others can be sealed."""
+    from tasks.replay.segments import salvage as set_aside
+
+    context = _context(workspace, overrides)
+    damaged = set_aside(context.workspace, context.settings.replay.dataset)
+    for found in damaged:
+        out.print(
+            f"{found.path.name}: {len(found.bad)} damaged lines set aside, {len(found.groups)} groups kept",
+            highlight=False,
+        )
+    if not damaged:
+        out.print("No open segment is damaged.")
+
+
+@app.command(rich_help_panel=STEPS)
+def restore(
+    dataset: Annotated[
+        str | None, typer.Argument(help="main/v3 or the start of its root; default: the newest.")
+    ] = None,
+    workspace: Where = HERE,
+) -> None:
+    """Bring missing or damaged shards of a dataset version back from the DVC remote."""
+    from tasks.replay.seal import find
+    from tasks.replay.seal import restore as bring_back
+
+    context = _context(workspace)
+    sealed = find(context.ledger, dataset or context.settings.replay.dataset)
+    bring_back(context.workspace, sealed.manifest)
+    out.print(
+        f"{sealed.manifest.subject}: all {len(sealed.manifest.shards)} shards are as they were sealed.",
+        highlight=False,
+    )
 
 
 @app.command(rich_help_panel=STEPS)
@@ -338,7 +381,7 @@ def schedules(workspace: Where = HERE, as_json: Json = False) -> None:
     from flows.deployments import schedules as read
     from flows.show import schedules_table
 
-    found = [s.model_dump(mode="json") for s in read(_context(workspace).workspace)]
+    found = [{**s.model_dump(mode="json"), "when": s.when} for s in read(_context(workspace).workspace)]
     if as_json:
         _print_json(found)
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.settings import Settings
-from tasks.core.digest import digest_json, sha256_file
+from tasks.core.digest import digest_json, digest_tree
 from tasks.core.errors import Corrupt, NotFound, Unavailable
 from tasks.core.ledger import Entry, Ledger
 from tasks.core.locks import file_lock
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tasks.promotion.registry import Registry
 
 # Settings that say where things run, not what is computed: they leave every result the same.
-_PLACEMENT = {"stores", "servers", "compute"}
+_PLACEMENT: Any = {"stores": True, "servers": True, "compute": {"threads"}}
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,15 @@ class Context:
     @cached_property
     def pins(self) -> dict[str, str]:
         """Digests of what, beside the data, decides the result of a cycle."""
-        from tasks.core.stages import code_digest
+        from tasks.core.stages import code_digest, lock_digest
 
         meaningful = self.settings.model_dump(mode="json", exclude=_PLACEMENT)
-        return {"settings": digest_json(meaningful), "policy": self.policy.digest(), "code": code_digest()}
+        return {
+            "settings": digest_json(meaningful),
+            "policy": self.policy.digest(),
+            "code": code_digest(),
+            "lock": lock_digest() or "",
+        }
 
     def agent(self, ref: str) -> Entry:
         """Return the registration of `champion`, `candidate`, `previous`, a version number, or agent/N, agent@alias.
@@ -92,13 +97,13 @@ class Context:
             Corrupt: a file is missing or differs; it is named.
         """
         folder = self.workspace.root / str(agent["path"])
-        for name, digest in agent["files"].items():
-            path = folder / name
-            if not path.is_file() or sha256_file(path) != digest:
-                raise Corrupt(
-                    f"{path} is not the file that agent/{agent['version']} was registered with; "
-                    f"`forebay verify agent/{agent['version']}` lists every difference."
-                )
+        found = digest_tree(folder)
+        odd = sorted(dict(found.items() ^ agent["files"].items()))
+        if odd:
+            raise Corrupt(
+                f"{folder / odd[0]} is not what agent/{agent['version']} was registered with; "
+                f"`forebay verify agent/{agent['version']}` lists every difference."
+            )
         return folder
 
     def device(self) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flows.context import Context
-from flows.experience import finished_collections, open_episodes
+from flows.experience import finished_collections, waiting_groups
 from tasks.core.digest import canonical_json, digest_json, write_atomic
 from tasks.core.errors import NotFound, Refused
 from tasks.core.ledger import Entry
@@ -36,19 +36,20 @@ class Cycle:
     round: int
     receipts: Path
 
+    def has(self, stage: str) -> bool:
+        """Tell whether `stage` has run in this cycle."""
+        path = self.receipts / f"{stage}.json"
+        return path.exists() and json.loads(path.read_text())["cycle"] == self.key
+
     def receipt(self, stage: str) -> Receipt:
         """Return what `stage` gave in this cycle.
 
         Raises:
             NotFound: the stage has not run in this cycle.
         """
-        path = self.receipts / f"{stage}.json"
-        value = json.loads(path.read_text()) if path.exists() else {}
-        if value.get("cycle") != self.key:
-            raise NotFound(
-                f"Stage `{stage}` has not run in this cycle yet; run `forebay stage {stage}` first."
-            )
-        return dict(value["outputs"])
+        if not self.has(stage):
+            raise NotFound(f"Stage `{stage}` has not run in this cycle yet; run `forebay stage {stage}`.")
+        return dict(json.loads((self.receipts / f"{stage}.json").read_text())["outputs"])
 
 
 @dataclass(frozen=True)
@@ -58,27 +59,25 @@ class Finished:
     entry: Entry
 
 
-def newest_dataset(context: Context) -> Entry | None:
-    """Return the newest sealed version of the workspace's dataset."""
-    name = context.settings.replay.dataset
-    sealed = [e for e in context.ledger.entries("dataset.sealed") if e.payload["name"] == name]
-    return sealed[-1] if sealed else None
-
-
-def find_dataset(context: Context, ref: str) -> Entry:
-    """Return the sealed dataset with that Merkle root (or a prefix of it), or `name/vN`.
+def sealed_payload(context: Context, ref: str) -> Mapping[str, Any]:
+    """Return the ledger's payload of the sealed dataset that `ref` names: its name, name/vN, or the start of its root.
 
     Raises:
-        NotFound: none or several match; the sentence lists what there is.
+        NotFound: there is none; the sentence lists what there is.
     """
-    sealed = context.ledger.entries("dataset.sealed")
-    found = [
-        e for e in sealed if ref in (e.subject, f"dataset:{e.subject}") or e.payload["root"].startswith(ref)
-    ]
-    if len({e.payload["root"] for e in found}) != 1:
-        known = ", ".join(e.subject for e in sealed) or "none yet"
-        raise NotFound(f"`{ref}` names no single dataset; sealed here: {known}.")
-    return found[-1]
+    from tasks.replay.seal import find
+
+    entry = context.ledger.last("dataset.sealed", find(context.ledger, ref).manifest.subject)
+    assert entry is not None  # find() has just read it
+    return entry.payload
+
+
+def newest_root(context: Context) -> str | None:
+    """Return the Merkle root of the newest version of the workspace's dataset, None where nothing is sealed."""
+    from tasks.replay.seal import newest
+
+    found = newest(context.ledger, context.settings.replay.dataset)
+    return None if found is None else found.root
 
 
 def open_cycle(
@@ -86,7 +85,7 @@ def open_cycle(
 ) -> Cycle | Finished:
     """Resume the unfinished cycle if it has the same pins, else start one, unless there is nothing new to do."""
     ledger, pins = context.ledger, context.pins
-    root = find_dataset(context, dataset).payload["root"] if dataset else None
+    root = sealed_payload(context, dataset)["root"] if dataset else None
     ended = {e.subject for e in ledger.entries("cycle.finished")}
     for entry in reversed(ledger.entries("cycle.started")):
         if entry.subject in ended:
@@ -96,14 +95,13 @@ def open_cycle(
         finish(
             context, entry.subject, "abandoned", "settings, policy, code or dataset changed before it ended"
         )
-    newest = newest_dataset(context)
-    if root is None and newest is not None and collect != "always" and not open_episodes(context):
-        root = newest.payload["root"]
-    wants = collect == "always" or (collect == "missing" and root is None and not open_episodes(context))
+    if root is None and collect != "always" and not waiting_groups(context):
+        root = newest_root(context)
+    wants = collect == "always" or (collect == "missing" and root is None and not waiting_groups(context))
     if not wants and root is not None and not force:
         for entry in reversed(ledger.entries("cycle.finished")):
             same = entry.payload.get("pins") == pins and entry.payload.get("dataset") == root
-            if same and entry.payload["outcome"] != "abandoned":
+            if same and entry.payload["outcome"] in ("promoted", "held"):
                 return Finished(entry)
     champion = context.agent("champion").payload
     payload = {
@@ -155,10 +153,10 @@ def _seal(context: Context, cycle: Cycle) -> Receipt:
     from flows.experience import seal_dataset
 
     if cycle.dataset is not None:
-        return dict(find_dataset(context, cycle.dataset).payload)
-    newest = newest_dataset(context)
-    if newest is not None and not open_episodes(context):
-        return dict(newest.payload)  # sealed by this cycle before it was killed
+        return dict(sealed_payload(context, cycle.dataset))
+    newest = newest_root(context)
+    if newest is not None and not waiting_groups(context):
+        return dict(sealed_payload(context, newest))  # sealed by this cycle before it was killed
     return seal_dataset(context, announce=False)
 
 
@@ -173,14 +171,14 @@ def _validate(context: Context, cycle: Cycle) -> Receipt:
 def _reward(context: Context, cycle: Cycle) -> Receipt:
     from flows.training import train_and_validate_reward_model
 
-    _require_valid(context, cycle)
+    _require_valid(cycle)
     return train_and_validate_reward_model(context, cycle.receipt("seal"), cycle.champion)
 
 
 def _train(context: Context, cycle: Cycle) -> Receipt:
     from flows.training import train_agent
 
-    _require_valid(context, cycle)
+    _require_valid(cycle)
     return train_agent(context, cycle.receipt("seal"), cycle.champion)
 
 
@@ -188,7 +186,7 @@ def _register(context: Context, cycle: Cycle) -> Receipt:
     from flows.training import register_trained
 
     run = cycle.receipt("train")
-    if run["digest"] == cycle.champion_digest:
+    if run["steps"] == 0:
         raise Refused(
             f"Training stopped before its first good checkpoint ({run['stop_reason']}), so there is no candidate to judge; "
             f"look at the run's metrics, and lower training.learning_rate or collect fresh experience."
@@ -215,7 +213,7 @@ def _decide(context: Context, cycle: Cycle) -> Receipt:
 
 
 def _promote(context: Context, cycle: Cycle) -> Receipt:
-    from flows.champions import promote_agent
+    from flows.champions import promote_agent, settle
 
     decision = cycle.receipt("decide")
     subject = f"agent/{decision['candidate']['version']}"
@@ -226,17 +224,20 @@ def _promote(context: Context, cycle: Cycle) -> Receipt:
         }
     if decision["approval"] == "required":
         return {"promoted": False, "reason": f"{subject} passed and waits for `forebay approve {subject}`."}
+    settle(context)  # a promotion of this cycle may have been cut short between intent and alias
     for entry in context.ledger.entries("promotion.committed", subject):
-        if entry.payload["decision"] == decision["decision"]:  # promoted before the cycle was killed
+        in_office = context.agent("champion").subject == subject
+        if in_office and entry.payload["decision"] == decision["decision"]:  # before the cycle was killed
             return {**entry.payload, "promoted": True, "reason": f"{subject} is promoted."}
     change = promote_agent(context, subject, f"cycle {cycle.key[:12]}")
     return {**change, "promoted": True, "reason": f"{subject} is promoted."}
 
 
-def _require_valid(context: Context, cycle: Cycle) -> None:
-    from tasks.replay.validation import assert_usable
-
-    assert_usable(context.ledger, cycle.receipt("seal")["root"])
+def _require_valid(cycle: Cycle) -> None:
+    """Judge by the verdict of this cycle's own validation: another one may have asked other questions."""
+    report = cycle.receipt("validate")
+    if report["verdict"] != "PASS":
+        raise Refused(f"Dataset {report['root'][:12]} is quarantined: {'; '.join(report['reasons'])}.")
 
 
 _FUNCTIONS: Mapping[str, Callable[[Context, Cycle], Receipt]] = dict(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flows import progress
 from flows.context import Context
+from tasks.core.digest import sha256_file
 from tasks.core.errors import UsageError
 from tasks.core.stages import derive_seed, once
 
@@ -71,9 +72,8 @@ def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -
             wanted = {task.id for task in tasks}
             rewards: dict[str, list[float]] = {}
             for row in _open_rows(segment):
-                if (row["seed"], row["behaviour_digest"]) == (seed, agent["digest"]) and row[
-                    "task_id"
-                ] in wanted:
+                made_by = row["seed"], row["behaviour_digest"], row["temperature"]
+                if made_by == (seed, agent["digest"], settings.temperature) and row["task_id"] in wanted:
                     rewards.setdefault(row["task_id"], []).append(row["reward"])
             with progress.current().bar(f"collect {name}") as report:
                 report(len(rewards), groups, "groups")
@@ -109,6 +109,12 @@ def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -
         "episodes": sum(row["episodes"] for row in summary.values()),
         "environments": summary,
     }
+
+
+def intact(context: Context, file: Mapping[str, str]) -> bool:
+    """Tell whether an evidence file {path, sha256} is there with the bytes it was recorded with."""
+    path = context.workspace.root / file["path"]
+    return path.is_file() and sha256_file(path) == file["sha256"]
 
 
 def import_experience(
@@ -148,7 +154,7 @@ def import_experience(
         )
     model = load_policy(context.weights(writer)) if recompute and writer else None
     origin = Origin(
-        tokenizer=load_tokenizer(context.workspace.root / policy["path"]),
+        tokenizer=load_tokenizer(context.weights(policy)),
         tokenizer_digest=policy["tokenizer_digest"],
         template_digest=policy["template_digest"],
         behaviour_version=f"agent/{writer['version']}" if writer else f"import/{written_by}",
@@ -241,7 +247,11 @@ def validate_dataset(context: Context, ref: str | None = None, agent: int | None
     def work(key: str) -> dict[str, Any]:
         return validate_dataset(context.workspace, context.ledger, sealed, expected).to_payload()
 
-    outputs, _ = once(context.ledger, "validate", inputs, work)
+    def stands(outputs: Mapping[str, Any]) -> bool:
+        newest = context.ledger.last("dataset.validated", sealed.root)
+        return newest is not None and newest.payload == outputs and intact(context, outputs["evidence"])
+
+    outputs, _ = once(context.ledger, "validate", inputs, work, stands)
     return outputs
 
 
@@ -254,12 +264,11 @@ def identity(agent: Mapping[str, Any]) -> BehaviourIdentity:
     )
 
 
-def open_episodes(context: Context) -> int:
-    """Return how many whole episodes wait in open segments."""
-    from tasks.replay.segments import open_folder, scan
+def waiting_groups(context: Context) -> int:
+    """Return how many groups wait to be sealed, those of a seal that was cut short included."""
+    from tasks.replay import segments
 
-    folder = open_folder(context.workspace, context.settings.replay.dataset)
-    return sum(len(group) for path in folder.glob("*.jsonl") for group in scan(path).groups)
+    return len(segments.waiting_groups(context.workspace, context.settings.replay.dataset))
 
 
 def _open_rows(folder: Path) -> Iterator[dict[str, Any]]:

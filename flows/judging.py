@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows import progress
 from flows.context import Context
+from flows.experience import intact
 from tasks.core.digest import digest_json
 from tasks.core.errors import NotFound
 from tasks.core.ledger import Entry
@@ -32,7 +33,7 @@ def heldout_tasks(context: Context) -> dict[str, list[Task]]:
 def evaluate_pair(context: Context, candidate: int, champion: int) -> dict[str, Any]:
     """Let both agents answer the same tasks, greedily, in the same job, and keep every answer as evidence.
 
-    The champion's score is never read from an earlier evaluation: the best of many noisy scores is too high.
+    The champion answers again in the same job, so that both met the same code, precision and machine.
     """
     from tasks.arena.environment import get, verifier_digest
     from tasks.evaluation.paired import Agent, Baseline, pair_outcomes, table, write_outcomes
@@ -68,11 +69,10 @@ def evaluate_pair(context: Context, candidate: int, champion: int) -> dict[str, 
         context.ledger.append("evaluation.done", sha256, outputs)
         return outputs
 
-    def there(outputs: Mapping[str, Any]) -> bool:
-        path: str = outputs["outcomes"]["path"]
-        return (context.workspace.root / path).exists()
+    def stands(outputs: Mapping[str, Any]) -> bool:
+        return intact(context, outputs["outcomes"])
 
-    outputs, _ = once(context.ledger, "evaluate", inputs, work, there)
+    outputs, _ = once(context.ledger, "evaluate", inputs, work, stands)
     return outputs
 
 

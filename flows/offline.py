@@ -25,9 +25,14 @@ def run_one_stage(context: Context, stage: str) -> None:
             progress.current().say(f"{stage}: nothing to do, {cycle.entry.payload['reason']}")
             return
         try:
+            # DVC skips stages whose receipts are unchanged; to a cycle with other settings they are of another one.
+            for earlier in STAGES[: STAGES.index(stage)]:
+                if not cycle.has(earlier):
+                    run_stage(context, cycle, earlier)
             outputs = run_stage(context, cycle, stage)
         except (Refused, Conflict) as error:
-            finish(context, cycle.key, "refused", str(error), dataset=cycle.dataset)
+            outcome = "refused" if isinstance(error, Refused) else "stale"
+            finish(context, cycle.key, outcome, str(error), dataset=cycle.dataset)
             raise
         progress.current().say(f"{stage}: {summary(stage, outputs)}")
         if stage == STAGES[-1]:

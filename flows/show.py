@@ -54,7 +54,7 @@ def schedules_table(found: Sequence[Mapping[str, Any]]) -> RenderableType:
         return Text('No schedules; add one with `forebay schedule retrain --cron "0 3 * * *"`.')
     table = _table("name", "flow", "when", "timezone", "overrides")
     for row in found:
-        when = row.get("cron") or f"on {row.get('on')}"
+        when = row["when"]
         table.add_row(
             row["name"], row["flow"], when, row.get("timezone") or "", " ".join(row.get("overrides") or ())
         )

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.context import Context
-from flows.cycle import newest_dataset
-from flows.experience import open_episodes
+from flows.cycle import newest_root, sealed_payload
+from flows.experience import waiting_groups
 
 
 def status(context: Context) -> dict[str, Any]:
@@ -20,7 +20,8 @@ def status(context: Context) -> dict[str, Any]:
     from tasks.promotion.promote import standing
 
     now = standing(context.ledger)
-    dataset = newest_dataset(context)
+    root = newest_root(context)
+    dataset = None if root is None else sealed_payload(context, root)
     ended = {e.subject for e in context.ledger.entries("cycle.finished")}
     running = [e for e in context.ledger.entries("cycle.started") if e.subject not in ended]
     last = context.ledger.last("cycle.finished")
@@ -29,13 +30,11 @@ def status(context: Context) -> dict[str, Any]:
         "champion": _agent(context, now.champion),
         "candidate": _agent(context, now.candidate),
         "previous": _agent(context, now.previous),
-        "dataset": None
-        if dataset is None
-        else {k: dataset.payload[k] for k in ("name", "version", "rows", "root")} | {"sealed": dataset.time},
-        "open_episodes": open_episodes(context),
+        "dataset": None if dataset is None else {k: dataset[k] for k in ("name", "version", "rows", "root")},
+        "waiting_groups": waiting_groups(context),
         "last_cycle": None if last is None else {"time": last.time, **last.payload},
         "unfinished_cycle": running[-1].subject if running else None,
-        "schedules": [s.model_dump(mode="json") for s in schedules(context.workspace)],
+        "schedules": [{**s.model_dump(mode="json"), "when": s.when} for s in schedules(context.workspace)],
         "servers": state(context.workspace),
         "stale": _stale(context, last, dataset),
     }
@@ -60,10 +59,10 @@ def _stale(context: Context, last: Any, dataset: Any) -> list[str]:
     found = []
     if context.ledger.last("promotion.intent") and _open_intent(context):
         found.append("a promotion is half done; run `forebay reconcile`")
-    if open_episodes(context):
-        found.append(f"{open_episodes(context)} episodes wait in open segments; run `forebay seal`")
-    if dataset is not None and (last is None or last.payload.get("dataset") != dataset.payload["root"]):
-        found.append(f"{dataset.subject} was not trained on yet; run `forebay retrain`")
+    if waiting_groups(context):
+        found.append(f"{waiting_groups(context)} groups wait to be sealed; run `forebay seal`")
+    if dataset is not None and (last is None or last.payload.get("dataset") != dataset["root"]):
+        found.append(f"{dataset['name']}/v{dataset['version']} was not trained on yet; run `forebay retrain`")
     elif last is not None:
         changed = [name for name, pin in context.pins.items() if last.payload["pins"].get(name) != pin]
         if changed:
@@ -102,7 +101,7 @@ def status_table(value: dict[str, Any]) -> RenderableType:
         if data
         else "none",
     )
-    table.add_row("open", f"{value['open_episodes']} episodes not sealed yet")
+    table.add_row("open", f"{value['waiting_groups']} groups not sealed yet")
     last = value["last_cycle"]
     table.add_row(
         "last cycle", f"{last['time'][:19]}  {last['outcome']}: {last['reason']}" if last else "none"
@@ -112,9 +111,7 @@ def status_table(value: dict[str, Any]) -> RenderableType:
             "unfinished", f"cycle {value['unfinished_cycle'][:12]}; `forebay retrain` goes on with it"
         )
     for item in value["schedules"]:
-        table.add_row(
-            "schedule", f"{item['name']}: {item['flow']} {item.get('cron') or 'on ' + str(item.get('on'))}"
-        )
+        table.add_row("schedule", f"{item['name']}: {item['flow']} {item['when']}")
     table.add_row("servers", describe(value["servers"]))
     for line in value["stale"] or ["nothing"]:
         table.add_row("stale", Text(line, style="yellow" if value["stale"] else "dim"))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flows import progress
 from flows.champions import register_agent
 from flows.context import Context
+from flows.experience import intact
 from tasks.core.digest import digest_json
 from tasks.core.ledger import Ledger
 from tasks.core.stages import code_commit, code_digest, lock_digest, once
@@ -96,7 +97,8 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
             "metrics": dict(result.metrics),
             "mlflow_run": run.run_id,
         }
-        ledger.append("run.finished", key, {"key": key, "outputs": outputs})
+    # After the block: MLflow has every metric and the end of the run before the ledger says that it is finished.
+    ledger.append("run.finished", key, {"key": key, "outputs": outputs})
     return {"key": key, **outputs}
 
 
@@ -179,7 +181,10 @@ def train_and_validate_reward_model(
         context.ledger.append("reward.validated", outputs["digest"], outputs)
         return outputs
 
-    outputs, _ = once(context.ledger, "reward", inputs, work)
+    def stands(outputs: Mapping[str, Any]) -> bool:
+        return intact(context, outputs["evidence"])
+
+    outputs, _ = once(context.ledger, "reward", inputs, work, stands)
     return outputs
 
 

@@ -13,18 +13,20 @@ from tasks.core.digest import digest_json, sha256_file
 from tasks.core.ledger import Ledger
 
 STAGES = ("collect", "seal", "validate", "reward", "train", "register", "evaluate", "decide", "promote")
-"""Order of the stages; `flows/retrain.py` and `dvc.yaml` both follow it, and a test holds them to it."""
+"""Order of the stages; `flows/run.py` and `dvc.yaml` both follow it, and a test holds them to it."""
 
 _PROJECT = Path(__file__).resolve().parents[2]
+_JOINS = ("experience", "judging", "training")
 
 
 @lru_cache
 def code_digest() -> str:
-    """Return the digest of the code that computes results: every Python file of `tasks/` and `models/`.
+    """Return the digest of the code that computes results: `tasks/`, `models/`, and what joins the stations in `flows/`.
 
-    The command line and the flows only order the work, so a change of a help text retrains nothing.
+    The rest of `flows/` orders and shows the work, so a change of a help text retrains nothing.
     """
-    files = sorted(p for name in ("tasks", "models") for p in (_PROJECT / name).rglob("*.py"))
+    stations = (p for name in ("tasks", "models") for p in (_PROJECT / name).rglob("*.py"))
+    files = sorted([*stations, *(_PROJECT / "flows" / f"{name}.py" for name in _JOINS)])
     return digest_json({p.relative_to(_PROJECT).as_posix(): sha256_file(p) for p in files})
 
 

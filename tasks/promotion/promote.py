@@ -204,7 +204,7 @@ def promote(
                     f"({judged[role][1][:12]}…) as {role}, not about agent/{asked} as it is registered."
                 )
         if made["approval"] == "required" and not _approved(view, decision):
-            raise Refused(f"The policy asks for an approval; give it with `forebay approve {decision[:12]}`.")
+            raise Refused(f"The policy asks for an approval; give it with `forebay approve agent/{version}`.")
 
     payload = {"to": version, "from": expected_champion, "decision": decision, "reason": reason, "by": by}
     return _change(ledger, registry, "promotion", version, payload, check)

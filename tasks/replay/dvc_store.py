@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dvc.repo import Repo
 
 _REMOTE = "forebay"
-_IGNORED = (f"/{STATE}/*", f"!/{STATE}/cycle", "/.venv/")  # the receipts of `dvc repro` lie in cycle
+_IGNORED = (f"/{STATE}/", "/.venv/")
 _PRIVATE = ("/config.local", "/tmp", "/cache")
 
 

@@ -91,7 +91,9 @@ def _run(table: pa.Table, subject: str, folder: Path) -> Checkpoint:
         gxe.ExpectCompoundColumnsToBeUnique(column_list=["group_id", "sample_index"]),
         gxe.ExpectColumnValuesToNotBeNull(column="reward"),
         gxe.ExpectColumnValuesToBeInSet(column="split", value_set=["train"]),
-        gxe.ExpectColumnValuesToBeInSet(column="finish_reason", value_set=["done", "length", "turns"]),
+        gxe.ExpectColumnValuesToBeInSet(
+            column="finish_reason", value_set=["done", "length", "turns", "error"]
+        ),
         gxe.ExpectColumnValuesToBeInSet(
             column="logprob_source", value_set=["engine", "recomputed", "missing"]
         ),

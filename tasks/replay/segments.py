@@ -72,7 +72,7 @@ class Scan:
             number, reason = self.bad[0]
             raise Corrupt(
                 f"Line {number} of segment {self.path} is corrupt ({reason}; {len(self.bad)} such lines); "
-                f"salvage the dataset to set the damaged groups aside and keep the others."
+                f"run `forebay salvage` to set the damaged groups aside and keep the others."
             )
         return self
 

@@ -140,7 +140,8 @@ def read_replay(
     learn from.
 
     Args:
-        needs: fields that the objective needs, as in `models.objectives.Objective.needs`.
+        needs: fields that the objective needs, as in `models.objectives.Objective.needs`. Rows that were imported
+            without log-probabilities are passed over by objectives that need them.
         oldest_behaviour: rows of agents registered before this version are passed over; a growing dataset always
             holds some.
 
@@ -158,6 +159,10 @@ def read_replay(
     table = table.filter(pc.not_equal(table["finish_reason"], "error"))
     versions = [_registry_version(name) for name in table["behaviour_version"].to_pylist()]
     table = table.filter(pa.array([v is None or v >= oldest_behaviour for v in versions], pa.bool_()))
+    if "behaviour_logprobs" in needs:
+        known = pc.not_equal(table["logprob_source"], "missing")
+        if pc.any(known).as_py():  # else the check below says what is wrong with all of them
+            table = table.filter(known)
     check_rows(table, policy, needs)
     replay = Replay(table)
     if not replay.groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,14 +11,17 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flows.champions import register_agent
 from flows.context import Context
 from flows.cycle import Cycle, Finished, open_cycle, run_stage
-from flows.experience import validate_dataset
+from flows.experience import collect_into_segment, seal_dataset, validate_dataset
 from flows.judging import replay_decision
 from flows.run import run_stages
 from flows.status import status
+from tasks.core.digest import digest_tree
 from tasks.core.errors import Conflict, Corrupt, Refused
 from tasks.core.stages import STAGES
+from tasks.replay.segments import take
 from tests.flows.conftest import ENVIRONMENT, PROJECT, forebay, lay_workspace, loads
 
 
@@ -180,15 +184,70 @@ def test_a_failing_dataset_is_quarantined_and_never_trained_on(tmp_path: Path, t
 
 def test_a_candidate_compared_with_a_deposed_champion_is_refused(tmp_path: Path, tiny_base: Path):
     context = lay_workspace(tmp_path / "ws", tiny_base)
+    root = context.workspace.root
     cycle = open_cycle(context)
     assert isinstance(cycle, Cycle)
     for stage in STAGES[:-1]:
         run_stage(context, cycle, stage)
-    loads(forebay(context.workspace.root, "promote", "agent/2", "--json"))
-    loads(forebay(context.workspace.root, "rollback", "--json"))
-    again = forebay(context.workspace.root, "promote", "agent/2", "--json")
+    rival = _register_rival(context)
+    passed = cycle.receipt("decide")
+    rival_decision = {**passed, "decision": "f" * 64, "candidate": rival}
+    context.ledger.append("decision.made", f"agent/{rival['version']}", rival_decision)
+    loads(forebay(root, "promote", f"agent/{rival['version']}", "--json"))
+    late = forebay(root, "promote", "agent/2", "--json")
+    assert late.returncode == Conflict.exit_code
+    assert (
+        "agent/2 was compared with agent/1, but the champion is agent/3" in json.loads(late.stdout)["error"]
+    )
+    loads(forebay(root, "rollback", "--json"))
+    loads(forebay(root, "promote", "agent/2", "--json"))  # the champion it met is in office again
+    again = forebay(root, "promote", "agent/2", "--json")
     assert again.returncode == Conflict.exit_code
-    assert "a decision promotes once" in json.loads(again.stdout)["error"]
+    assert "is champion already" in json.loads(again.stdout)["error"]
+    assert context.registry.aliases() == {"champion": 2, "previous": 1, "candidate": 3}
+
+
+def _register_rival(context: Context) -> dict:
+    """Register a copy of the base model with one file changed as agent/3; return {version, digest}."""
+    base = context.agent("1").payload
+    folder = context.workspace.models / "rival"
+    shutil.copytree(context.workspace.root / base["path"], folder)
+    (folder / "NOTICE").write_text("a rival")
+    version = register_agent(
+        context,
+        folder,
+        digest_tree(folder),
+        origin="trained",
+        parents=base["parents"],
+        source={"name": "rival"},
+        metrics={},
+        tokenizer=base["tokenizer_digest"],
+        template=base["template_digest"],
+    )
+    return {"version": version, "digest": context.agent(str(version)).payload["digest"]}
+
+
+def test_a_seal_that_was_cut_short_is_finished_and_not_passed_over(tmp_path: Path, tiny_base: Path):
+    """The second version: tonight's episodes must not be left out because an older version exists."""
+    context = lay_workspace(tmp_path / "ws", tiny_base)
+    collect_into_segment(context)
+    assert seal_dataset(context)["version"] == 1
+    cycle = open_cycle(context, "always")
+    assert isinstance(cycle, Cycle)
+    run_stage(context, cycle, "collect")
+    take(context.workspace, "main", 2, {"shard_rows": 8192})  # what a seal does first; here it is killed
+    resumed = open_cycle(context, "always")
+    assert isinstance(resumed, Cycle)
+    assert resumed.key == cycle.key
+    assert run_stage(context, resumed, "seal")["version"] == 2
+
+
+def test_a_refused_dataset_is_refused_again(tmp_path: Path, tiny_base: Path):
+    root = lay_workspace(tmp_path / "ws", tiny_base).workspace.root
+    for _ in range(2):
+        done = forebay(root, "retrain", "--set", "validation.min_groups=1000")
+        assert done.returncode == Refused.exit_code
+        assert "quarantined" in done.stderr
 
 
 def test_one_cycle_at_a_time(context: Context):

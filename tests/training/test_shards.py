@@ -71,7 +71,6 @@ def test_episodes_of_a_failed_environment_are_left_out(tmp_path, episodes, polic
         ),
         ("loss_mask", {"loss_mask": [True]}),
         ("behaviour_logprobs", {"behaviour_logprobs": [-1.0]}),
-        ("logprob_source", {"logprob_source": "missing"}),
         ("top_p", {"top_p": 0.9}),
     ],
 )
@@ -85,6 +84,16 @@ def test_impossible_logprobs_are_refused(tmp_path, episodes, policy, value):
     logprobs = [value, *episodes[3].behaviour_logprobs[1:]]
     with pytest.raises(Refused, match=r"^Column behaviour_logprobs"):
         read(tmp_path, changed(episodes, 3, behaviour_logprobs=logprobs), policy)
+
+
+def test_rows_without_logprobs_are_passed_over_and_refused_if_there_are_no_others(tmp_path, episodes, policy):
+    replay = read(tmp_path, changed(episodes, 3, logprob_source="missing"), policy)
+    assert len(replay.groups) >= 5
+    assert all(replay.episodes([group]).logprobs_known for group in replay.groups)
+    for at in range(len(episodes)):
+        episodes = changed(episodes, at, logprob_source="missing")
+    with pytest.raises(Refused, match=r"^Column logprob_source: 24 of 24 rows "):
+        read(tmp_path / "none", episodes, policy)
 
 
 def test_missing_logprobs_are_fine_where_none_are_needed(tmp_path, episodes, policy):
