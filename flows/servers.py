@@ -5,17 +5,19 @@ They are detached processes with their logs and one state file in `.forebay/serv
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from flows.deployments import FLOWS, schedules
-from flows.environment import LOOPBACK, environment, get
+from flows.environment import LOOPBACK, environment, get, request
 from flows.processes import Process, alive, ready_mark, record, recorded, spawn, stop, tail, wait_while_alive
 from tasks.core.errors import Unavailable
 from tasks.core.locks import file_lock
@@ -126,6 +128,25 @@ def state(workspace: Workspace) -> dict[str, dict[str, Any]]:
     """
     by_name = {p.name: p for p in recorded(workspace)}
     return {name: _fact(by_name.get(name)) for name in NAMES}
+
+
+def active_runs(workspace: Workspace) -> list[dict[str, str]]:
+    """Return the flow runs that run or wait to run, [{name, state, created_by}]; empty where the server is down."""
+    url = running_url(workspace, "prefect")
+    if url is None:
+        return []
+    query = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}}
+    headers = {"Content-Type": "application/json"}
+    post = urllib.request.Request(f"{url}/api/flow_runs/filter", json.dumps(query).encode(), headers)
+    try:
+        found = json.loads(request(post, timeout=5))
+    except OSError:
+        return []
+    return [{"name": row["name"], "state": row["state_name"], "created_by": _starter(row)} for row in found]
+
+
+def _starter(row: Mapping[str, Any]) -> str:
+    return str((row.get("created_by") or {}).get("type") or "person").lower()
 
 
 def describe(found: Mapping[str, Mapping[str, Any]]) -> str:

@@ -16,7 +16,7 @@ from flows.experience import waiting_groups
 def status(context: Context) -> dict[str, Any]:
     """Read the ledger, the open segments and the state of the servers; starts nothing, imports nothing heavy."""
     from flows.deployments import schedules
-    from flows.servers import state
+    from flows.servers import active_runs, state
     from tasks.promotion.promote import standing
 
     now = standing(context.ledger)
@@ -36,6 +36,7 @@ def status(context: Context) -> dict[str, Any]:
         "unfinished_cycle": running[-1].subject if running else None,
         "schedules": [{**s.model_dump(mode="json"), "when": s.when} for s in schedules(context.workspace)],
         "servers": state(context.workspace),
+        "running": active_runs(context.workspace),
         "stale": _stale(context, last, dataset),
     }
 
@@ -113,6 +114,8 @@ def status_table(value: dict[str, Any]) -> RenderableType:
     for item in value["schedules"]:
         table.add_row("schedule", f"{item['name']}: {item['flow']} {item['when']}")
     table.add_row("servers", describe(value["servers"]))
+    for run in value["running"]:
+        table.add_row("running", f"{run['name']}: {run['state']}, started by {run['created_by']}")
     for line in value["stale"] or ["nothing"]:
         table.add_row("stale", Text(line, style="yellow" if value["stale"] else "dim"))
     return table

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from flows.context import Context
+from flows.servers import active_runs
 from tasks.core.stages import STAGES
 from tests.flows.conftest import environment, forebay, lay_workspace, loads
 
@@ -142,11 +143,14 @@ def test_a_sealed_dataset_leads_to_a_finished_retrain_with_nobody_at_the_keyboar
         assert forebay(root, "collect").returncode == 0
         sealed = loads(forebay(root, "seal", "--json"))
         deadline = time.monotonic() + 150
+        seen: set[str] = set()
         while (ended := context.ledger.last("cycle.finished")) is None:
+            seen |= {run["created_by"] for run in active_runs(context.workspace)}
             assert time.monotonic() < deadline, (context.workspace.servers / "runner.log").read_text()[-3000:]
             time.sleep(1)
         assert ended.payload["outcome"] == "promoted"
         assert ended.payload["dataset"] == sealed["root"]
+        assert seen == {"automation"}
         status = loads(forebay(root, "status", "--json"))
         assert status["champion"]["agent"] == "agent/2"
         assert {name: row["state"] for name, row in status["servers"].items()} == dict.fromkeys(
