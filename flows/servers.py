@@ -18,7 +18,18 @@ from typing import Any
 
 from flows.deployments import FLOWS, schedules
 from flows.environment import LOOPBACK, environment, get, request
-from flows.processes import Process, alive, ready_mark, record, recorded, spawn, stop, tail, wait_while_alive
+from flows.processes import (
+    Process,
+    alive,
+    ready_mark,
+    record,
+    recorded,
+    running_url,
+    spawn,
+    stop,
+    tail,
+    wait_while_alive,
+)
 from tasks.core.errors import Unavailable
 from tasks.core.locks import file_lock
 from tasks.core.settings import Servers
