@@ -25,14 +25,14 @@ demo: setup  ## one whole cycle on a real language model
 	@$(BIN)/forebay demo
 
 test: setup  ## the whole suite
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup  ## lint, types, import contracts, tests
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
-	@$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory test
 
 bench: setup  ## the figures in the docs
 	@$(BIN)/python -m benchmarks.cycle_overhead

@@ -134,17 +134,6 @@ def assert_usable(ledger: Ledger, root: str) -> None:
         raise Refused(f"Dataset {root[:16]} is quarantined, its validation failed: {reasons}.")
 
 
-def fresh_rows(table: pa.Table, policy_version: int, max_policy_lag: int) -> pa.Table:
-    """Return the rows whose behaviour is at most `max_policy_lag` registry versions behind the policy.
-
-    A growing dataset always holds older rows: they are not a fault, they are passed over. Behaviours outside
-    the registry ("import/…") have no lag and stay.
-    """
-    import pyarrow as pa
-
-    return table.filter(pa.array(_lags(table, policy_version) <= max_policy_lag))
-
-
 def validate_rows(table: pa.Table, expected: Expected) -> list[Check]:
     """Check the rows of `table` (columns of the replay schema); all checks run, whatever fails."""
     columns = table.combine_chunks()
