@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
-import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from tasks.core.errors import UsageError
 
 Split = Literal["train", "heldout"]
 HELDOUT_SHARE = 0.25  # of all prompts, by hash
+MISSES = 5_000  # candidates in a row without a new prompt, after which a family is taken to have no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +95,23 @@ def draw_tasks(
 ) -> list[Task]:
     """Take the first `n` distinct (prompt, payload) candidates that belong to `split`.
 
-    Looks at 1,000 + 50 n candidates at most: a family with few prompts ends in an error, not in a loop.
+    Gives up after `MISSES` candidates in a row without a new prompt, so a family with few prompts ends in an error and
+    not in an endless loop.
 
     Raises:
         UsageError: too few distinct prompts were seen.
     """
     found: dict[str, Task] = {}
-    for prompt, payload in itertools.islice(candidates, 1_000 + 50 * n):
-        if len(found) == n:
+    misses = 0
+    for prompt, payload in candidates:
+        if len(found) == n or misses == MISSES:
             break
         if split_of(prompt) == split and prompt not in found:
             task_id = f"{env.name}/{sha256_bytes(prompt.encode())[:16]}"
             found[prompt] = Task(task_id, env.name, env.version, split, seed, prompt, payload)
+            misses = 0
+        else:
+            misses += 1
     if len(found) < n:
         raise UsageError(
             f"The environment {env.name} has only {len(found)} distinct prompts in its {split} split, "
