@@ -53,6 +53,7 @@ def test_retrain_through_prefect_then_nothing_to_do(context: Context):
 
 @pytest.mark.slow
 @pytest.mark.server
+@pytest.mark.timeout(900)
 def test_ten_kills_at_random_moments(tmp_path: Path, tiny_base: Path):
     """What one start kept the next does not do again, and the agent has the same bytes as without any kill."""
     whole = lay_workspace(tmp_path / "whole", tiny_base)
@@ -92,6 +93,7 @@ def _killed(root: Path, seconds: float) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_dvc_repro_runs_the_same_chain(context: Context, tmp_path: Path):
     root = context.workspace.root
     script = tmp_path / "bin" / "forebay"

@@ -98,7 +98,7 @@ def test_failures_are_one_sentence(workspace: Workspace, folder: Path, tmp_path:
 
 def test_a_pipeline_of_the_user_beside_it_does_no_harm(workspace: Workspace, folder: Path) -> None:
     (workspace.root / "dvc.yaml").write_text(
-        "stages:\n  one:\n    cmd: echo x\n    outs: [{.forebay/cycle/one.json: {cache: false}}]\n"
+        "stages:\n  one:\n    cmd: echo x\n    outs: [{data/cycle/one.json: {cache: false}}]\n"
     )
     dvc_store.init(workspace)
     add(workspace, folder, "one", b"1")
