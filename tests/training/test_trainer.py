@@ -196,10 +196,12 @@ def test_nan_stops_before_the_update_and_leaves_the_initial_weights(options, tin
 
 def test_reinforce_trains_on_rows_without_logprobs(options, episodes, tmp_path):
     zeros = [0.0] * len(episodes[0].response_ids)
-    bare = changed(episodes, 0, logprob_source="missing", behaviour_logprobs=zeros)
+    bare = episodes
+    for at in range(len(episodes)):
+        bare = changed(bare, at, logprob_source="missing", behaviour_logprobs=zeros)
     shards = write_shards(tmp_path / "bare", bare)
     options |= {"shards": shards, "shard_root": tmp_path / "bare"}
-    with pytest.raises(Refused, match="Column logprob_source: 1 of 24"):
+    with pytest.raises(Refused, match="Column logprob_source: 24 of 24"):
         train(**options)
     result = train(**options | {"settings": SETTINGS.model_copy(update={"objective": "reinforce"})})
     assert result.stop_reason == "finished"
