@@ -195,9 +195,9 @@ def test_nan_stops_before_the_update_and_leaves_the_initial_weights(options, tin
 
 
 def test_reinforce_trains_on_rows_without_logprobs(options, episodes, tmp_path):
-    zeros = [0.0] * len(episodes[0].response_ids)
     bare = episodes
-    for at in range(len(episodes)):
+    for at, episode in enumerate(episodes):
+        zeros = [0.0] * len(episode.response_ids)
         bare = changed(bare, at, logprob_source="missing", behaviour_logprobs=zeros)
     shards = write_shards(tmp_path / "bare", bare)
     options |= {"shards": shards, "shard_root": tmp_path / "bare"}
