@@ -30,7 +30,6 @@ class Cycle:
 
     key: str
     champion: int
-    champion_digest: str
     dataset: str | None
     collect: bool
     round: int
@@ -133,7 +132,7 @@ def run_stage(context: Context, cycle: Cycle, stage: str) -> Receipt:
 def _cycle(context: Context, entry: Entry) -> Cycle:
     p = entry.payload
     return Cycle(
-        entry.subject, p["champion"], p["champion_digest"], p["dataset"], p["collect"], p["round"],
+        entry.subject, p["champion"], p["dataset"], p["collect"], p["round"],
         context.workspace.root / "data" / "cycle",
     )  # fmt: skip
 
