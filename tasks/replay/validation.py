@@ -1,8 +1,7 @@
 """Is a dataset version fit to be trained on? Row invariants in numpy, a verdict with reasons, a quarantine.
 
 Token-level invariants are checked here; the episode-level checkpoint and its HTML come from `expectations`.
-The verdict is a ledger entry, and `assert_usable` is the one question that every consumer asks before it
-reads a row.
+The verdict is a ledger entry; the cycle goes no further than a FAIL.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
-from tasks.core.errors import Refused
 from tasks.core.ledger import Ledger
 from tasks.core.locks import file_lock
 from tasks.core.workspace import Workspace
@@ -116,22 +114,6 @@ def validate_dataset(
     report = ValidationReport(sealed.root, verdict, reasons, tuple(checks), evidence)
     ledger.append(VALIDATED, sealed.root, report.to_payload())
     return report
-
-
-def assert_usable(ledger: Ledger, root: str) -> None:
-    """Let a dataset version out of quarantine only if its newest validation passed.
-
-    Raises:
-        Refused: it was never validated, or it failed; the reasons are quoted.
-    """
-    entry = ledger.last(VALIDATED, root)
-    if entry is None:
-        raise Refused(
-            f"Dataset {root[:16]} was never validated; run `forebay validate` on it before training."
-        )
-    if entry.payload["verdict"] != "PASS":
-        reasons = "; ".join(entry.payload["reasons"])
-        raise Refused(f"Dataset {root[:16]} is quarantined, its validation failed: {reasons}.")
 
 
 def validate_rows(table: pa.Table, expected: Expected) -> list[Check]:

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pytest
 
 from tasks.core.digest import sha256_file
-from tasks.core.errors import Corrupt, Refused
+from tasks.core.errors import Corrupt
 from tasks.core.ledger import Ledger
 from tasks.core.workspace import Workspace
 from tasks.replay import seal
 from tasks.replay.schema import arrow_schema
-from tasks.replay.validation import Expected, assert_usable, validate_dataset, validate_rows
+from tasks.replay.validation import Expected, validate_dataset, validate_rows
 from tests.replay.support import SETTINGS, TEMPLATE, TOKENIZER, append, group, groups
 
 EXPECTED = Expected(
@@ -197,11 +197,8 @@ def test_a_hundred_thousand_rows_take_under_two_seconds() -> None:
 def test_verdicts_evidence_and_quarantine(workspace: Workspace, ledger: Ledger) -> None:
     append(workspace, groups("g", 4))
     good = seal.seal(workspace, ledger, SETTINGS)
-    with pytest.raises(Refused, match="was never validated"):
-        assert_usable(ledger, good.root)
     report = validate_dataset(workspace, ledger, good, EXPECTED)
     assert (report.verdict, report.reasons) == ("PASS", ())
-    assert_usable(ledger, good.root)
 
     append(workspace, [group("bad", reward=NAN), group("held", split="heldout")])
     bad = seal.seal(workspace, ledger, SETTINGS)
@@ -210,11 +207,7 @@ def test_verdicts_evidence_and_quarantine(workspace: Workspace, ledger: Ledger) 
     failed = {check.name for check in refused.checks if not check.ok}
     assert {"rewards_finite", "no_evaluation_prompt", "gx:column_values_to_be_in_set:split"} <= failed
     assert len(refused.reasons) == len(failed)
-    with pytest.raises(
-        Refused, match=r"is quarantined, its validation failed: .*rewards_finite: 4 of 24 rows"
-    ):
-        assert_usable(ledger, bad.root)
-    assert_usable(ledger, good.root)
+    assert any("rewards_finite: 4 of 24 rows" in reason for reason in refused.reasons)
 
     for entry, made in zip(ledger.entries("dataset.validated"), (report, refused), strict=True):
         assert entry.payload == made.to_payload()
