@@ -1,48 +1,26 @@
-"""Replay as the trainer reads it: bytes are checked before use, rows are checked against the policy."""
+"""Replay as the trainer reads it: bytes are checked before use, rows are checked against the policy, and what is
+kept in memory is a few numbers a group; the tokens stay in mapped files."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from models.packing import Sample
-from tasks.core.errors import Corrupt, NotFound, Refused
-
-COLUMNS = (
-    "group_id",
-    "sample_index",
-    "prompt_ids",
-    "response_ids",
-    "loss_mask",
-    "behaviour_logprobs",
-    "logprob_source",
-    "behaviour_version",
-    "finish_reason",
-    "temperature",
-    "top_p",
-    "tokenizer_digest",
-    "reward",
-)
-
-
-class Shard(Protocol):
-    """What is needed of a manifest's entry."""
-
-    @property
-    def path(self) -> str:
-        """Relative to the shard root."""
-
-    @property
-    def sha256(self) -> str:
-        """Of the file's bytes, hexadecimal."""
+from tasks.core.errors import Refused
+from tasks.training import decoded
+from tasks.training.decoded import FOREIGN, Block, Ragged, Shard
+from tasks.training.groups import GroupTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,149 +44,287 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Episodes:
-    """The episodes of one or more groups: samples without advantages, rewards [B], group index [B] and policy
-    lag [B].
+    """The episodes of one or more groups: B samples with N trained tokens in all, in the order of the samples.
 
-    The lag counts registry versions behind the newest behaviour of the dataset, 0 for foreign policies.
-    `logprobs_known` is False if the dataset has rows without behaviour log-probabilities.
+    Tokens are numpy arrays, copied from the mapped files. The lag counts registry versions behind the newest
+    behaviour of the dataset, 0 for foreign policies.
     """
 
     samples: tuple[Sample, ...]
     rewards: tuple[float, ...]
-    groups: tuple[int, ...]
+    groups: tuple[int, ...]  # [B] index of each sample's group in `group_ids`
     lags: tuple[int, ...]
-    logprobs_known: bool
+    turns: Tensor  # [N] int64, turn that wrote each trained token
+    behaviour_logprobs: Tensor | None  # [N] float32; None if the dataset has rows without them
+    group_ids: tuple[str, ...]
+    texts: tuple[str, ...]  # [B] what was answered, observations included
 
 
+def join(parts: Sequence[Episodes]) -> Episodes:
+    """The episodes of all parts, in order; their log-probabilities are None if those of one part are."""
+    offsets = accumulate((len(part.group_ids) for part in parts), initial=0)
+    logprobs = [part.behaviour_logprobs for part in parts if part.behaviour_logprobs is not None]
+    return Episodes(
+        samples=tuple(sample for part in parts for sample in part.samples),
+        rewards=tuple(reward for part in parts for reward in part.rewards),
+        groups=tuple(
+            offset + group for offset, part in zip(offsets, parts, strict=False) for group in part.groups
+        ),
+        lags=tuple(lag for part in parts for lag in part.lags),
+        turns=torch.cat([part.turns for part in parts]),
+        behaviour_logprobs=torch.cat(logprobs) if len(logprobs) == len(parts) else None,
+        group_ids=tuple(name for part in parts for name in part.group_ids),
+        texts=tuple(text for part in parts for text in part.texts),
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Replay:
-    """Checked rows in memory, found by group. Only groups whose rewards differ are offered: others teach
-    nothing."""
+    """Checked rows in mapped files, found by group.
 
-    def __init__(self, table: pa.Table) -> None:
-        self._table = table.sort_by(
-            [("group_id", "ascending"), ("sample_index", "ascending")]
-        ).combine_chunks()
-        ids = np.asarray(self._table["group_id"].to_pylist())
-        rewards = self._table["reward"].to_numpy()
-        starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]]) if len(ids) else np.zeros(0, dtype=int)
-        stops = np.r_[starts[1:], len(ids)] if len(ids) else starts
-        rows = {str(ids[a]): range(int(a), int(b)) for a, b in zip(starts, stops, strict=True)}
-        self._rows = {
-            name: span for name, span in rows.items() if np.ptp(rewards[span.start : span.stop]) > 0
-        }
-        self.groups_seen = len(rows)
-        names = pc.unique(self._table["behaviour_version"]).to_pylist()
-        versions = {name: _registry_version(name) for name in names}
-        newest = max((v for v in versions.values() if v is not None), default=0)
-        self._lags = {name: 0 if v is None else newest - v for name, v in versions.items()}
-        self._logprobs_known = "missing" not in pc.unique(self._table["logprob_source"]).to_pylist()
+    The rows of group g are the spans `bounds[g] .. bounds[g + 1] - 1`, each of them rows that lie one after another
+    in one block: one span a group in a dataset that was sealed, more where a group lies across shards.
+    """
 
-    @property
-    def groups(self) -> tuple[str, ...]:
-        """Ids of the groups with a signal, sorted."""
-        return tuple(sorted(self._rows))
+    table: GroupTable  # all groups that have a row, whether they teach anything or not
+    newest: int  # registry version
+    logprobs_known: bool
+    blocks: Sequence[Block]
+    bounds: np.ndarray  # [G + 1] int64
+    block: np.ndarray  # [spans] int32, where the span lies
+    start: np.ndarray  # [spans] int32, its first row in the block
+    stop: np.ndarray  # [spans] int32
 
     def episodes(self, groups: Sequence[str]) -> Episodes:
-        """All episodes of `groups`, in order; advantages are left at 0."""
-        spans = [self._rows[name] for name in groups]
-        table = self._table.take(pa.array(np.concatenate([np.arange(s.start, s.stop) for s in spans])))
-        rows = table.to_pylist()
-        samples = tuple(
-            Sample(
-                r["prompt_ids"],
-                r["response_ids"],
-                r["loss_mask"],
-                r["behaviour_logprobs"],
-                0.0,
-                r["temperature"],
-            )
-            for r in rows
-        )
+        """All episodes of `groups`, in their order and within a group by sample index.
+
+        Raises:
+            KeyError: a group is not in the table.
+        """
+        if not groups:
+            none = torch.zeros(0) if self.logprobs_known else None
+            return Episodes((), (), (), (), torch.zeros(0, dtype=torch.int64), none, (), ())
+        spans = [
+            (number, self.blocks[self.block[span]], int(self.start[span]), int(self.stop[span]))
+            for number, place in enumerate(self._places(groups))
+            for span in range(self.bounds[place], self.bounds[place + 1])
+        ]
+
+        def gather(column: Callable[[Block], Ragged], dtype: type | None = None) -> tuple[Any, list[int]]:
+            parts = [column(block).rows(start, stop) for _, block, start, stop in spans]
+            values = np.concatenate([values for values, _ in parts], dtype=dtype)
+            lengths = np.concatenate([lengths for _, lengths in parts])
+            return values, [0, *np.cumsum(lengths).tolist()]
+
+        def plain(column: Callable[[Block], np.ndarray]) -> np.ndarray:
+            return np.concatenate([column(block)[start:stop] for _, block, start, stop in spans])
+
+        prompt, prompt_at = gather(lambda block: block.prompt_ids, np.int64)
+        response, response_at = gather(lambda block: block.response_ids, np.int64)
+        mask = gather(lambda block: block.loss_mask)[0].view(bool)
+        turns = gather(lambda block: block.turn_ids, np.int64)[0]
+        text, text_at = gather(lambda block: block.response_text)
+        utf8 = text.tobytes()
+        temperatures = plain(lambda block: block.temperature).tolist()
+        versions = plain(lambda block: block.version)
+        logprobs = None
+        if self.logprobs_known:
+            logprobs = torch.from_numpy(gather(lambda block: block.behaviour_logprobs)[0][mask])
         return Episodes(
-            samples,
-            tuple(r["reward"] for r in rows),
-            tuple(number for number, span in enumerate(spans) for _ in span),
-            tuple(self._lags[r["behaviour_version"]] for r in rows),
-            self._logprobs_known,
+            tuple(
+                Sample(prompt[a:b], response[c:d], mask[c:d], temperature)
+                for a, b, c, d, temperature in zip(
+                    prompt_at, prompt_at[1:], response_at, response_at[1:], temperatures, strict=False
+                )
+            ),
+            tuple(plain(lambda block: block.reward).tolist()),
+            tuple(number for number, _, start, stop in spans for _ in range(start, stop)),
+            tuple(_lags(versions, self.newest).tolist()),
+            torch.from_numpy(turns[mask]),
+            logprobs,
+            tuple(groups),
+            tuple(utf8[a:b].decode() for a, b in pairwise(text_at)),
         )
+
+    def _places(self, groups: Sequence[str]) -> np.ndarray:
+        ids = self.table.ids
+        wanted = np.asarray(groups)
+        places = np.searchsorted(ids, wanted).clip(max=len(ids) - 1)
+        unknown = wanted[ids[places] != wanted]
+        if len(unknown):
+            raise KeyError(f"group {unknown[0]} is not in this replay")
+        return places
 
 
 def read_replay(
-    shards: Sequence[Shard], root: Path, policy: Policy, needs: frozenset[str], oldest_behaviour: int = 0
+    shards: Sequence[Shard],
+    root: Path,
+    policy: Policy,
+    needs: frozenset[str],
+    oldest_behaviour: int = 0,
+    cache: Path | None = None,
 ) -> Replay:
-    """Read shards whose bytes have the digests given, and refuse rows that this policy or objective cannot
+    """Open shards whose bytes have the digests given, and refuse rows that this policy or objective cannot
     learn from.
+
+    Memory is needed for some numbers a row while this runs, and a group afterwards, whatever the number of tokens.
 
     Args:
         needs: fields that the objective needs, as in `models.objectives.Objective.needs`. Rows that were imported
             without log-probabilities are passed over by objectives that need them.
         oldest_behaviour: rows of agents registered before this version are passed over; a growing dataset always
             holds some.
+        cache: folder of the decoded shards, shared by all runs that are given it. By default they are decoded to
+            files without a name, whose space is free again when the replay is not used any more.
 
     Raises:
         NotFound: a shard is missing.
         Corrupt: a shard's bytes differ from its digest, or are no Parquet file.
-        Refused: a column does not fit, or no group has a signal; the sentence names the column.
+        Refused: there are no shards, or a column does not fit; the sentence names it and how many rows.
+        Unavailable: the disk of the cache is full.
     """
     if not shards:
         raise Refused(
             "The dataset has no shards, so there is nothing to train on; collect and seal experience first."
         )
-    table = pa.concat_tables([_read_shard(root / shard.path, shard.sha256) for shard in shards])
-    # An environment that failed says nothing about the answer, and its reward of 0 would.
-    table = table.filter(pc.not_equal(table["finish_reason"], "error"))
-    versions = [_registry_version(name) for name in table["behaviour_version"].to_pylist()]
-    table = table.filter(pa.array([v is None or v >= oldest_behaviour for v in versions], pa.bool_()))
-    if "behaviour_logprobs" in needs:
-        known = pc.not_equal(table["logprob_source"], "missing")
-        if pc.any(known).as_py():  # else the check below says what is wrong with all of them
-            table = table.filter(known)
-    check_rows(table, policy, needs)
-    replay = Replay(table)
-    if not replay.groups:
-        raise Refused(
-            f"Column reward: in each of the {replay.groups_seen} groups all rewards are equal, so there is "
-            "nothing to learn; collect on harder or easier tasks."
-        )
-    return replay
+    if cache is None:
+        with tempfile.TemporaryDirectory(prefix="forebay-replay-") as folder:  # mapped files outlive it
+            return read_replay(shards, root, policy, needs, oldest_behaviour, Path(folder))
+    paths = [decoded.decode(shard, root, cache) for shard in shards]
+    blocks = [block for path in paths for block in decoded.blocks(path)]
+    facts = (batch for path in paths for batch in decoded.facts(path))
+    return _index(blocks, facts, policy, needs, oldest_behaviour)
 
 
-def check_rows(table: pa.Table, policy: Policy, needs: frozenset[str]) -> None:
-    """Compare the columns with the policy and the objective; see `read_replay`.
+_ROW = np.dtype(
+    [
+        ("group", np.int32),  # place among all ids met
+        ("sample_index", np.int32),
+        ("block", np.int32),
+        ("row", np.int32),  # in the block
+        ("tokens", np.int32),
+        ("version", np.int64),
+        ("created_at", np.int64),
+        ("reward", np.float64),
+        ("missing", np.bool_),
+    ]
+)
 
-    Raises:
-        Refused: names the first column that does not fit, and how many rows.
-    """
-    for column, bad, why in _rules(table, policy, needs):
-        count = int(np.count_nonzero(bad))
-        if count:
-            raise Refused(f"Column {column}: {count} of {table.num_rows} rows {why}.")
+
+def _index(
+    blocks: Sequence[Block],
+    facts: Iterable[Mapping[str, Any]],
+    policy: Policy,
+    needs: frozenset[str],
+    oldest_behaviour: int,
+) -> Replay:
+    """Check the rows block by block and sort those that are kept into groups."""
+    rows = np.empty(sum(block.size for block in blocks), _ROW)
+    filled, names = 0, 0
+    ids: list[pa.Array] = []
+    broken: dict[tuple[str, str], np.ndarray] = {}  # rows that break a rule: all of them, those with logprobs
+    for number, batch in enumerate(facts):
+        # An environment that failed says nothing about the answer, and its reward of 0 would.
+        fresh = (batch["version"] == FOREIGN) | (batch["version"] >= oldest_behaviour)
+        keep = np.flatnonzero(fresh & (batch["failed"] == 0))
+        kept = {
+            name: column.take(pa.array(keep)) if isinstance(column, pa.Array) else column[keep]
+            for name, column in batch.items()
+        }
+        missing = kept["logprobs_missing"] > 0
+        for column, bad, why in _rules(kept, policy, needs):
+            count = np.array([np.count_nonzero(bad), np.count_nonzero(bad & ~missing)])
+            broken[column, why] = broken.get((column, why), 0) + count
+        encoded = kept["group_id"].dictionary_encode()
+        part = rows[filled : filled + len(keep)]
+        part["group"] = encoded.indices.to_numpy() + names
+        part["block"], part["row"], part["missing"] = number, keep, missing
+        part["tokens"] = kept["prompt_length"] + kept["response_length"]
+        for name in ("sample_index", "version", "created_at", "reward"):
+            part[name] = kept[name]
+        filled, names = filled + len(keep), names + len(encoded.dictionary)
+        ids.append(encoded.dictionary)
+    rows = rows[:filled]
+    # If all are missing, the check says so.
+    known_only = "behaviour_logprobs" in needs and not np.all(rows["missing"])
+    if known_only and np.any(rows["missing"]):
+        rows = rows[~rows["missing"]]
+    for (column, why), counts in broken.items():
+        if counts[int(known_only)]:
+            raise Refused(f"Column {column}: {counts[int(known_only)]} of {len(rows)} rows {why}.")
+    return _replay(rows, pa.chunked_array(ids, pa.string()), blocks)
 
 
-def _rules(table: pa.Table, policy: Policy, needs: frozenset[str]) -> Iterator[tuple[str, np.ndarray, str]]:
-    """(column, rows that break the rule, what is wrong with them); a rule may rely on the ones before it."""
-    prompt, response = _lengths(table, "prompt_ids"), _lengths(table, "response_ids")
+def _replay(rows: np.ndarray, ids: pa.ChunkedArray, blocks: Sequence[Block]) -> Replay:
+    unique = pc.unique(ids)
+    ranked = unique.take(pc.sort_indices(unique))
+    rows["group"] = pc.index_in(ids, ranked).to_numpy()[rows["group"]]
+    order = np.lexsort((rows["sample_index"], rows["group"]))
+
+    def column(name: str) -> np.ndarray:  # one at a time: all of them sorted would be all rows once more
+        return rows[name][order]
+
+    group, block, row, reward = (column(name) for name in ("group", "block", "row", "reward"))
+    starts = np.flatnonzero(np.diff(group, prepend=-1))
+    sizes = np.diff(starts, append=len(rows))
+    newest = int(max(rows["version"].max(initial=0), 0))
+    lowest = np.minimum.reduceat(reward, starts)
+    # Relative to the lowest, so that the spread of equal rewards is exactly 0.
+    above = reward - np.repeat(lowest, sizes)
+    mean = np.add.reduceat(above, starts) / sizes
+    variance = np.add.reduceat((above - np.repeat(mean, sizes)) ** 2, starts) / sizes
+    created = np.maximum.reduceat(column("created_at"), starts)
+    age = np.empty(len(starts), np.int32)
+    age[np.argsort(-created, kind="stable")] = np.arange(len(starts))
+    table = GroupTable(
+        ids=np.asarray(ranked.take(pa.array(group[starts])).to_pylist(), dtype=np.str_),
+        episodes=sizes.astype(np.int32),
+        tokens=np.add.reduceat(column("tokens"), starts, dtype=np.int64),
+        reward_mean=lowest + mean,
+        reward_std=np.sqrt(variance),
+        lag=np.maximum.reduceat(_lags(column("version"), newest), starts).astype(np.int32),
+        age=age,
+    )
+    follows = (np.diff(group) == 0) & (np.diff(block) == 0) & (np.diff(row) == 1)
+    first = np.flatnonzero(np.r_[np.ones(min(len(rows), 1), bool), ~follows])
+    return Replay(
+        table=table,
+        newest=newest,
+        logprobs_known=not np.any(rows["missing"]),
+        blocks=blocks,
+        bounds=np.searchsorted(first, np.append(starts, len(rows))),
+        block=block[first],
+        start=row[first],
+        stop=row[first] + np.diff(first, append=len(rows)).astype(np.int32),
+    )
+
+
+def _lags(versions: np.ndarray, newest: int) -> np.ndarray:
+    return np.where(versions == FOREIGN, 0, newest - versions)
+
+
+def _rules(
+    facts: Mapping[str, Any], policy: Policy, needs: frozenset[str]
+) -> Iterator[tuple[str, np.ndarray, str]]:
+    """(column, rows that break the rule, what is wrong with them); see `decoded` for the facts."""
+    prompt, response = facts["prompt_length"], facts["response_length"]
     yield (
         "tokenizer_digest",
-        np.asarray(pc.not_equal(table["tokenizer_digest"], policy.tokenizer_digest)),
+        np.asarray(pc.not_equal(facts["tokenizer_digest"], policy.tokenizer_digest)),
         "were made with another tokenizer than the policy's; collect with an agent of the same base model",
     )
-    temperature = table["temperature"].to_numpy()
+    temperature = facts["temperature"]
     yield (
         "temperature",
         ~((temperature > 0) & np.isfinite(temperature)),
         "have no sampling temperature above 0; greedy episodes have no probability to learn from",
     )
-    yield "reward", ~np.isfinite(table["reward"].to_numpy()), "have a reward that is no number"
+    yield "reward", ~np.isfinite(facts["reward"]), "have a reward that is no number"
     yield "prompt_ids", prompt == 0, "have an empty prompt"
-    yield (
-        "loss_mask",
-        _lengths(table, "loss_mask") != response,
-        "have a mask of another length than response_ids",
-    )
+    yield "loss_mask", facts["mask_length"] != response, "have a mask of another length than response_ids"
     yield (
         "behaviour_logprobs",
-        _lengths(table, "behaviour_logprobs") != response,
+        facts["logprobs_length"] != response,
         "have another number of log-probabilities than response_ids",
     )
     yield (
@@ -216,66 +332,28 @@ def _rules(table: pa.Table, policy: Policy, needs: frozenset[str]) -> Iterator[t
         prompt + response > policy.max_tokens,
         f"are longer than the {policy.max_tokens} tokens the policy can read",
     )
-    for name in ("prompt_ids", "response_ids"):
+    for name in ("prompt", "response"):
         yield (
-            name,
-            _any_in_row(table, name, lambda ids: (ids < 0) | (ids >= policy.vocabulary)),
+            f"{name}_ids",
+            facts[f"{name}_highest"] >= policy.vocabulary,
             f"hold token ids outside the policy's vocabulary of {policy.vocabulary}",
         )
+    yield "turn_ids", facts["turns_length"] != response, "have another number of turns than response_ids"
     if "behaviour_logprobs" not in needs:
         return
     yield (
         "logprob_source",
-        np.asarray(pc.equal(table["logprob_source"], "missing")),
+        facts["logprobs_missing"] > 0,
         "lack behaviour log-probabilities, which this objective needs; recompute them with the behaviour "
         "checkpoint or choose training.objective=reinforce",
     )
     yield (
         "top_p",
-        table["top_p"].to_numpy() != 1,
+        facts["top_p"] != 1,
         "were sampled with top_p below 1, so their log-probabilities are not the policy's own",
     )
     yield (
         "behaviour_logprobs",
-        _any_in_row(table, "behaviour_logprobs", lambda logs: ~np.isfinite(logs) | (logs > 1e-6)),
+        facts["logprobs_impossible"] > 0,
         "hold log-probabilities that are not finite numbers at or below 0",
     )
-
-
-def _read_shard(path: Path, digest: str) -> pa.Table:
-    """Bytes are read once, hashed, then parsed from memory: what was checked is what is used."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise NotFound(f"Shard {path} is missing; run `dvc pull` or restore it from the remote.") from None
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise Corrupt(f"Shard {path} differs from its digest {digest[:12]}…; restore it from the remote.")
-    try:
-        file = pq.ParquetFile(pa.BufferReader(data))
-    except pa.ArrowInvalid as error:
-        raise Corrupt(f"Shard {path} is not a Parquet file: {error}.") from error
-    lacking = [name for name in COLUMNS if name not in file.schema_arrow.names]
-    if lacking:
-        raise Refused(
-            f"Shard {path} lacks the column {lacking[0]}; seal the experience again with this version."
-        )
-    return file.read(columns=list(COLUMNS))
-
-
-def _registry_version(name: str) -> int | None:
-    """The number in "agent/<number>"; None for a policy that is not ours."""
-    head, _, number = name.partition("/")
-    return int(number) if head == "agent" and number.isdigit() else None
-
-
-def _lengths(table: pa.Table, name: str) -> np.ndarray:
-    lengths: np.ndarray = pc.list_value_length(table[name]).to_numpy()
-    return lengths
-
-
-def _any_in_row(table: pa.Table, name: str, test: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Rows whose list has an element for which `test` is true."""
-    lengths = _lengths(table, name)
-    bad = test(pc.list_flatten(table[name]).to_numpy())
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    return np.asarray(np.bincount(owner[bad], minlength=len(lengths)) > 0)

@@ -35,7 +35,7 @@ def make_episodes(model_dir: Path, *, groups: int = 6, size: int = 4, seed: int 
             text = f" {first}:{'7' * rng.randrange(1, 4)}\n"
             response = ids(text)
             mask = [i != 2 for i in range(len(response))]
-            sample = Sample(ids(prompt), response, mask, [0.0] * len(response), 0.0)
+            sample = Sample(ids(prompt), response, mask)
             with torch.no_grad():
                 logprobs = iter(packed_logprobs(model, pack([sample], 10_000)[0])[0].tolist())
             episodes.append(
