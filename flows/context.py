@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tasks.promotion.registry import Registry
 
 # Settings that say where things run, not what is computed: they leave every result the same.
-_PLACEMENT: Any = {"stores": True, "servers": True, "compute": {"threads"}}
+_PLACEMENT: Any = {"stores": True, "servers": True, "compute": {"threads", "processes"}}
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,12 @@ class Context:
         """Digests of what, beside the data, decides the result of a cycle."""
         from tasks.core.stages import code_digest, lock_digest
 
+        outside = self.settings.training.outside_code()
         meaningful = self.settings.model_dump(mode="json", exclude=_PLACEMENT)
         return {
             "settings": digest_json(meaningful),
             "policy": self.policy.digest(),
-            "code": code_digest(),
+            "code": digest_json([code_digest(), outside]) if outside else code_digest(),
             "lock": lock_digest() or "",
         }
 

@@ -51,6 +51,9 @@ def run_retrain(
 
 def run_stages(context: Context, cycle: Cycle, run: Any = run_stage) -> dict[str, Any]:
     """Run all stages of a cycle in order by `run(context, cycle, stage)` and record how it ended."""
+    from flows.training import check_settings
+
+    check_settings(context)
     receipts: dict[str, dict[str, Any]] = {}
     say = progress.current().say
     try:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,16 @@ from flows import progress
 from flows.champions import register_agent
 from flows.context import Context
 from flows.experience import intact
+from flows.hybrid import fresh_source
 from tasks.core.digest import digest_json
+from tasks.core.errors import UsageError
 from tasks.core.ledger import Ledger
 from tasks.core.stages import code_commit, code_digest, lock_digest, once
 
 if TYPE_CHECKING:
     from tasks.promotion.registry import DatasetRef
     from tasks.replay.schema import Episode
+    from tasks.training.trainer import TrainResult
 
 
 def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> dict[str, Any]:
@@ -31,8 +35,8 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
         {key, path, digest, files, steps, stop_reason, groups, metrics, mlflow_run}.
     """
     from tasks.training.shards import ShardRef
-    from tasks.training.trainer import train
 
+    check_settings(context)
     device, dtype = context.device(), context.dtype()
     agent = context.agent(str(champion)).payload
     settings, ledger = context.settings.training, context.ledger
@@ -44,6 +48,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
         "dtype": dtype,
         "oldest_behaviour": champion - context.settings.validation.max_policy_lag,
         "code": code_digest(),
+        "outside_code": settings.outside_code(),
         "lock": lock_digest(),
     }
     key = digest_json(inputs)
@@ -75,7 +80,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
             )
             report(step, settings.steps, note)
 
-        result = train(
+        result = _trainer(context, agent, key)(
             run_dir=run_dir,
             init_dir=context.weights(agent),
             shards=[ShardRef(s["path"], s["sha256"]) for s in dataset["shards"]],
@@ -85,6 +90,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
             device=device,
             dtype=dtype,
             oldest_behaviour=inputs["oldest_behaviour"],
+            cache=context.workspace.state / "decoded",
             on_metrics=on_metrics,
         )
         outputs = {
@@ -94,12 +100,39 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
             "steps": result.steps,
             "stop_reason": result.stop_reason,
             "groups": list(result.groups_consumed),
+            "fresh": [{"path": shard.path, "sha256": shard.sha256} for shard in result.fresh],
             "metrics": dict(result.metrics),
             "mlflow_run": run.run_id,
         }
     # After the block: MLflow has every metric and the end of the run before the ledger says that it is finished.
     ledger.append("run.finished", key, {"key": key, "outputs": outputs})
     return {"key": key, **outputs}
+
+
+def check_settings(context: Context) -> None:
+    """Refuse training settings that cannot work, before anything is collected for them.
+
+    Raises:
+        UsageError: the sentence names the setting.
+    """
+    from tasks.training.trainer import check
+
+    check(context.settings.training)
+    if context.settings.compute.processes > 1 and context.settings.training.mixture.schedule != "replay":
+        raise UsageError(
+            "Fresh groups are sampled by one process; set compute.processes=1 or training.mixture.schedule=replay."
+        )
+
+
+def _trainer(context: Context, agent: Mapping[str, Any], key: str) -> Callable[..., TrainResult]:
+    """Return `train`, with a source of fresh groups where the settings mix them in, or by several processes."""
+    from tasks.training.trainer import train
+    from tasks.training.worker import train_in_processes
+
+    if context.settings.training.mixture.schedule != "replay":
+        return partial(train, fresh=fresh_source(context, agent, key))
+    processes = context.settings.compute.processes
+    return partial(train_in_processes, processes) if processes > 1 else train
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def _closed(sample: Sample) -> Sample:
     """Add a token nobody looks at: a packed row names nodes that predict one, so now the last as well."""
     length = len(sample.response_ids) + 1
     ids = [*sample.response_ids, 0]
-    return replace(sample, response_ids=ids, trained=[True] * length, behaviour_logprobs=[0.0] * length)
+    return replace(sample, response_ids=ids, trained=[True] * length)
 
 
 def fit_head(differences: Tensor, l2: float) -> Tensor:

@@ -32,6 +32,7 @@ class Compute(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int | None = Field(None, ge=1, description="PyTorch threads; None lets PyTorch choose")
+    processes: int = Field(1, ge=1, description="training processes that share one update (FSDP2); one a GPU")
 
 
 class Collect(Section):

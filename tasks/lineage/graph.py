@@ -290,7 +290,8 @@ def _run(records: Records, key: str) -> _Found:
         **_pick(p, "settings", "seed", "device", "dtype", started=started.time),
         **_pick(end, "steps", "stop_reason", "metrics", "path", "digest", finished=finished.time),
     }
-    node = Node("run", key[:12], key, facts, _files_under(end["path"], end["files"]))
+    fresh = tuple(File(shard["path"], shard["sha256"]) for shard in end.get("fresh", ()))
+    node = Node("run", key[:12], key, facts, (*_files_under(end["path"], end["files"]), *fresh))
 
     def links() -> Iterator[tuple[Relation, Ref]]:
         commit = p["commit"]

@@ -148,7 +148,10 @@ def _claims(workspace: Workspace, found: Lineage) -> tuple[dict[File, str], list
 def _folder(workspace: Workspace, node: Node) -> Iterator[Problem]:
     """The digest of an agent or a checkpoint follows from the digests of its files."""
     folder = node.facts["path"]
-    files = {file.path.removeprefix(f"{folder}/"): file.sha256 for file in node.files}
+    inside = (
+        file for file in node.files if file.path.startswith(f"{folder}/")
+    )  # a run has fresh shards beside it
+    files = {file.path.removeprefix(f"{folder}/"): file.sha256 for file in inside}
     expected = node.digest if node.kind == "agent" else node.facts["digest"]
     yield Problem("changed", folder, _owner(node), expected or "", digest_files(files))
 

@@ -169,6 +169,4 @@ def _confidence(differences: Tensor, groups: Sequence[str], l2: float) -> float:
 
 
 def _sample(episode: Episode) -> Sample:
-    return Sample(
-        episode.prompt_ids, episode.response_ids, episode.loss_mask, episode.behaviour_logprobs, 0.0
-    )
+    return Sample(episode.prompt_ids, episode.response_ids, episode.loss_mask)

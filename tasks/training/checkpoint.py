@@ -11,33 +11,32 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor
 
 from tasks.core.digest import canonical_json, digest_json, fsync_dir, sha256_file
 from tasks.core.errors import Unavailable
 
 KEPT = 2
 _ASIDE = ".aside-"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """What a run knows beside tensors: updates made, and the groups used, each once, in the order of first
-    use."""
+class Checkpoint:
+    """A checkpoint that was read: updates made, what else the run knows as JSON values, weights and moments by name."""
 
     step: int
-    groups: tuple[str, ...] = ()
+    progress: Mapping[str, Any]
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
 
 
 @contextmanager
@@ -72,57 +71,41 @@ def whole_directory(target: Path) -> Iterator[Path]:
 
 
 def save(
-    root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, inputs: str
+    root: Path,
+    step: int,
+    progress: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    inputs: str,
 ) -> None:
-    """Write the checkpoint of `progress.step` under `root` and drop all but the last two.
+    """Write the checkpoint after `step` updates under `root` and drop all but the last two.
 
     Args:
+        progress: JSON values, kept as they are.
         inputs: digest of what the run is made from; a checkpoint of other inputs is not resumed.
+
+    Raises:
+        Unavailable: the disk is full; nothing is left behind.
     """
-    target = root / f"step-{progress.step:08d}"
-    named = dict(model.named_parameters())
-    # A parameter that never had a gradient has no moments.
-    moved = {name: optimizer.state[p] for name, p in named.items() if p in optimizer.state}
-    moments = {f"{name}/{key}": state[key] for name, state in moved.items() for key in _MOMENTS}
+    target = root / f"step-{step:08d}"
     shutil.rmtree(target, ignore_errors=True)
     with whole_directory(target) as aside:
-        tensors = {"weights": {name: p.detach() for name, p in named.items()}, "moments": moments}
-        for name, content in tensors.items():
+        for name, content in {"weights": weights, "moments": moments}.items():
             save_file({k: v.contiguous() for k, v in content.items()}, aside / f"{name}.safetensors")
-        state = {
-            "step": progress.step,
-            "groups": list(progress.groups),
-            "inputs": inputs,
-            "files": _digests(aside),
-        }
+        state = {"step": step, "progress": progress, "inputs": inputs, "files": _digests(aside)}
         (aside / "state.json").write_bytes(canonical_json({"state": state, "sha256": digest_json(state)}))
     for old in _steps(root)[:-KEPT]:
         shutil.rmtree(old)
 
 
-def restore(
-    root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: str, *, before: int | None = None
-) -> Progress | None:
-    """Load the newest intact checkpoint of these `inputs` (of fewer than `before` updates) into model and
-    optimizer.
-
-    Returns None, with both untouched, if there is none.
-    """
+def load(root: Path, inputs: str, *, before: int | None = None) -> Checkpoint | None:
+    """Read the newest intact checkpoint of these `inputs` (of fewer than `before` updates); None if there is none."""
     for path in reversed(_steps(root)):
         state = _intact_state(path)
         if state is None or state["inputs"] != inputs or (before is not None and state["step"] >= before):
             continue
-        weights = load_file(path / "weights.safetensors")
-        moments = load_file(path / "moments.safetensors")
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weights[name])
-                if f"{name}/{_MOMENTS[0]}" not in moments:
-                    continue
-                values = {key: moments[f"{name}/{key}"].to(parameter.device) for key in _MOMENTS}
-                step = torch.tensor(float(state["step"]), device=parameter.device)
-                optimizer.state[parameter] = {"step": step, **values}
-        return Progress(state["step"], tuple(state["groups"]))
+        weights, moments = (load_file(path / f"{name}.safetensors") for name in ("weights", "moments"))
+        return Checkpoint(state["step"], state["progress"], weights, moments)
     return None
 
 

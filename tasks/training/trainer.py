@@ -8,28 +8,41 @@ as without the interruption.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from models import objectives
+from models import adapters, advantages, objectives
 from models.causal_lm import ModelError, load_policy, save_policy, tokenizer_digest
-from tasks.core.digest import canonical_json, digest_files, digest_json, digest_tree, write_atomic
-from tasks.core.errors import Conflict, Corrupt, Unavailable, UsageError
+from models.diversity import Encoder
+from tasks.core.digest import (
+    canonical_json,
+    digest_files,
+    digest_json,
+    digest_tree,
+    write_atomic,
+)
+from tasks.core.errors import Conflict, Corrupt, UsageError
 from tasks.core.locks import file_lock
-from tasks.training import checkpoint
-from tasks.training.checkpoint import Progress, whole_directory
-from tasks.training.sampler import groups_of_step
+from tasks.training import checkpoint, parallel
+from tasks.training.checkpoint import whole_directory
+from tasks.training.decoded import Shard
+from tasks.training.parallel import World
+from tasks.training.rounds import Curriculum, FreshSource, Policies, Progress, admitted
+from tasks.training.sampler import Sampler
 from tasks.training.settings import Guards, TrainingSettings
-from tasks.training.shards import Policy, Replay, Shard, read_replay
-from tasks.training.update import Metrics, accumulate_gradients
+from tasks.training.shards import Policy, ShardRef, read_replay
+from tasks.training.update import Metrics, accumulate_gradients, needs
 
 OnMetrics = Callable[[int, Metrics], None]
 
@@ -43,7 +56,8 @@ class TrainResult:
 
     `stop_reason` is "finished", or the guard that ended the run: "not_finite", "ess_collapse", "kl_blow_up";
     then `steps` is that of the last good checkpoint, which is what was exported (0: the initial weights).
-    `metrics` are those of the last update that was measured.
+    `groups_consumed` are the groups of the replay that the exported weights learnt from, `fresh` the shards of
+    those sampled on the way. `metrics` are those of the last update that was measured.
     """
 
     export_dir: Path
@@ -52,7 +66,19 @@ class TrainResult:
     steps: int
     stop_reason: str
     groups_consumed: tuple[str, ...]
+    fresh: tuple[ShardRef, ...]
     metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A run that is set up: where its state lies, what it trains, and from what."""
+
+    checkpoints: Path
+    inputs: str
+    policies: Policies
+    optimizer: torch.optim.Optimizer
+    curriculum: Curriculum
 
 
 def train(
@@ -66,12 +92,14 @@ def train(
     device: str,
     dtype: str,
     oldest_behaviour: int = 0,
+    fresh: FreshSource | None = None,
+    cache: Path | None = None,
     on_metrics: OnMetrics = lambda step, metrics: None,
 ) -> TrainResult:
     """Train the agent in `init_dir` on replay and export it to `run_dir`/export.
 
     A run that is finished already is returned at once, after its files are checked; one that was killed goes
-    on.
+    on. Under torchrun every process calls this with the same arguments, and they share the work.
 
     Args:
         run_dir: belongs to this run alone: lock, recovery checkpoints, export, result.
@@ -83,57 +111,87 @@ def train(
             Weights and optimizer moments are float32 always.
         oldest_behaviour: registry version below which an agent's episodes are too stale to learn from; they are
             passed over.
+        fresh: samples groups from the policy in training; needed by every mixture but replay.
+        cache: folder of decoded shards, see `read_replay`.
         on_metrics: called after each update with its number (from 1) and its metrics (`accumulate_gradients`,
         with
-            staleness, seconds and tokens_per_second). After a resume, updates made since the last checkpoint
-            come again.
+            staleness, fresh_groups, seconds and tokens_per_second). After a resume, updates made since the last
+            checkpoint come again.
 
     Raises:
         Unavailable: no GPU where one was asked for, or a full disk.
         Corrupt: a shard or the finished export differs from its digest.
-        Refused: rows do not fit the policy or the objective; the column is named.
+        Refused: rows do not fit the policy or the objective (the column is named), or no group is admitted.
         Conflict: another process works in `run_dir`, or it holds a run of other inputs.
-        UsageError: the initial model cannot be read.
+        UsageError: the initial model cannot be read, or the settings name something that does not exist.
     """
-    place = resolve_device(device)
-    autocast = _autocast(place, dtype)
+    world = parallel.join(device)
+    autocast = _autocast(world.device, dtype)
+    check(settings)
+    encoder = _encoder(settings)
     inputs = digest_json(
         {
             "init": digest_tree(init_dir),
             "shards": [shard.sha256 for shard in shards],
             "settings": settings.model_dump(mode="json"),
+            "outside_code": settings.outside_code(),
+            "encoder": encoder.digest() if encoder else None,
             "seed": seed,
             "dtype": str(autocast),
             "oldest_behaviour": oldest_behaviour,
         }
     )
-    with file_lock(run_dir / ".lock", timeout=0, what=f"the run in {run_dir}"):
+    if settings.mixture.schedule != "replay" and fresh is None:
+        raise UsageError(
+            f"training.mixture.schedule={settings.mixture.schedule} needs a source of fresh groups."
+        )
+    with _alone(run_dir, world):
         result = _read_result(run_dir, inputs)
         if result is None:
-            model, policy = _initial(init_dir, place)
-            needs = objectives.get(settings.objective).needs
-            replay = read_replay(shards, shard_root, policy, needs, oldest_behaviour)
-            progress, reason, metrics = _updates(
-                model, replay, settings, seed, autocast, run_dir / "checkpoints", inputs, on_metrics
+            policies, policy = _policies(init_dir, settings, seed, autocast, world)
+            replay = read_replay(shards, shard_root, policy, needs(settings), oldest_behaviour, cache)
+            table, report = admitted(replay, settings, policies, run_dir / f"divergence-{inputs[:16]}.f64")
+            sampler = Sampler(table, settings.sampling, seed)
+            optimizer = torch.optim.AdamW(
+                [p for p in policies.scorer.parameters() if p.requires_grad],
+                lr=settings.learning_rate,
+                weight_decay=settings.weight_decay,
+                fused=True,
             )
-            if reason != FINISHED and progress.step == 0:
-                model, _ = _initial(init_dir, place)
-            result = _write_result(run_dir, init_dir, model, progress, reason, metrics, inputs)
-        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+            run = _Run(
+                run_dir / "checkpoints",
+                inputs,
+                policies,
+                optimizer,
+                Curriculum(replay, sampler, policies, settings, shard_root, policy, encoder, fresh),
+            )
+            with _told_plainly():
+                progress, reason, metrics = _updates(run, settings, report.metrics(), on_metrics)
+            consumed = tuple(sampler.consumed(progress.frontier))
+            weights = parallel.gather_export(policies.scorer.model, world)
+            if world.main:
+                model = load_policy(init_dir, "cpu", "float32")
+                if reason == FINISHED or progress.step:
+                    model.load_state_dict(weights, strict=False)
+                _write_result(run_dir, init_dir, model, progress, consumed, reason, metrics, inputs)
+            world.wait()
+            result = _read_result(run_dir, inputs)
+            assert result is not None  # it has just been written
+        if world.main:
+            shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
         return result
 
 
-def resolve_device(device: str) -> torch.device:
-    """The device that "cpu", "cuda" or "auto" means here.
+def check(settings: TrainingSettings) -> None:
+    """Refuse settings that name functions or constants which do not exist.
 
     Raises:
-        Unavailable: a GPU was asked for and PyTorch sees none.
+        UsageError: the sentence names what is wrong.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise Unavailable(
-            "compute.device is cuda, but PyTorch sees no GPU on this machine; set it to cpu or auto."
-        )
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    settings.outside_code()
+    with _told_plainly():
+        objectives.get(settings.objective).check(settings.options)
+        advantages.get(settings.advantage)
 
 
 def stop_reason(metrics: Metrics, guards: Guards) -> str | None:
@@ -148,52 +206,123 @@ def stop_reason(metrics: Metrics, guards: Guards) -> str | None:
 
 
 def _updates(
-    model: PreTrainedModel,
-    replay: Replay,
-    settings: TrainingSettings,
-    seed: int,
-    autocast: torch.dtype | None,
-    checkpoints: Path,
-    inputs: str,
-    on_metrics: OnMetrics,
+    run: _Run, settings: TrainingSettings, admission: Metrics, on_metrics: OnMetrics
 ) -> tuple[Progress, str, Metrics]:
     """Make the updates that are left; the model ends with the weights to export, those of the progress
     returned."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
-    checkpoint.discard_unfinished(checkpoints)
-    progress = checkpoint.restore(checkpoints, model, optimizer, inputs) or Progress(0)
+    policies, world, curriculum = run.policies, run.policies.world, run.curriculum
+    if world.main:
+        checkpoint.discard_unfinished(run.checkpoints)
+    world.wait()
+    progress = _restore(run) or curriculum.start()
     metrics: Metrics = {}
     while progress.step < settings.steps:
+        began = progress.step
         started = time.perf_counter()
-        groups = groups_of_step(replay.groups, seed, progress.step, settings.groups_per_step)
-        metrics = accumulate_gradients(model, replay.episodes(groups), settings, autocast)
-        metrics["staleness"] = float(progress.step)
-        reason = stop_reason(metrics, settings.guards)
-        if reason is None:
-            optimizer.step()
-        seconds = time.perf_counter() - started
-        metrics |= {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
-        on_metrics(progress.step + 1, metrics)
-        if reason is not None:
-            # These weights tripped the guard; a checkpoint of fewer updates was trained on further and did
-            # not.
-            good = checkpoint.restore(checkpoints, model, optimizer, inputs, before=progress.step)
-            return good or Progress(0), reason, metrics
-        progress = Progress(progress.step + 1, tuple(dict.fromkeys((*progress.groups, *groups))))
-        if progress.step % settings.checkpoint_every == 0 and progress.step < settings.steps:
-            checkpoint.save(checkpoints, model, optimizer, progress, inputs)
+        lessons, progress = curriculum.round(progress)
+        for number, lesson in enumerate(lessons, start=1):
+            update = accumulate_gradients(
+                policies.scorer,
+                lesson.episodes,
+                settings,
+                policies.autocast,
+                world,
+                old_logprobs=lesson.old_logprobs,
+                reference_logprobs=lesson.reference_logprobs,
+                diversity=lesson.diversity,
+            )
+            step = began + number
+            metrics = update.metrics | admission
+            metrics["staleness"] = float(step - 1)
+            metrics["fresh_groups"] = float(len(lesson.episodes.group_ids) - lesson.replayed)
+            reason = stop_reason(metrics, settings.guards)
+            if reason is None:
+                run.optimizer.step()
+                progress = curriculum.learnt(progress, lesson, update)
+            seconds = time.perf_counter() - started
+            started = time.perf_counter()
+            metrics |= {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
+            if world.main:
+                on_metrics(step, metrics)
+            if reason is not None:
+                # These weights tripped the guard; a checkpoint of fewer updates was trained on further and did
+                # not.
+                return _restore(run, before=step - 1) or curriculum.start(), reason, metrics
+        due = progress.step // settings.checkpoint_every > began // settings.checkpoint_every
+        if due and progress.step < settings.steps:
+            weights = parallel.gather_weights(policies.scorer.model, world)
+            moments = parallel.gather_moments(policies.scorer.model, run.optimizer, world)
+            if world.main:
+                checkpoint.save(
+                    run.checkpoints, progress.step, progress.to_json(), weights, moments, run.inputs
+                )
     return progress, FINISHED, metrics
 
 
-def _initial(init_dir: Path, place: torch.device) -> tuple[PreTrainedModel, Policy]:
+def _restore(run: _Run, before: int | None = None) -> Progress | None:
+    """Go back to the newest checkpoint (of fewer than `before` updates), if there is one."""
+    found = checkpoint.load(run.checkpoints, run.inputs, before=before)
+    if found is None:
+        return None
+    model = run.policies.scorer.model
+    parallel.load_state(model, run.optimizer, found.weights, found.moments, found.step)
+    return Progress.from_json(found.progress)
+
+
+def _policies(
+    init_dir: Path, settings: TrainingSettings, seed: int, autocast: torch.dtype | None, world: World
+) -> tuple[Policies, Policy]:
     try:
-        model = load_policy(init_dir, str(place), "float32")
-        config = model.config
-        return model, Policy(tokenizer_digest(init_dir), config.vocab_size, config.max_position_embeddings)
+        # Where it is split, every process moves its part to its own device.
+        model = load_policy(init_dir, str(world.device) if world.size == 1 else "cpu", "float32")
+        policy = Policy(
+            tokenizer_digest(init_dir), model.config.vocab_size, model.config.max_position_embeddings
+        )
     except ModelError as error:
         raise UsageError(str(error)) from error
+    frozen = None
+    if settings.adapter.rank:
+        with _told_plainly():
+            adapter = settings.adapter
+            model = adapters.attach(model, adapter.rank, adapter.alpha, adapter.targets, seed)
+    elif settings.penalties.kl:
+        frozen = parallel.split(copy.deepcopy(model).requires_grad_(False), world)
+    scorer = parallel.split(model, world)
+    parallel.prepare(
+        model, activation_checkpointing=settings.activation_checkpointing, compile=settings.compile
+    )
+    as_reference = partial(adapters.without, model) if settings.adapter.rank else nullcontext
+    return Policies(scorer, frozen or scorer, as_reference, autocast, world), policy
+
+
+def _encoder(settings: TrainingSettings) -> Encoder | None:
+    if not (settings.diversity.reward or settings.diversity.entropy):
+        return None
+    try:
+        return Encoder(settings.diversity.encoder)
+    except ModelError as error:
+        raise UsageError(str(error)) from error
+
+
+@contextmanager
+def _told_plainly() -> Iterator[None]:
+    """What the pure functions refuse with a ValueError comes from the settings."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(f"training: {error}") from error
+
+
+@contextmanager
+def _alone(run_dir: Path, world: World) -> Iterator[None]:
+    """The main process holds the run's lock while all of them work."""
+    if not world.main:
+        world.wait()
+        yield
+        return
+    with file_lock(run_dir / ".lock", timeout=0, what=f"the run in {run_dir}"):
+        world.wait()
+        yield
 
 
 def _autocast(place: torch.device, dtype: str) -> torch.dtype | None:
@@ -206,10 +335,11 @@ def _write_result(
     init_dir: Path,
     model: PreTrainedModel,
     progress: Progress,
+    consumed: tuple[str, ...],
     reason: str,
     metrics: Metrics,
     inputs: str,
-) -> TrainResult:
+) -> None:
     export = run_dir / "export"
     shutil.rmtree(export, ignore_errors=True)
     with whole_directory(export) as aside:
@@ -217,17 +347,16 @@ def _write_result(
     files = digest_tree(export)
     # JSON has no NaN, and a guard may have stopped on one.
     shown = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    result = TrainResult(export, files, digest_files(files), progress.step, reason, progress.groups, shown)
     body = {
         "files": files,
         "steps": progress.step,
         "stop_reason": reason,
-        "groups": list(progress.groups),
+        "groups": list(consumed),
+        "fresh": [[shard.path, shard.sha256] for shard in progress.fresh],
         "metrics": shown,
         "inputs": inputs,
     }
     write_atomic(run_dir / "result.json", canonical_json(body))
-    return result
 
 
 def _read_result(run_dir: Path, inputs: str) -> TrainResult | None:
@@ -252,5 +381,6 @@ def _read_result(run_dir: Path, inputs: str) -> TrainResult | None:
         body["steps"],
         body["stop_reason"],
         tuple(body["groups"]),
+        tuple(ShardRef(path, sha256) for path, sha256 in body["fresh"]),
         body["metrics"],
     )

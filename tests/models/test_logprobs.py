@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
 
+from models import logprobs as logprobs_module
 from models.logprobs import token_logprobs
 
 
@@ -20,11 +23,13 @@ def _reference(hidden, weight, targets, temperature):
     return logs.gather(1, targets[:, None]).squeeze(1), -(logs.exp() * logs).sum(-1)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 11, 256])
-def test_equals_log_softmax_with_gradients(chunk):
+# A chunk of four rows of 17 doubles has 544 bytes: none, one, or all of the chunks are kept.
+@pytest.mark.parametrize("kept_bytes", [0, 600, 2**20])
+@pytest.mark.parametrize("chunk", [1, 4, 11, 256, None])
+def test_equals_log_softmax_with_gradients(chunk, kept_bytes):
     hidden, weight, targets, temperature = _problem()
     upstream = torch.randn(2, len(targets), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    got = token_logprobs(hidden, weight, targets, temperature, chunk=chunk)
+    got = token_logprobs(hidden, weight, targets, temperature, chunk=chunk, kept_bytes=kept_bytes)
     want = _reference(hidden, weight, targets, temperature)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
@@ -39,7 +44,35 @@ def test_equals_log_softmax_with_gradients(chunk):
 def test_gradcheck():
     hidden, weight, targets, temperature = _problem(t=5)
     assert torch.autograd.gradcheck(
-        lambda h, w: token_logprobs(h, w, targets, temperature, chunk=2), (hidden, weight)
+        lambda h, w: token_logprobs(h, w, targets, temperature, chunk=2, kept_bytes=300), (hidden, weight)
+    )
+
+
+def test_the_backward_pass_may_be_repeated():
+    hidden, weight, targets, temperature = _problem()
+    logprobs, entropies = token_logprobs(hidden, weight, targets, temperature, chunk=4)
+    loss = (logprobs + entropies).sum()
+    first, second = (torch.autograd.grad(loss, (hidden, weight), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_blocks_of_a_chunk_are_put_together(monkeypatch):
+    monkeypatch.setattr(logprobs_module, "_BLOCK_BYTES", 300)  # two rows
+    test_equals_log_softmax_with_gradients(7, 600)
+
+
+def test_memory_of_a_long_response_is_bounded():
+    """Tensors of a forward and backward pass over 4,096 positions, logits of 128 MiB in all."""
+    hidden, weight, targets, _ = _problem(t=4096, d=8, v=8192, dtype=torch.float32)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        logprobs, entropies = token_logprobs(hidden, weight, targets)
+        (logprobs.sum() + entropies.sum()).backward()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    assert (
+        logprobs_module.KEPT_BYTES < max(held) < logprobs_module.KEPT_BYTES + 3 * logprobs_module.CHUNK_BYTES
     )
 
 

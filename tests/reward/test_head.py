@@ -56,7 +56,7 @@ def test_features_do_not_depend_on_packing(tmp_path, layer, budget):
     prompts = [torch.randint(3, 90, (9,), generator=draw).tolist() for _ in range(3)]
     responses = [torch.randint(3, 90, (1 + k,), generator=draw).tolist() for k in range(6)]
     samples = [
-        Sample(prompts[k % 3], ids, [True] * len(ids), [0.0] * len(ids), 0.0)
+        Sample(prompts[k % 3], ids, [True] * len(ids))
         for k, ids in enumerate(responses)
     ]
     samples.append(samples[0])  # the same answer twice
@@ -75,4 +75,4 @@ def test_features_do_not_depend_on_packing(tmp_path, layer, budget):
 def test_an_empty_response_is_refused(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path))
     with pytest.raises(ValueError, match="without a response"):
-        episode_features(model, [Sample([3], [], [], [], 0.0)], 1)
+        episode_features(model, [Sample([3], [], [])], 1)

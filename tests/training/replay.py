@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from transformers import PreTrainedModel
 
 from models.causal_lm import load_policy, load_tokenizer, template_digest, tokenizer_digest
 from models.packing import Sample, pack, packed_logprobs
@@ -18,11 +19,14 @@ from tasks.replay.schema import Episode, arrow_schema
 from tasks.training.shards import ShardRef
 
 
-def make_episodes(model_dir: Path, *, groups: int = 6, size: int = 4, seed: int = 0) -> list[Episode]:
+def make_episodes(
+    model_dir: Path, *, groups: int = 6, size: int = 4, seed: int = 0, model: PreTrainedModel | None = None
+) -> list[Episode]:
     """Answers of random digits to prompts that share a beginning; an even first digit is rewarded. The third
-    token of every answer is an observation. Log-probabilities are those of the model in `model_dir`."""
+    token of every answer is an observation. Log-probabilities are those of `model`, by default the one
+    in `model_dir`."""
     rng = random.Random(seed)
-    model, tokenizer = load_policy(model_dir), load_tokenizer(model_dir)
+    model, tokenizer = model or load_policy(model_dir), load_tokenizer(model_dir)
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -13,11 +13,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models import objectives
+from models import advantages, objectives
 from tasks.core.digest import digest_files, digest_tree
 from tasks.core.errors import Conflict, Corrupt, Refused, Unavailable, UsageError
 from tasks.core.locks import file_lock
-from tasks.training.settings import Guards, TrainingSettings
+from tasks.training.settings import (
+    ADVANTAGES,
+    OBJECTIVES,
+    Correction,
+    Guards,
+    Penalties,
+    TrainingSettings,
+)
 from tasks.training.trainer import stop_reason, train
 from tests.training.replay import changed, write_shards
 
@@ -242,6 +249,16 @@ def test_bfloat16_is_the_same_code(options):
     assert AutoModelForCausalLM.from_pretrained(result.export_dir).dtype == torch.float32
 
 
-def test_objectives_of_the_settings_are_those_of_the_registry():
-    assert set(TrainingSettings.model_fields["objective"].annotation.__args__) == set(objectives.names())
+def test_names_of_the_settings_are_those_of_the_registries():
+    assert set(OBJECTIVES) == set(objectives.names())
+    assert set(ADVANTAGES) == set(advantages.names())
+    assert set(Correction.model_fields["weight"].annotation.__args__) == {"none", *objectives.WEIGHTS}
+    assert Penalties.model_fields["kl_estimator"].annotation.__args__ == objectives.KL_ESTIMATORS
     assert TrainingSettings.model_fields["aggregation"].annotation.__args__ == objectives.AGGREGATIONS
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="no objective vespa; did you mean vespo"):
+        TrainingSettings(objective="vespa")
+    with pytest.raises(ValueError, match="no advantage gigppo; did you mean gigpo"):
+        TrainingSettings(advantage="gigppo")

@@ -1,0 +1,94 @@
+"""Fresh groups for a training step: sampled from the policy being trained, kept with the run that used them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.context import Context
+from tasks.core.digest import digest_json, sha256_file, write_file_atomic
+from tasks.core.stages import derive_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tasks.replay.schema import Episode
+    from tasks.training.shards import ShardRef
+
+FreshSource = Callable[["PreTrainedModel", int, int], "ShardRef"]
+
+
+def fresh_source(context: Context, agent: Mapping[str, Any], key: str) -> FreshSource:
+    """Return what collects `count` groups with the model as it stands before update `step`, as a shard of the run.
+
+    A shard that is there already is taken as it is: a resumed run learns from the bytes that it recorded. The
+    episodes are marked as `agent/<n>+<updates>`: written by that agent's successor in the making.
+    """
+    from models.causal_lm import load_tokenizer
+    from tasks.arena.environment import get
+    from tasks.rollout.rollout import BehaviourIdentity, rollout
+    from tasks.training.shards import ShardRef
+
+    tokenizer = load_tokenizer(context.weights(agent))
+    settings, seed = context.settings.collect, context.settings.seed
+    folder = context.workspace.runs / key[:16] / "fresh"
+
+    def collect(model: PreTrainedModel, step: int, count: int) -> ShardRef:
+        path = folder / f"step-{step:05d}.parquet"
+        if not path.exists():
+            identity = BehaviourIdentity(
+                f"agent/{agent['version']}+{step}",
+                digest_json(["run", key, "updates", step]),
+                agent["tokenizer_digest"],
+                agent["template_digest"],
+            )
+            episodes: list[Episode] = []
+            for name, groups in shares(settings.environments, step * count, (step + 1) * count).items():
+                env = get(name)
+                noise = derive_seed(seed, name, f"fresh {step}")
+                for group in rollout(
+                    model,
+                    tokenizer,
+                    env,
+                    env.tasks("train", groups, noise),
+                    group_size=settings.group_size,
+                    temperature=settings.temperature,
+                    seed=noise,
+                    batch_rows=settings.batch_rows,
+                    identity=identity,
+                ):
+                    episodes += group
+            folder.mkdir(parents=True, exist_ok=True)
+            write_file_atomic(path, partial(_write, episodes))
+        return ShardRef(context.workspace.relative(path), sha256_file(path))
+
+    return collect
+
+
+def shares(weights: Mapping[str, int], start: int, stop: int) -> dict[str, int]:
+    """Deal the groups start..stop-1 of an endless row to environments in proportion to their weights.
+
+    The row repeats every sum(weights) groups, in which each environment has its weight's number of places, spread evenly.
+    """
+    total = sum(weights.values())
+    places = sorted(
+        ((turn + 0.5) / weight, name) for name, weight in weights.items() for turn in range(weight)
+    )
+    dealt: dict[str, int] = {}
+    for number in range(start, stop):
+        name = places[number % total][1]
+        dealt[name] = dealt.get(name, 0) + 1
+    return dealt
+
+
+def _write(episodes: list[Episode], path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from tasks.replay.schema import arrow_schema
+
+    table = pa.Table.from_pylist([asdict(episode) for episode in episodes], schema=arrow_schema())
+    pq.write_table(table, path, compression="zstd")

@@ -1,0 +1,225 @@
+"""What a run learns from, round by round: which groups, replayed and fresh, and what older policies say of them.
+
+A round is a number of updates that share one proximal policy, the weights when the round began: their groups are
+drawn, and fresh ones sampled, before its first update. Everything that decides the next round is in `Progress`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tasks.core.digest import write_file_atomic
+from tasks.training import admission, fields, mixture
+from tasks.training.groups import GroupTable
+from tasks.training.mixture import Mix
+from tasks.training.parallel import Scorer, World, score
+from tasks.training.sampler import Frontier, Sampler
+from tasks.training.settings import TrainingSettings
+from tasks.training.shards import Episodes, Policy, Replay, ShardRef, join, read_replay
+from tasks.training.update import Update, needs
+
+FreshSource = Callable[[PreTrainedModel, int, int], ShardRef]
+"""Samples groups: (the model as it is, number of the update from 0, groups) -> a shard under the shard root."""
+
+_SCORED_AT_ONCE = 64  # groups; bounds the memory of a pass over the whole replay
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is: updates made, where sampler and mixture stand, and the shards of fresh groups so far."""
+
+    step: int
+    frontier: Frontier
+    mix: Mix
+    fresh: tuple[ShardRef, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `json`."""
+        return {
+            "step": self.step,
+            "frontier": self.frontier.to_json(),
+            "mix": self.mix.to_json(),
+            "fresh": [[shard.path, shard.sha256] for shard in self.fresh],
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Progress:
+        """The progress of which `values` are the `to_json`."""
+        return cls(
+            values["step"],
+            Frontier.from_json(values["frontier"]),
+            Mix.from_json(values["mix"]),
+            tuple(ShardRef(path, sha256) for path, sha256 in values["fresh"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """The episodes of one update, the first `replayed` groups from replay, with what is known before it."""
+
+    episodes: Episodes
+    replayed: int
+    old_logprobs: Tensor | None
+    reference_logprobs: Tensor | None
+    diversity: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Policies:
+    """The policy in training, and a context in which `reference` computes what the initial one did."""
+
+    scorer: Scorer
+    reference: Scorer
+    as_reference: Callable[[], AbstractContextManager[None]]
+    autocast: torch.dtype | None
+    world: World
+
+
+@dataclass(frozen=True, slots=True)
+class Curriculum:
+    """Draws the rounds of one run. `encoder` is needed by DSDR alone, `fresh` by schedules other than replay."""
+
+    replay: Replay
+    sampler: Sampler
+    policies: Policies
+    settings: TrainingSettings
+    shard_root: Path
+    policy: Policy
+    encoder: fields.TextEncoder | None = None
+    fresh: FreshSource | None = None
+    _diversity: dict[str, Tensor] = field(default_factory=dict)  # of groups met before, by id
+
+    def start(self) -> Progress:
+        """The progress before the first update."""
+        mix = mixture.start(self.settings.mixture, self.settings.groups_per_step)
+        return Progress(0, self.sampler.start(), mix)
+
+    def round(self, progress: Progress) -> tuple[list[Lesson], Progress]:
+        """The lessons of the round that begins now, and the progress when they are learnt (but for `learnt`)."""
+        count = min(self.settings.updates_per_round, self.settings.steps - progress.step)
+        lessons = []
+        for _ in range(count):
+            lesson, progress = self._lesson(progress)
+            lessons.append(lesson)
+        return lessons, progress
+
+    def learnt(self, progress: Progress, lesson: Lesson, update: Update) -> Progress:
+        """The progress with what `update` measured of the groups of `lesson`."""
+        ids = lesson.episodes.group_ids[: lesson.replayed]
+        seen = {name: update.groups[number] for number, name in enumerate(ids) if number in update.groups}
+        if not seen:
+            return progress
+        by_ess = self.settings.sampling.order == "ess"
+        values = {name: one.ess if by_ess else one.signal for name, one in seen.items()}
+        replay_ess = sum(one.ess for one in seen.values()) / len(seen)
+        return replace(
+            progress,
+            frontier=self.sampler.measured(progress.frontier, values),
+            mix=mixture.measured(
+                self.settings.mixture, progress.mix, replay_ess, self.settings.groups_per_step
+            ),
+        )
+
+    def _lesson(self, progress: Progress) -> tuple[Lesson, Progress]:
+        settings, step = self.settings, progress.step
+        fresh, mix = mixture.fresh_groups(
+            settings.mixture, progress.mix, step, settings.steps, settings.groups_per_step
+        )
+        ids, frontier = self.sampler.draw(progress.frontier, settings.groups_per_step - fresh)
+        parts, shards = [], progress.fresh
+        if ids:
+            parts.append(self.replay.episodes(ids))
+        if fresh:
+            shard = self._sample(step, fresh)
+            found = read_replay([shard], self.shard_root, self.policy, needs(self.settings))
+            parts.append(found.episodes(found.table.ids.tolist()))
+            shards = (*shards, shard)
+        lesson = self._known(join(parts), len(ids))
+        return lesson, Progress(step + 1, frontier, mix, shards)
+
+    def _sample(self, step: int, count: int) -> ShardRef:
+        if self.fresh is None:
+            raise ValueError("a schedule with fresh groups needs a source of them")
+        return self.fresh(self.policies.scorer.model, step, count)
+
+    def _known(self, episodes: Episodes, replayed: int) -> Lesson:
+        settings, policies = self.settings, self.policies
+        old = reference = None
+        if "old_logprobs" in needs(settings) and settings.updates_per_round > 1:
+            old = _score(policies.scorer, episodes, settings, policies)
+        if settings.penalties.kl:
+            with policies.as_reference():
+                reference = _score(policies.reference, episodes, settings, policies)
+        return Lesson(episodes, replayed, old, reference, self._answers(episodes))
+
+    def _answers(self, episodes: Episodes) -> Tensor | None:
+        """DSDR's diversity of every answer, [B]; the encoder reads each group once a run."""
+        if self.encoder is None:
+            return None
+        places: dict[int, list[int]] = {}
+        for place, number in enumerate(episodes.groups):
+            places.setdefault(number, []).append(place)
+        for number, rows in places.items():
+            if episodes.group_ids[number] not in self._diversity:
+                texts = [episodes.texts[row] for row in rows]
+                self._diversity[episodes.group_ids[number]] = fields.answer_diversity(
+                    texts, [0] * len(rows), self.encoder, self.settings.diversity.ceiling
+                )
+        return torch.cat([self._diversity[episodes.group_ids[number]] for number in sorted(places)])
+
+
+def admitted(
+    replay: Replay, settings: TrainingSettings, policies: Policies, memo: Path
+) -> tuple[GroupTable, admission.Report]:
+    """The groups that may be learnt from, judged with the initial policy if a divergence is set.
+
+    What was measured is kept in the file `memo`: on a GPU a second measurement may differ in the last bit, and a run
+    must go on with the groups it began with.
+
+    Raises:
+        Refused: none; the sentence says which setting to change.
+    """
+    table, report = admission.admit(replay.table, settings.admission)
+    if settings.admission.max_divergence is None:
+        return table, report
+    if not memo.exists():
+        measured = np.concatenate([*_divergences(replay, table, settings, policies)])
+        if policies.world.main:
+            write_file_atomic(memo, lambda path: measured.tofile(path))
+        policies.world.wait()
+    divergence = np.fromfile(memo)
+    nearer, later = admission.admit_measured(table, settings.admission, divergence)
+    return nearer, report.then(later)
+
+
+def _divergences(
+    replay: Replay, table: GroupTable, settings: TrainingSettings, policies: Policies
+) -> Iterator[np.ndarray]:
+    """k3 estimate of KL(behaviour || policy) of each group, mean over its trained tokens; NaN where unknown."""
+    for start in range(0, len(table), _SCORED_AT_ONCE):
+        ids = table.ids[start : start + _SCORED_AT_ONCE].tolist()
+        episodes = replay.episodes(ids)
+        if episodes.behaviour_logprobs is None:
+            yield np.full(len(ids), np.nan)
+            continue
+        difference = _score(policies.scorer, episodes, settings, policies).cpu().double()
+        difference -= episodes.behaviour_logprobs
+        group = torch.tensor(episodes.groups)[fields.sequence(episodes)]
+        total = torch.zeros(len(ids), dtype=torch.float64).index_add_(
+            0, group, difference.expm1() - difference
+        )
+        yield (total / torch.bincount(group, minlength=len(ids))).numpy()
+
+
+def _score(scorer: Scorer, episodes: Episodes, settings: TrainingSettings, policies: Policies) -> Tensor:
+    logprobs, _ = score(scorer, episodes.samples, settings.token_budget, policies.autocast, policies.world)
+    return logprobs

@@ -1,0 +1,66 @@
+"""A training run that mixes in fresh groups, through the stages of a real cycle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from flows.context import Context
+from flows.cycle import Cycle, open_cycle, run_stage
+from flows.hybrid import shares
+from tasks.core.digest import sha256_file
+from tasks.core.errors import UsageError
+from tasks.lineage.verify import verify
+from tests.flows.conftest import lay_workspace
+
+MIXED = ("training.mixture.schedule=constant", "training.mixture.fresh=0.25", "training.steps=4")
+
+
+def _train(context: Context) -> dict:
+    cycle = open_cycle(context)
+    assert isinstance(cycle, Cycle)
+    for stage in ("collect", "seal", "validate", "reward", "train", "register"):
+        found = run_stage(context, cycle, stage)
+        if stage == "train":
+            trained = found
+    return trained
+
+
+def test_fresh_groups_are_real_episodes_named_in_the_record_and_verified(tmp_path: Path, tiny_base: Path):
+    root = lay_workspace(tmp_path / "ws", tiny_base).workspace.root
+    context = Context.open(root, MIXED)
+    trained = _train(context)
+    assert len(trained["fresh"]) == 4
+    for step, shard in enumerate(trained["fresh"]):
+        path = root / shard["path"]
+        assert sha256_file(path) == shard["sha256"]
+        table = pq.read_table(path)
+        assert table.num_rows == 2 * 8
+        assert set(table["behaviour_version"].to_pylist()) == {f"agent/1+{step}"}
+    assert trained["metrics"]["fresh_groups"] == 2
+    assert verify(context.ledger, context.workspace, "agent@candidate").ok
+
+    victim = root / trained["fresh"][2]["path"]
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    report = verify(context.ledger, context.workspace, "agent@candidate")
+    assert [problem.path for problem in report.problems] == [trained["fresh"][2]["path"]]
+    assert report.problems[0].owner.startswith("run ")
+
+
+def test_several_processes_do_not_sample(tmp_path: Path, tiny_base: Path):
+    root = lay_workspace(tmp_path / "ws", tiny_base).workspace.root
+    with pytest.raises(UsageError, match=r"compute\.processes=1"):
+        _train(Context.open(root, (*MIXED, "compute.processes=2")))
+
+
+def test_environments_are_dealt_in_proportion_and_evenly():
+    weights = {"a": 4, "b": 2, "c": 1}
+    assert shares(weights, 0, 7) == weights
+    assert shares(weights, 21, 28) == weights
+    assert sum(shares(weights, 3, 8).values()) == 5
+    pieces = [shares(weights, start, start + 1) for start in range(7)]
+    assert [name for piece in pieces for name in piece] == ["a", "b", "a", "c", "a", "b", "a"]
