@@ -39,8 +39,9 @@ bench: setup  ## the figures in the docs
 	@$(BIN)/python -m benchmarks.cycle_overhead
 	@$(BIN)/python -m benchmarks.seeds
 
-docs: setup  ## reference pages: docs/settings.md, docs/commands.md
-	@$(BIN)/python -m flows.reference > docs/settings.md
+docs: setup  ## reference pages: docs/settings.md, docs/objectives.md, docs/commands.md
+	@$(BIN)/python -m flows.reference settings > docs/settings.md
+	@$(BIN)/python -m flows.reference objectives > docs/objectives.md
 	@$(BIN)/typer flows.cli utils docs --name forebay --title Commands > docs/commands.md
 
 clean:

@@ -84,7 +84,7 @@ class Admission(Section):
     )
     max_lag: int | None = Field(None, ge=0, description="registry versions behind the newest behaviour")
     max_divergence: float | None = Field(
-        None, gt=0, description="k3 estimate of KL(behaviour || initial policy) of a group, nats a token"
+        None, gt=0, description="k3 estimate of KL(behaviour; initial policy) of a group, nats a token"
     )
 
 
