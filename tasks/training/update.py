@@ -95,7 +95,7 @@ def accumulate_gradients(
     """
     samples = episodes.samples
     advised = fields.needs_entropies(settings)
-    coupled = settings.objective in _COUPLED
+    coupled = objectives.get(settings.objective).coupled
     scores = torch.zeros(2, len(episodes.turns), device=world.device, dtype=wide(scorer))
     if coupled or advised:
         scores = torch.stack(score(scorer, samples, settings.token_budget, autocast, world))
