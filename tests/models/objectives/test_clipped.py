@@ -125,6 +125,24 @@ def test_sampo_worked_batch(how, loss, gradient):
     assert found == pytest.approx([gradient] * 4 + [0, 0], abs=1e-6)
 
 
+@pytest.mark.parametrize(("name", "unit"), [("gspo", 1e-4), ("gspo_token", 1e-4), ("sampo", 1e-3)])
+def test_bands_of_the_sequence_ratio(name, unit):
+    """-3 and +4 units about 1."""
+    ratios = [1 + unit * x for x in (-3.1, -2.9, 3.1, 3.9, 4.1)]
+    rows = [[math.log(r) - 1] for r in ratios]
+    for sign, alive in ((1.0, [1, 1, 1, 1, 0]), (-1.0, [0, 1, 1, 1, 1])):
+        found = pushes(name, batch_of(rows, [[-1.0]] * 5, [sign] * 5))
+        want = [sign * r * a for r, a in zip(ratios, alive, strict=True)]
+        assert found == pytest.approx(want, rel=1e-9)
+
+
+def test_the_token_form_does_not_lose_the_ratio_beside_a_large_log_probability():
+    rows, behaviour = [[-3e4, -1.0]], [[-3e4, -1.2468]]
+    batch = batch_of(rows, behaviour, [1.0], dtype=torch.float32)
+    found = objectives.gspo_token(batch, eps_hi=1.0).tokens.tolist()
+    assert found == pytest.approx([-math.exp(0.1234)] * 2, rel=1e-6)
+
+
 @pytest.mark.parametrize("how", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_two_forms_of_gspo_agree(how, seed):
@@ -205,6 +223,12 @@ def test_areal_masks_by_the_age_of_the_sample_whatever_its_sign():
     assert [i for i, c in enumerate(pushes("m2po_areal", batch, threshold=0.1)) if c == 0] == [0]
 
 
+def test_areal_drops_tokens_of_too_large_a_weight():
+    rows = [[math.log(4.9) - 2, math.log(5.1) - 2]]
+    batch = batch_of(rows, [[-2.0, -2.0]], [1.0], old_logprobs=rows)
+    assert pushes("m2po_areal", batch, threshold=9.0) == pytest.approx([4.9, 0.0])
+
+
 def test_areal_wants_less_than_the_threshold_and_the_paper_at_most():
     rows = [[-1.5, -2.5]]  # squares of exactly .25
     batch = batch_of(rows, [[-2.0, -2.0]], [[1.0, -1.0]], old_logprobs=rows)
@@ -241,6 +265,10 @@ def test_bapo_moves_its_band_until_positives_weigh_enough():
     assert alive(100.0) == [False, False, False, True, True, False]
     # At low = .8 negatives weigh 2.4; 1 + 1.5 + high is 1.8 times that from high = 1.82 on, the next step is 1.85.
     assert objectives.bapo(batch, target=1.8).tokens.tolist()[-1] == pytest.approx(-1.85)
+
+
+def test_bapo_has_a_dual_clip():
+    assert pushes("bapo", of_ratios([2.9, 3.1], [-1.0])) == pytest.approx([-2.9, 0.0])
 
 
 def test_bapo_without_negatives_keeps_its_first_band():

@@ -98,7 +98,10 @@ def test_dead_sequences_are_counted_among_those_that_have_tokens():
         behaviour_logprobs=torch.tensor([-1.0, -1.0], dtype=D),
     )
     losses = objectives.vespo(batch)
-    assert staleness(batch, losses.phi, coefficients(losses, batch))["phi_dead"] == 0.5
+    report = staleness(batch, losses.phi, coefficients(losses, batch))
+    assert report["phi_dead"] == 0.5
+    assert report["log_w_q50"] == pytest.approx(-10.0)  # of 0 and the clamped -20
+    assert report["mass_positive_below"] == 1.0  # a ratio of exactly 1 is not above 1
 
 
 def test_a_batch_that_teaches_nothing_has_no_shares():

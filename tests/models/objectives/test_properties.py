@@ -94,6 +94,16 @@ def gives_numbers(name, dtype, scale):
     assert not objectives.local_entropy(batch, 10).isnan()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sequence_without_tokens_has_no_coefficient(name):
+    batch = random_batch(0, sequences=3)
+    gap = replace(batch, sequence=batch.sequence + (batch.sequence > 0), sequences=4)
+    full, gapped = (objectives.get(name).loss(b) for b in (batch, gap))
+    assert gapped.phi[1] == 0
+    assert torch.equal(gapped.phi[[0, 2, 3]], full.phi)
+    assert torch.equal(gapped.tokens, full.tokens)
+
+
 BOUNDS = {  # largest coefficient for A > 0 and for A < 0
     "vespo": (1.208126, 1.241594),
     "vespo_trl": (1.208126, 1.241594),

@@ -87,6 +87,9 @@ def test_a_rejected_token_drops_its_sequence_from_vespo():
     first, second = objectives.vespo(batch).phi.tolist()
     assert first < 1e-13
     assert second == pytest.approx(0.490141, abs=1e-6)
+    # A weight of 0 counts as 1e-8, as in the authors' code and TRL's, and no less.
+    one = replace(batch_of([[-math.log(1e-8)]], [[0.0]], [1.0]), correction=flat([[0.0]]))
+    assert objectives.vespo(one).phi.tolist() == pytest.approx([1.0])
 
 
 @pytest.mark.parametrize("how", AGGREGATIONS)
@@ -190,7 +193,7 @@ def test_vespo_stops_learning_from_long_drifted_sequences(tokens, drift, positiv
     assert float((found[1.0] < 0.01).double().mean()) == pytest.approx(dead, abs=0.01)
 
 
-RATIOS = [0.25, 0.5, 0.79, 0.81, 1, 1.27, 1.29, 2, 3.5, 11]
+RATIOS = [0.25, 0.5, 0.79, 0.81, 1, 1.27, 1.29, 2, 3.5, 4.9, 5.1, 11]
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
