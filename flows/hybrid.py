@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.context import Context
-from tasks.core.digest import digest_json, sha256_file, write_file_atomic
+from tasks.core.digest import digest_json, sha256_file, write_atomic, write_file_atomic
 from tasks.core.stages import derive_seed
 
 if TYPE_CHECKING:
@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from tasks.replay.schema import Episode
     from tasks.training.shards import ShardRef
 
-FreshSource = Callable[["PreTrainedModel", int, int], "ShardRef"]
+FreshSource = Callable[["PreTrainedModel", int, int, int], "ShardRef"]
 
 
-def fresh_source(context: Context, agent: Mapping[str, Any], key: str) -> FreshSource:
-    """Return what collects `count` groups with the model as it stands before update `step`, as a shard of the run.
+def fresh_source(context: Context, agent: Mapping[str, Any], key: str, created_at: str) -> FreshSource:
+    """Return what collects groups with the model as it stands, as a shard of the run; see `rounds.FreshSource`.
 
-    A shard that is there already is taken as it is: a resumed run learns from the bytes that it recorded. The
-    episodes are marked as `agent/<n>+<updates>`: written by that agent's successor in the making.
+    A shard that is there already with the digest beside it is taken as it is: a resumed run learns from the bytes
+    that it learnt from before. Anything else is sampled again. The episodes are marked as `agent/<n>+<updates>`:
+    written by that agent's successor in the making.
     """
     from models.causal_lm import load_tokenizer
     from tasks.arena.environment import get
@@ -36,19 +37,20 @@ def fresh_source(context: Context, agent: Mapping[str, Any], key: str) -> FreshS
     settings, seed = context.settings.collect, context.settings.seed
     folder = context.workspace.runs / key[:16] / "fresh"
 
-    def collect(model: PreTrainedModel, step: int, count: int) -> ShardRef:
-        path = folder / f"step-{step:05d}.parquet"
-        if not path.exists():
+    def collect(model: PreTrainedModel, updates: int, before: int, count: int) -> ShardRef:
+        path = folder / f"groups-{before:06d}-{before + count - 1:06d}.parquet"
+        digest = path.with_suffix(".sha256")
+        if not (path.exists() and digest.exists() and digest.read_text() == sha256_file(path)):
             identity = BehaviourIdentity(
-                f"agent/{agent['version']}+{step}",
-                digest_json(["run", key, "updates", step]),
+                f"agent/{agent['version']}+{updates}",
+                digest_json(["run", key, "updates", updates]),
                 agent["tokenizer_digest"],
                 agent["template_digest"],
             )
             episodes: list[Episode] = []
-            for name, groups in shares(settings.environments, step * count, (step + 1) * count).items():
+            for name, groups in shares(settings.environments, before, before + count).items():
                 env = get(name)
-                noise = derive_seed(seed, name, f"fresh {step}")
+                noise = derive_seed(seed, name, f"fresh {before}")
                 for group in rollout(
                     model,
                     tokenizer,
@@ -59,11 +61,13 @@ def fresh_source(context: Context, agent: Mapping[str, Any], key: str) -> FreshS
                     seed=noise,
                     batch_rows=settings.batch_rows,
                     identity=identity,
+                    created_at=created_at,
                 ):
                     episodes += group
             folder.mkdir(parents=True, exist_ok=True)
             write_file_atomic(path, partial(_write, episodes))
-        return ShardRef(context.workspace.relative(path), sha256_file(path))
+            write_atomic(digest, sha256_file(path).encode())
+        return ShardRef(context.workspace.relative(path), digest.read_text())
 
     return collect
 

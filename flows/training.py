@@ -35,6 +35,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
         {key, path, digest, files, steps, stop_reason, groups, metrics, mlflow_run}.
     """
     from tasks.training.shards import ShardRef
+    from tasks.training.trainer import encoder_of
 
     check_settings(context)
     device, dtype = context.device(), context.dtype()
@@ -51,13 +52,19 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
         "outside_code": settings.outside_code(),
         "lock": lock_digest(),
     }
+    if settings.mixture.schedule != "replay":
+        inputs["collect"] = context.settings.collect.model_dump(mode="json")
+    encoder = encoder_of(settings)
+    if encoder is not None:
+        inputs["encoder"] = encoder.digest()
     key = digest_json(inputs)
     run_dir = context.workspace.runs / key[:16]
     finished = ledger.last("run.finished", key)
     if finished is not None and (run_dir / "export").exists():
         return {"key": key, **finished.payload["outputs"]}
-    if ledger.last("run.started", key) is None:
-        ledger.append("run.started", key, {"key": key, **inputs, "commit": code_commit(), "device": device})
+    started = ledger.last("run.started", key) or ledger.append(
+        "run.started", key, {"key": key, **inputs, "commit": code_commit(), "device": device}
+    )
     tracked = context.registry.run(
         context.settings.replay.dataset,
         key,
@@ -80,7 +87,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
             )
             report(step, settings.steps, note)
 
-        result = _trainer(context, agent, key)(
+        result = _trainer(context, agent, key, started.time)(
             run_dir=run_dir,
             init_dir=context.weights(agent),
             shards=[ShardRef(s["path"], s["sha256"]) for s in dataset["shards"]],
@@ -124,13 +131,15 @@ def check_settings(context: Context) -> None:
         )
 
 
-def _trainer(context: Context, agent: Mapping[str, Any], key: str) -> Callable[..., TrainResult]:
+def _trainer(
+    context: Context, agent: Mapping[str, Any], key: str, started: str
+) -> Callable[..., TrainResult]:
     """Return `train`, with a source of fresh groups where the settings mix them in, or by several processes."""
     from tasks.training.trainer import train
     from tasks.training.worker import train_in_processes
 
     if context.settings.training.mixture.schedule != "replay":
-        return partial(train, fresh=fresh_source(context, agent, key))
+        return partial(train, fresh=fresh_source(context, agent, key, started))
     processes = context.settings.compute.processes
     return partial(train_in_processes, processes) if processes > 1 else train
 

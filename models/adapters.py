@@ -48,7 +48,7 @@ def attach(
             f"LoRA cannot be put beside {hit[0]}, the model's embedding or head; name inner layers"
         )
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))  # type: ignore[arg-type]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model)
     return model.eval()  # type: ignore[no-untyped-call]

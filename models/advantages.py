@@ -97,6 +97,8 @@ def get(name: str) -> Estimator:
         function: TurnFunction = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"advantage {name} cannot be imported: {error}") from error
+    if not callable(function):
+        raise ValueError(f"advantage {name} is a {type(function).__name__}, not a function")
     known = (one for one in _REGISTRY.values() if one.estimate is function)
     return next(known, Estimator(name, function, frozenset()))
 

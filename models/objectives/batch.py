@@ -72,9 +72,15 @@ def sampler(batch: Batch) -> Tensor | None:
 
 
 def sequence_log_ratio(batch: Batch) -> Tensor:
-    """[sequences] log W of the policy against the behaviour policy, detached: token differences clamped to
-    +-20, summed, clamped again. Zeros where the behaviour is not known."""
-    return bounded_sum(log_ratio(batch, batch.behaviour_logprobs).detach(), batch)
+    """[sequences] log W of the policy against the behaviour policy, float64, detached. Zeros where the behaviour is
+    not known.
+
+    As it is, without a bound: were all sequences clamped to one number, a policy that has left the data would look
+    like one that never moved.
+    """
+    if batch.behaviour_logprobs is None:
+        return torch.zeros(batch.sequences, dtype=torch.float64, device=batch.logprobs.device)
+    return per_sequence(batch.logprobs.detach().double() - batch.behaviour_logprobs.double(), batch)
 
 
 def bounded_sum(log_ratios: Tensor, batch: Batch) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from models.objectives.batch import Batch, Losses, lengths, log_ratio, sequence_log_ratio
+from models.objectives.batch import LOG_RATIO_BOUND, Batch, Losses, lengths, log_ratio, sequence_log_ratio
 
 QUANTILES: Final = (1, 5, 25, 50, 75, 95, 99)
 """Per cent."""
@@ -31,16 +31,17 @@ def summarise(log_ratio: Tensor, phi: Tensor, tokens: Mapping[str, Tensor]) -> d
     """Numbers of one step from all its sequences (log W and phi, [S]) and tokens ([N] each).
 
     ess is the normalised effective sample size (sum W)^2 / (S sum W^2) in (0, 1]; phi_dead the share of
-    sequences with phi < 0.01, which no longer teach anything.
+    sequences with phi < 0.01, which no longer teach anything; ratio_mean and ratio_max are of W bounded to e^+-20.
     """
     ratio = log_ratio.double()
+    bounded = _bounded(ratio).exp()
     means = {name: float(values.double().mean()) for name, values in tokens.items()}
     return means | {
         "ess": effective_sample_size(ratio),
         "phi": float(phi.double().mean()),
         "phi_dead": float((phi < DEAD).double().mean()),
-        "ratio_mean": float(ratio.exp().mean()),
-        "ratio_max": float(ratio.exp().max()),
+        "ratio_mean": float(bounded.mean()),
+        "ratio_max": float(bounded.max()),
         "log_ratio_mean": float(ratio.mean()),
         "log_ratio_std": float(ratio.std(correction=0)),
     }
@@ -55,8 +56,8 @@ def effective_sample_size(log_ratios: Tensor) -> float:
 
 def chi_square(log_ratios: Tensor) -> float:
     """mean W^2 - 1 of S log ratios: estimates chi^2(policy || behaviour), the variance of W; unbiased, and
-    from samples it may fall below 0."""
-    return float((2 * log_ratios.double()).exp().mean() - 1)
+    from samples it may fall below 0. Ratios are bounded to e^+-20, so that it is a number."""
+    return float((2 * _bounded(log_ratios.double())).exp().mean() - 1)
 
 
 def coefficients(losses: Losses, batch: Batch) -> Tensor:
@@ -116,6 +117,10 @@ def staleness(batch: Batch, phi: Tensor, pushes: Tensor) -> dict[str, float]:
             for sign, of_sign in signs.items()
         }
     )
+
+
+def _bounded(log_ratios: Tensor) -> Tensor:
+    return log_ratios.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 
 def _quantiles(name: str, values: Tensor) -> dict[str, float]:

@@ -288,6 +288,7 @@ def _run(records: Records, key: str) -> _Found:
     p, end = started.payload, finished.payload["outputs"]
     facts = {
         **_pick(p, "settings", "seed", "device", "dtype", started=started.time),
+        "outside_code": p.get("outside_code", {}),
         **_pick(end, "steps", "stop_reason", "metrics", "path", "digest", finished=finished.time),
     }
     fresh = tuple(File(shard["path"], shard["sha256"]) for shard in end.get("fresh", ()))

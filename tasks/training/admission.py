@@ -42,25 +42,21 @@ class Report:
         return Report(later.admitted, self.refused | later.refused)
 
 
+def passes(table: GroupTable, settings: Admission) -> np.ndarray:
+    """[G] bool, the groups that may be learnt from by what is known before they are read."""
+    passing = np.ones(len(table), bool)
+    for _, rule, _ in _rules(table, settings):
+        passing &= rule
+    return passing
+
+
 def admit(table: GroupTable, settings: Admission) -> tuple[GroupTable, Report]:
-    """The groups that may be learnt from by what is known before they are read.
+    """The groups that `passes` lets through, and why the others are left out.
 
     Raises:
         Refused: none is left; the sentence says which setting to change.
     """
-    least = settings.min_reward_std
-    floor = -1.0 if least is None else least + _ROUNDING * np.maximum(1, np.abs(table.reward_mean))
-    newest = np.iinfo(np.int32).max if settings.max_lag is None else settings.max_lag
-    spread = (
-        f"lower training.admission.min_reward_std ({least:g})"
-        if least
-        else "collect on harder or easier tasks, for within these groups all rewards are equal"
-    )
-    rules = [
-        ("reward_std", table.reward_std > floor, spread),
-        ("lag", table.lag <= newest, f"raise training.admission.max_lag ({settings.max_lag})"),
-    ]
-    return _filter(table, rules)
+    return _filter(table, _rules(table, settings))
 
 
 def admit_measured(
@@ -82,6 +78,22 @@ def admit_measured(
     near = np.isfinite(divergence) & (divergence <= settings.max_divergence)
     advice = f"raise training.admission.max_divergence ({settings.max_divergence:g})"
     return _filter(table, [("divergence", near, advice)])
+
+
+def _rules(table: GroupTable, settings: Admission) -> list[tuple[str, np.ndarray, str]]:
+    """(reason to refuse, groups that pass, what to do if none is left)."""
+    least = settings.min_reward_std
+    floor = -1.0 if least is None else least + _ROUNDING * np.maximum(1, np.abs(table.reward_mean))
+    newest = np.iinfo(np.int32).max if settings.max_lag is None else settings.max_lag
+    spread = (
+        f"lower training.admission.min_reward_std ({least:g})"
+        if least
+        else "collect on harder or easier tasks, for within these groups all rewards are equal"
+    )
+    return [
+        ("reward_std", table.reward_std > floor, spread),
+        ("lag", table.lag <= newest, f"raise training.admission.max_lag ({settings.max_lag})"),
+    ]
 
 
 def _filter(table: GroupTable, rules: Sequence[tuple[str, np.ndarray, str]]) -> tuple[GroupTable, Report]:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tasks.core.digest import canonical_json, digest_json, fsync_dir, sha256_file
-from tasks.core.errors import Unavailable
+from tasks.core.errors import Conflict, Unavailable
 
 KEPT = 2
 _ASIDE = ".aside-"
@@ -82,7 +82,7 @@ def save(
 
     Args:
         progress: JSON values, kept as they are.
-        inputs: digest of what the run is made from; a checkpoint of other inputs is not resumed.
+        inputs: digest of what the run is made from.
 
     Raises:
         Unavailable: the disk is full; nothing is left behind.
@@ -99,11 +99,20 @@ def save(
 
 
 def load(root: Path, inputs: str, *, before: int | None = None) -> Checkpoint | None:
-    """Read the newest intact checkpoint of these `inputs` (of fewer than `before` updates); None if there is none."""
+    """Read the newest intact checkpoint (of fewer than `before` updates); None if there is none.
+
+    Raises:
+        Conflict: it belongs to a run of other `inputs`.
+    """
     for path in reversed(_steps(root)):
         state = _intact_state(path)
-        if state is None or state["inputs"] != inputs or (before is not None and state["step"] >= before):
+        if state is None or (before is not None and state["step"] >= before):
             continue
+        if state["inputs"] != inputs:
+            raise Conflict(
+                f"{root.parent} holds an unfinished run of other weights, shards, settings or seed; "
+                "give this run its own folder."
+            )
         weights, moments = (load_file(path / f"{name}.safetensors") for name in ("weights", "moments"))
         return Checkpoint(state["step"], state["progress"], weights, moments)
     return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -151,6 +151,16 @@ def decode(shard: Shard, root: Path, cache: Path) -> Path:
     return target
 
 
+def prune(cache: Path, shards: Iterable[Shard]) -> None:
+    """Remove the decoded files of other shards than these; who has them mapped keeps them until the end."""
+    kept = {f"{shard.sha256}.v{LAYOUT}.arrow" for shard in shards}
+    with file_lock(cache / ".lock", timeout=math.inf):
+        for path in cache.glob("*.arrow"):
+            if path.name not in kept:
+                path.unlink()
+                _digest_file(path).unlink(missing_ok=True)
+
+
 def facts(path: Path) -> Iterator[dict[str, Any]]:
     """Block by block, the facts of a decoded shard in memory: strings as Arrow arrays, all else as numpy arrays."""
     options = pa.ipc.IpcReadOptions(included_fields=list(range(len(_FACTS))))
@@ -257,7 +267,9 @@ def _parquet(stream: IO[bytes], source: Path) -> Iterator[pa.RecordBatch]:
         bytes_of_rows = sum(group.total_byte_size for group in groups)
         rows = max(1, BLOCK_BYTES * file.metadata.num_rows // max(1, bytes_of_rows))
         yield from file.iter_batches(min(rows, 1 << 16), columns=_SOURCE.names)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:  # damaged metadata raises a plain OSError
+        if getattr(error, "errno", None):
+            raise
         raise Corrupt(f"Shard {source} is not a Parquet file: {error}.") from error
 
 

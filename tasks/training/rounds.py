@@ -27,19 +27,21 @@ from tasks.training.settings import TrainingSettings
 from tasks.training.shards import Episodes, Policy, Replay, ShardRef, join, read_replay
 from tasks.training.update import Update, needs
 
-FreshSource = Callable[[PreTrainedModel, int, int], ShardRef]
-"""Samples groups: (the model as it is, number of the update from 0, groups) -> a shard under the shard root."""
+FreshSource = Callable[[PreTrainedModel, int, int, int], ShardRef]
+"""Samples groups: (the model as it is, updates that it has made, groups asked for before, groups) -> a shard under the
+shard root."""
 
 _SCORED_AT_ONCE = 64  # groups; bounds the memory of a pass over the whole replay
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is: updates made, where sampler and mixture stand, and the shards of fresh groups so far."""
+    """How far a run is: updates made, where sampler and mixture stand, fresh groups asked for, and their shards."""
 
     step: int
     frontier: Frontier
     mix: Mix
+    asked: int = 0
     fresh: tuple[ShardRef, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -48,6 +50,7 @@ class Progress:
             "step": self.step,
             "frontier": self.frontier.to_json(),
             "mix": self.mix.to_json(),
+            "asked": self.asked,
             "fresh": [[shard.path, shard.sha256] for shard in self.fresh],
         }
 
@@ -58,6 +61,7 @@ class Progress:
             values["step"],
             Frontier.from_json(values["frontier"]),
             Mix.from_json(values["mix"]),
+            values["asked"],
             tuple(ShardRef(path, sha256) for path, sha256 in values["fresh"]),
         )
 
@@ -105,10 +109,11 @@ class Curriculum:
 
     def round(self, progress: Progress) -> tuple[list[Lesson], Progress]:
         """The lessons of the round that begins now, and the progress when they are learnt (but for `learnt`)."""
-        count = min(self.settings.updates_per_round, self.settings.steps - progress.step)
+        began = progress.step
+        count = min(self.settings.updates_per_round, self.settings.steps - began)
         lessons = []
         for _ in range(count):
-            lesson, progress = self._lesson(progress)
+            lesson, progress = self._lesson(progress, began)
             lessons.append(lesson)
         return lessons, progress
 
@@ -129,34 +134,43 @@ class Curriculum:
             ),
         )
 
-    def _lesson(self, progress: Progress) -> tuple[Lesson, Progress]:
+    def _lesson(self, progress: Progress, updates: int) -> tuple[Lesson, Progress]:
+        """The next lesson; the weights that sample fresh groups for it have made `updates` updates."""
         settings, step = self.settings, progress.step
-        fresh, mix = mixture.fresh_groups(
+        wanted, mix = mixture.fresh_groups(
             settings.mixture, progress.mix, step, settings.steps, settings.groups_per_step
         )
-        ids, frontier = self.sampler.draw(progress.frontier, settings.groups_per_step - fresh)
-        parts, shards = [], progress.fresh
-        if ids:
-            parts.append(self.replay.episodes(ids))
-        if fresh:
-            shard = self._sample(step, fresh)
-            found = read_replay([shard], self.shard_root, self.policy, needs(self.settings))
-            parts.append(found.episodes(found.table.ids.tolist()))
+        parts, shards, admitted = [], progress.fresh, 0
+        if wanted:
+            shard = self._sample(updates, progress.asked, wanted)
             shards = (*shards, shard)
+            found = read_replay([shard], self.shard_root, self.policy, needs(settings))
+            ids = found.table.ids[admission.passes(found.table, settings.admission)].tolist()
+            admitted = len(ids)
+            if ids:
+                parts.append(found.episodes(ids))
+        # Replay takes the place of fresh groups that teach nothing.
+        ids, frontier = self.sampler.draw(progress.frontier, settings.groups_per_step - admitted)
+        if ids:
+            parts.insert(0, self.replay.episodes(ids))
         lesson = self._known(join(parts), len(ids))
-        return lesson, Progress(step + 1, frontier, mix, shards)
+        return lesson, Progress(step + 1, frontier, mix, progress.asked + wanted, shards)
 
-    def _sample(self, step: int, count: int) -> ShardRef:
+    def _sample(self, updates: int, before: int, count: int) -> ShardRef:
         if self.fresh is None:
             raise ValueError("a schedule with fresh groups needs a source of them")
-        return self.fresh(self.policies.scorer.model, step, count)
+        device = self.policies.world.device.type
+        precision = self.policies.autocast
+        # In the precision of the training: else what is fresh would not be on-policy.
+        with torch.autocast(device, dtype=precision, enabled=precision is not None):
+            return self.fresh(self.policies.scorer.model, updates, before, count)
 
     def _known(self, episodes: Episodes, replayed: int) -> Lesson:
         settings, policies = self.settings, self.policies
         old = reference = None
         if "old_logprobs" in needs(settings) and settings.updates_per_round > 1:
             old = _score(policies.scorer, episodes, settings, policies)
-        if settings.penalties.kl:
+        if "reference_logprobs" in needs(settings):
             with policies.as_reference():
                 reference = _score(policies.reference, episodes, settings, policies)
         return Lesson(episodes, replayed, old, reference, self._answers(episodes))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, FiniteFloat, ValidationInfo, field_validator, model_validator
 
 from tasks.core.digest import sha256_file
 from tasks.core.errors import UsageError
@@ -40,6 +40,13 @@ class Correction(Section):
     )
     low: float = Field(0.5, ge=0, description="smallest weight kept by a -mis weight")
     high: float = Field(2.0, gt=0, description="cap of a -tis weight, largest weight kept by a -mis weight")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low:g}) must be below high ({self.high:g})")
+        return self
+
     sequence_mask: float | None = Field(
         None,
         gt=0,
@@ -109,14 +116,14 @@ class TrainingSettings(Section):
     """How an agent is trained on replay."""
 
     objective: str = Field("vespo", description=f"{', '.join(OBJECTIVES)}, or package.module:function")
-    options: dict[str, float] = Field(default_factory=dict, description="constants of the objective")
+    options: dict[str, FiniteFloat] = Field(default_factory=dict, description="constants of the objective")
     aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant"] = "token-mean"
     constant: int = Field(
         1024, ge=1, description="tokens a sequence, the divisor of the constant aggregation"
     )
     unit: Literal["trajectory", "turn"] = Field("trajectory", description="what a sequence ratio runs over")
     advantage: str = Field("group_norm", description=f"{', '.join(ADVANTAGES)}, or package.module:function")
-    advantage_options: dict[str, float] = Field(
+    advantage_options: dict[str, FiniteFloat] = Field(
         default_factory=dict, description="constants of the advantage"
     )
     correction: Correction = Correction()

@@ -174,7 +174,8 @@ def read_replay(
             without log-probabilities are passed over by objectives that need them.
         oldest_behaviour: rows of agents registered before this version are passed over; a growing dataset always
             holds some.
-        cache: folder of the decoded shards, shared by all runs that are given it. By default they are decoded to
+        cache: folder of the decoded shards, shared by all runs that are given it; what belongs to other shards is
+            removed from it. By default they are decoded to
             files without a name, whose space is free again when the replay is not used any more.
 
     Raises:
@@ -191,6 +192,7 @@ def read_replay(
         with tempfile.TemporaryDirectory(prefix="forebay-replay-") as folder:  # mapped files outlive it
             return read_replay(shards, root, policy, needs, oldest_behaviour, Path(folder))
     paths = [decoded.decode(shard, root, cache) for shard in shards]
+    decoded.prune(cache, shards)
     blocks = [block for path in paths for block in decoded.blocks(path)]
     facts = (batch for path in paths for batch in decoded.facts(path))
     return _index(blocks, facts, policy, needs, oldest_behaviour)

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from models import adapters, advantages, objectives
+from models import adapters
 from models.causal_lm import ModelError, load_policy, save_policy, tokenizer_digest
 from models.diversity import Encoder
 from tasks.core.digest import (
@@ -39,10 +39,10 @@ from tasks.training.checkpoint import whole_directory
 from tasks.training.decoded import Shard
 from tasks.training.parallel import World
 from tasks.training.rounds import Curriculum, FreshSource, Policies, Progress, admitted
-from tasks.training.sampler import Sampler
+from tasks.training.sampler import MEASURED_ORDERS, Sampler
 from tasks.training.settings import Guards, TrainingSettings
 from tasks.training.shards import Policy, ShardRef, read_replay
-from tasks.training.update import Metrics, accumulate_gradients, needs
+from tasks.training.update import Metrics, accumulate_gradients, needs, rehearse
 
 OnMetrics = Callable[[int, Metrics], None]
 
@@ -128,7 +128,7 @@ def train(
     world = parallel.join(device)
     autocast = _autocast(world.device, dtype)
     check(settings)
-    encoder = _encoder(settings)
+    encoder = encoder_of(settings)
     inputs = digest_json(
         {
             "init": digest_tree(init_dir),
@@ -165,13 +165,13 @@ def train(
                 optimizer,
                 Curriculum(replay, sampler, policies, settings, shard_root, policy, encoder, fresh),
             )
-            with _told_plainly():
-                progress, reason, metrics = _updates(run, settings, report.metrics(), on_metrics)
+            progress, reason, metrics = _updates(run, settings, report.metrics(), on_metrics)
             consumed = tuple(sampler.consumed(progress.frontier))
             weights = parallel.gather_export(policies.scorer.model, world)
             if world.main:
                 model = load_policy(init_dir, "cpu", "float32")
                 if reason == FINISHED or progress.step:
+                    assert weights.keys() >= dict(model.named_parameters()).keys()  # tied ones have one name
                     model.load_state_dict(weights, strict=False)
                 _write_result(run_dir, init_dir, model, progress, consumed, reason, metrics, inputs)
             world.wait()
@@ -189,9 +189,16 @@ def check(settings: TrainingSettings) -> None:
         UsageError: the sentence names what is wrong.
     """
     settings.outside_code()
-    with _told_plainly():
-        objectives.get(settings.objective).check(settings.options)
-        advantages.get(settings.advantage)
+    try:
+        rehearse(settings)
+    except Exception as error:  # the user's own functions may raise anything
+        raise UsageError(f"These training settings cannot work: {error}") from error
+    idle = settings.mixture.schedule == "replay" and settings.sampling.order not in MEASURED_ORDERS
+    if settings.updates_per_round > 1 and idle and "old_logprobs" not in needs(settings):
+        raise UsageError(
+            f"training.updates_per_round={settings.updates_per_round} would change nothing: objective "
+            f"{settings.objective} needs no proximal policy, and there is no correction."
+        )
 
 
 def stop_reason(metrics: Metrics, guards: Guards) -> str | None:
@@ -282,10 +289,12 @@ def _policies(
         raise UsageError(str(error)) from error
     frozen = None
     if settings.adapter.rank:
-        with _told_plainly():
-            adapter = settings.adapter
+        adapter = settings.adapter
+        try:
             model = adapters.attach(model, adapter.rank, adapter.alpha, adapter.targets, seed)
-    elif settings.penalties.kl:
+        except ValueError as error:
+            raise UsageError(f"training.adapter: {error}") from error
+    elif "reference_logprobs" in needs(settings):
         frozen = parallel.split(copy.deepcopy(model).requires_grad_(False), world)
     scorer = parallel.split(model, world)
     parallel.prepare(
@@ -295,22 +304,18 @@ def _policies(
     return Policies(scorer, frozen or scorer, as_reference, autocast, world), policy
 
 
-def _encoder(settings: TrainingSettings) -> Encoder | None:
+def encoder_of(settings: TrainingSettings) -> Encoder | None:
+    """The sentence encoder that the settings name, if they ask for DSDR.
+
+    Raises:
+        UsageError: it is not there.
+    """
     if not (settings.diversity.reward or settings.diversity.entropy):
         return None
     try:
         return Encoder(settings.diversity.encoder)
     except ModelError as error:
         raise UsageError(str(error)) from error
-
-
-@contextmanager
-def _told_plainly() -> Iterator[None]:
-    """What the pure functions refuse with a ValueError comes from the settings."""
-    try:
-        yield
-    except ValueError as error:
-        raise UsageError(f"training: {error}") from error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models import objectives
 from models.objectives import Batch, Counts, Losses
-from models.packing import MicroBatch
+from models.packing import MicroBatch, Sample
 from tasks.training import fields
 from tasks.training.parallel import Scorer, World, clip, rows_of, score, wide
 from tasks.training.settings import TrainingSettings
@@ -57,7 +57,36 @@ def needs(settings: TrainingSettings) -> frozenset[str]:
         found.add("behaviour_logprobs")
     if settings.diversity.entropy:
         found |= {"diversity", "behaviour_logprobs"}
+    measured = settings.mixture.schedule == "ess" or settings.sampling.order == "ess"
+    if measured or settings.admission.max_divergence is not None:
+        found.add("behaviour_logprobs")
     return frozenset(found)
+
+
+def rehearse(settings: TrainingSettings) -> None:
+    """Compute advantages and loss of a few made-up tokens, so that settings which cannot work fail here and at once.
+
+    Raises:
+        Exception: whatever the functions that the settings name raise.
+    """
+    samples = tuple(Sample((1,), (2, 3), (True, True)) for _ in range(4))
+    tokens = torch.linspace(-1.0, -0.5, 8)
+    rewards, groups, turns = (0.0, 1.0, 1.0, 0.0), (0, 0, 1, 1), torch.tensor([0, 1] * 4)
+    episodes = Episodes(samples, rewards, groups, (0,) * 4, turns, tokens, ("a", "b"), ("",) * 4)
+    found = {"old_logprobs": tokens - 0.1, "reference_logprobs": tokens - 0.2}
+    wanted = settings.diversity.reward or settings.diversity.entropy
+    diversity = torch.full((4,), 0.5, dtype=torch.float64) if wanted else None
+    advantages = fields.token_advantages(episodes, settings, entropies=tokens.neg(), diversity=diversity)
+    known = _known(
+        episodes,
+        torch.zeros(2, 8),
+        advantages=advantages,
+        behaviour_logprobs=tokens,
+        diversity=None if diversity is None else fields.entropy_shares(episodes, settings, diversity),
+        **{name: value for name, value in found.items() if name in needs(settings)},
+    )
+    scored = torch.stack([tokens, tokens.neg()]).requires_grad_()
+    _loss(_scored(known, scored, settings), settings, _counts(episodes, settings), 2).backward()  # type: ignore[no-untyped-call]
 
 
 def accumulate_gradients(

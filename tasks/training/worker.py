@@ -7,12 +7,15 @@ visible to all of them.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tasks.core import errors
 from tasks.core.errors import ForebayError, Unavailable
@@ -39,13 +42,20 @@ def train_in_processes(
     """
     log = job["run_dir"] / "processes.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    threads = str(max(1, torch.get_num_threads() // processes))  # torchrun's own choice is one
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.json"
         path.write_text(json.dumps(_plain(job)))
         command = parallel.torchrun(processes, "tasks.training.worker", str(path))
         with (
             log.open("w") as stderr,
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as running,
+            subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": threads},
+            ) as running,
         ):
             try:
                 failure = _follow(running, on_metrics)

@@ -33,6 +33,9 @@ def test_fresh_groups_are_real_episodes_named_in_the_record_and_verified(tmp_pat
     context = Context.open(root, MIXED)
     trained = _train(context)
     assert len(trained["fresh"]) == 4
+    assert [Path(shard["path"]).name for shard in trained["fresh"]] == [
+        f"groups-{n:06d}-{n + 1:06d}.parquet" for n in (0, 2, 4, 6)
+    ]
     for step, shard in enumerate(trained["fresh"]):
         path = root / shard["path"]
         assert sha256_file(path) == shard["sha256"]

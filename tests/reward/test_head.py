@@ -55,10 +55,7 @@ def test_features_do_not_depend_on_packing(tmp_path, layer, budget):
     draw = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, 90, (9,), generator=draw).tolist() for _ in range(3)]
     responses = [torch.randint(3, 90, (1 + k,), generator=draw).tolist() for k in range(6)]
-    samples = [
-        Sample(prompts[k % 3], ids, [True] * len(ids))
-        for k, ids in enumerate(responses)
-    ]
+    samples = [Sample(prompts[k % 3], ids, [True] * len(ids)) for k, ids in enumerate(responses)]
     samples.append(samples[0])  # the same answer twice
     told = []
     packed = episode_features(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from models import objectives
 from models.causal_lm import load_policy, tokenizer_digest
 from tasks.core.digest import sha256_file
-from tasks.core.errors import UsageError
+from tasks.core.errors import Conflict, UsageError
 from tasks.training import parallel
 from tasks.training.parallel import World
 from tasks.training.rounds import Policies, admitted
@@ -68,16 +72,20 @@ class Source:
     def __init__(self, tiny: Path, root: Path) -> None:
         self.tiny, self.root, self.asked = tiny, root, []
 
-    def __call__(self, model, step: int, count: int) -> ShardRef:
-        path = self.root / f"fresh/step-{step}.parquet"
-        self.asked.append((step, count))
+    def __call__(self, model, updates: int, before: int, count: int) -> ShardRef:
+        path = self.root / f"fresh/{before}.parquet"
+        self.asked.append((updates, before, count))
         if not path.exists():
-            found = make_episodes(self.tiny, groups=count, seed=100 + step, model=model)
-            for episode in found:
-                object.__setattr__(episode, "group_id", f"fresh-{step}-{episode.group_id}")
-            (shard,) = write_shards(path.parent / f"{step}", found, shards=1)
-            (path.parent / f"{step}" / shard.path).rename(path)
-        return ShardRef(f"fresh/step-{step}.parquet", sha256_file(path))
+            found = make_episodes(self.tiny, groups=count, seed=100 + before, model=model)
+            named = [
+                replace(e, group_id=f"fresh-{before}-{e.group_id}", reward=self.reward(e)) for e in found
+            ]
+            (shard,) = write_shards(path.parent / f"{before}", named, shards=1)
+            (path.parent / f"{before}" / shard.path).rename(path)
+        return ShardRef(f"fresh/{before}.parquet", sha256_file(path))
+
+    def reward(self, episode):
+        return episode.reward
 
 
 def test_fresh_groups_are_on_policy_counted_and_kept(options, tiny):
@@ -86,14 +94,14 @@ def test_fresh_groups_are_on_policy_counted_and_kept(options, tiny):
     mixed = given(mixture=Mixture(schedule="linear", fresh=1.0, fresh_end=0.0), groups_per_step=4)
     result = train(**options | {"settings": mixed}, fresh=source, on_metrics=lambda step, m: seen.append(m))
     assert [m["fresh_groups"] for m in seen] == [4, 3, 3, 1, 1, 0]
-    assert source.asked == [(0, 4), (1, 3), (2, 3), (3, 1), (4, 1)]
+    assert source.asked == [(0, 0, 4), (1, 4, 3), (2, 7, 3), (3, 10, 1), (4, 11, 1)]
     assert seen[0]["ess"] == pytest.approx(1, abs=1e-5)
-    assert [shard.path for shard in result.fresh] == [f"fresh/step-{step}.parquet" for step in range(5)]
+    assert [shard.path for shard in result.fresh] == [f"fresh/{n}.parquet" for n in (0, 4, 7, 10, 11)]
     for shard in result.fresh:
         assert sha256_file(options["shard_root"] / shard.path) == shard.sha256
     # Weights have moved by the fourth update: its fresh group was sampled from them, not from the initial model.
-    later = pq.read_table(options["shard_root"] / "fresh/step-3.parquet")["behaviour_logprobs"].to_pylist()
-    initial = make_episodes(tiny, groups=1, seed=103)
+    later = pq.read_table(options["shard_root"] / "fresh/10.parquet")["behaviour_logprobs"].to_pylist()
+    initial = make_episodes(tiny, groups=1, seed=110)
     assert later != [episode.behaviour_logprobs for episode in initial]
 
 
@@ -113,13 +121,53 @@ def test_a_run_with_fresh_groups_that_was_cut_short_ends_with_the_same_bytes(
         if step == crash_at:
             raise Crash
 
-    again = options | {"settings": mixed, "run_dir": tmp_path / "again"}
+    # Another place, and what was sampled since the last checkpoint is lost: it is sampled once more.
+    root = tmp_path / "elsewhere"
+    shutil.copytree(options["shard_root"], root, ignore=shutil.ignore_patterns("fresh"))
+    again = options | {"settings": mixed, "run_dir": tmp_path / "again", "shard_root": root}
+    first = Source(tiny, root)
     with pytest.raises(Crash):
-        train(**again, fresh=Source(tiny, options["shard_root"]), on_metrics=crash)
-    resumed = train(**again, fresh=Source(tiny, options["shard_root"]))
+        train(**again, fresh=first, on_metrics=crash)
+    kept = 2 * ((crash_at - 1) // 2)
+    for updates, before, _ in first.asked:
+        if updates >= kept:
+            (root / f"fresh/{before}.parquet").unlink()
+    resumed = train(**again, fresh=Source(tiny, root))
     assert resumed.digest == straight.digest
     assert resumed.fresh == straight.fresh
     assert resumed.groups_consumed == straight.groups_consumed
+
+
+class Dull(Source):
+    """Fresh answers that are all right, so that nothing can be learnt from them."""
+
+    def reward(self, episode):
+        return 1.0
+
+
+class Broken(Source):
+    """An environment that fails every time."""
+
+    def __call__(self, *args) -> ShardRef:
+        shard = super().__call__(*args)
+        path = self.root / shard.path
+        table = pq.read_table(path)
+        reasons = pa.array(["error"] * table.num_rows)
+        place = table.column_names.index("finish_reason")
+        pq.write_table(table.set_column(place, table.schema.field("finish_reason"), reasons), path)
+        return ShardRef(shard.path, sha256_file(path))
+
+
+@pytest.mark.parametrize("source", [Dull, Broken])
+def test_replay_takes_the_place_of_fresh_groups_that_teach_nothing(options, tiny, source):
+    seen = []
+    result = train(
+        **options | {"settings": given(mixture=Mixture(schedule="constant", fresh=1.0))},
+        fresh=source(tiny, options["shard_root"]),
+        on_metrics=lambda step, m: seen.append(m),
+    )
+    assert [m["fresh_groups"] for m in seen] == [0] * 6
+    assert len(result.groups_consumed) == 6
 
 
 def test_a_mixture_without_a_source_is_a_wrong_request(options):
@@ -222,3 +270,56 @@ def test_an_objective_of_the_users_own_is_named_by_its_bytes(options, tmp_path, 
         )
     with pytest.raises(UsageError, match="no Python module nowhere"):
         given(objective="nowhere:loss").outside_code()
+
+
+@pytest.mark.parametrize(
+    ("update", "sentence"),
+    [
+        ({"options": {"c1_poss": 2.0}}, "no option c1_poss"),
+        ({"advantage": "gigpo", "advantage_options": {"gama": 1.0}}, "gama"),
+        ({"advantage": "math:pi"}, "is a float, not a function"),
+        ({"objective": "bapo", "options": {"step": 0.0}}, "cannot work"),
+        ({"objective": "tis", "correction": Correction(weight="token-tis")}, "cannot work"),
+        ({"correction": Correction(weight="sequence-tis")}, "cannot work"),
+        ({"objective": "math:nothing"}, "cannot be imported"),
+        ({"updates_per_round": 3}, "would change nothing"),
+        ({"adapter": Adapter(rank=2, targets=("lm_head",))}, "embedding or head"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_settings_that_cannot_work_are_refused_in_one_sentence(options, update, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        train(**options | {"settings": given(**update)})
+
+
+def test_values_that_cannot_work_are_no_settings():
+    with pytest.raises(ValueError, match="finite"):
+        given(options={"c1_pos": float("nan")})
+    with pytest.raises(ValueError, match="must be below high"):
+        Correction(weight="token-mis", low=3, high=1)
+
+
+def test_an_unfinished_run_of_other_inputs_is_left_alone(options):
+    def crash(step, metrics):
+        if step == 4:
+            raise Crash
+
+    with pytest.raises(Crash):
+        train(**options, on_metrics=crash)
+    with pytest.raises(Conflict, match="unfinished run of other"):
+        train(**options | {"seed": 1})
+    assert train(**options).steps == 6
+
+
+def test_a_policy_that_has_left_the_data_is_seen():
+    """Sequences so unlikely that every ratio is bounded: were they all equal then, they would look on-policy."""
+    generator = torch.Generator().manual_seed(0)
+    drift = torch.randn(64 * 1000, generator=generator, dtype=torch.float64) * 0.3 - 0.05
+    sequence = torch.arange(64).repeat_interleave(1000)
+    batch = objectives.Batch(drift, torch.ones_like(drift), sequence, 64, torch.zeros_like(drift))
+    log_w = objectives.sequence_log_ratio(batch)
+    assert log_w.quantile(0.9) < -20
+    weights = (log_w - log_w.max()).exp()
+    want = float(weights.sum() ** 2 / weights.square().sum() / 64)
+    assert objectives.effective_sample_size(log_w) == pytest.approx(want)
+    assert want < 0.1
