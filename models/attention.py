@@ -147,6 +147,8 @@ def tree_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(tree, Tiles):
         return _tiled(query, key, value, scale, tree), None
+    # Under autocast the rotation has made them float32 again; the value is as the layer's product gave it.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if isinstance(tree, BlockMask):
         run: Any = _compiled_flex() if query.is_cuda else flex_attention
         found = run(

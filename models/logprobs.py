@@ -11,14 +11,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# Logits that exist at one time. The product of a chunk streams the whole weight through the cache, so a chunk should
-# have some hundred positions, also with a large vocabulary.
+# Logits that exist at one time. The product of a chunk reads the whole weight, so a chunk should have some hundred
+# positions, also with a large vocabulary; a GPU wants more.
 CHUNK_BYTES = 32 * 2**20
+GPU_CHUNK_BYTES = 512 * 2**20
 # Probabilities kept for the backward pass: 341 positions of SmolLM2's vocabulary.
 KEPT_BYTES = 64 * 2**20
-# Rows that elementwise work is done on at one time, so that they are in the cache when they are read again.
+# Rows that a CPU does elementwise work on at one time, so that they are in its cache when they are read again.
 _BLOCK_BYTES = 2 * 2**20
 
 
@@ -30,6 +31,7 @@ def token_logprobs(
     *,
     chunk: int | None = None,
     kept_bytes: int = KEPT_BYTES,
+    tied: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of each distribution, softmax(hidden @ weight.T /
     temperature).
@@ -39,8 +41,9 @@ def token_logprobs(
         weight: [V, D], of the language-model head (no bias).
         targets: [T], token ids.
         temperature: [T] or one number, > 0; constant, no gradient flows into it.
-        chunk: positions whose logits exist at one time; by default as many as fit `CHUNK_BYTES`.
+        chunk: positions whose logits exist at one time; by default as many as fit `CHUNK_BYTES` (`GPU_CHUNK_BYTES`).
         kept_bytes: most bytes of probabilities to keep for the backward pass.
+        tied: the list given to `tied_embedding`, if `hidden` was made from its result with the same weight.
 
     Returns:
         (log-probabilities [T], entropies [T]) in nats, float32 or wider. Both carry gradient into hidden and
@@ -54,11 +57,36 @@ def token_logprobs(
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     row = inverse.element_size() * len(weight)
-    step = max(1, CHUNK_BYTES // row) if chunk is None else chunk
+    most = CHUNK_BYTES if hidden.device.type == "cpu" else GPU_CHUNK_BYTES
+    step = max(1, most // row) if chunk is None else chunk
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = kept_bytes // (row * step) if learns else 0
-    logprobs, entropies = _TokenLogprobs.apply(hidden, weight, targets, inverse, step, keep)  # type: ignore[no-untyped-call]
+    logprobs, entropies = _TokenLogprobs.apply(hidden, weight, targets, inverse, step, keep, tied)  # type: ignore[no-untyped-call]
     return logprobs, entropies
+
+
+def tied_embedding(ids: Tensor, weight: Tensor, tied: list[Tensor]) -> Tensor:
+    """weight[ids], [..., D], for a model whose head has the same weight [V, D].
+
+    Of the two gradients of the weight the head's is there first. It is left in the list `tied`, empty at the start,
+    and the look-up adds its few rows to it, instead of one more [V, D] tensor of which almost all is zero.
+    """
+    return _TiedEmbedding.apply(ids, weight, tied)  # type: ignore[no-untyped-call]
+
+
+class _TiedEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, tied: list[Tensor]) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.tied = tied
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (ids,) = ctx.saved_tensors
+        total: Tensor = ctx.tied.pop()
+        rows = grads[0].flatten(0, -2).to(total.dtype)
+        return None, total.index_add_(0, ids.flatten(), rows), None
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -67,7 +95,14 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, inverse: Tensor, step: int, keep: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        inverse: Tensor,
+        step: int,
+        keep: int,
+        tied: list[Tensor] | None,
     ) -> Any:
         cast = weight.to(hidden.dtype)
         normaliser, logprobs, entropies = (torch.empty_like(inverse) for _ in range(3))
@@ -85,7 +120,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if number < keep:
                 kept.append(scores)
         ctx.save_for_backward(hidden, weight, targets, inverse, normaliser, entropies, *kept)
-        ctx.step = step
+        ctx.step, ctx.tied = step, tied
         return logprobs, entropies
 
     @staticmethod
@@ -123,7 +158,10 @@ class _TokenLogprobs(torch.autograd.Function):
         if grad_weight is None and ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight)
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        if ctx.tied is not None and grad_weight is not None:
+            ctx.tied.append(grad_weight)
+            grad_weight = None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _scores(hidden: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
@@ -146,6 +184,8 @@ def _parts(length: int, step: int) -> list[slice]:
 def _blocks(chunk: Tensor, offset: int) -> list[tuple[slice, Tensor]]:
     """Views of a few rows of `chunk` each, with their places among all rows; `offset` is that of the chunk."""
     step = max(1, _BLOCK_BYTES // (chunk.element_size() * chunk.shape[1]))
+    if chunk.device.type != "cpu":
+        step = max(1, len(chunk))
     return [
         (slice(offset + part.start, offset + part.stop), chunk[part]) for part in _parts(len(chunk), step)
     ]

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from models import attention
-from models.logprobs import token_logprobs
+from models.logprobs import tied_embedding, token_logprobs
 
 # All but cuDNN's, which builds a plan for every new row length: 0.1-2.8 s each on an H100, where the others
 # take 0.1 s.
@@ -161,9 +161,14 @@ def _tree_way(tree: Callable[[Tensor], attention.Tree]) -> Way:
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise NotImplementedError("the language-model head is not a plain matrix")
         attention.enable(decoder)
+        table = model.get_input_embeddings()
+        tied: list[Tensor] | None = None
+        if type(table) is nn.Embedding and table.weight is head.weight and table.weight.requires_grad:
+            tied = []
         with sdpa_kernel(_KERNELS):
+            ids = batch.input_ids[None]
             hidden = decoder(
-                inputs_embeds=_embedded(model, head.weight, batch.input_ids[None]),
+                inputs_embeds=table(ids) if tied is None else tied_embedding(ids, head.weight, tied),
                 position_ids=batch.position_ids[None],
                 # The library hands a mask of four dimensions on as it is, instead of making one.
                 attention_mask=torch.empty(1, 1, 0, 0, device=batch.input_ids.device),
@@ -171,19 +176,9 @@ def _tree_way(tree: Callable[[Tensor], attention.Tree]) -> Way:
                 use_cache=False,
             ).last_hidden_state[0]
         scored = hidden.index_select(0, batch.predictors)
-        return token_logprobs(scored, head.weight, batch.targets, batch.temperatures)
+        return token_logprobs(scored, head.weight, batch.targets, batch.temperatures, tied=tied)
 
     return run
-
-
-def _embedded(model: PreTrainedModel, head: Tensor, ids: Tensor) -> Tensor:
-    """What the decoder would look up. With tied weights the gradient of the look-up is sparse: it is added to the
-    head's, instead of one more [V, D] tensor of which almost all is zero."""
-    table = model.get_input_embeddings()
-    if type(table) is nn.Embedding and table.weight is head and table.max_norm is None:
-        return nn.functional.embedding(ids, head, table.padding_idx, sparse=True)
-    embedded: Tensor = table(ids)
-    return embedded
 
 
 def _plain_way(model: PreTrainedModel, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -223,13 +218,11 @@ def _way(model: PreTrainedModel, batch: MicroBatch) -> Way:
 def _checked(model: PreTrainedModel, batch: MicroBatch, ways: Sequence[Way]) -> Way:
     probe = _probe(model.config.get_text_config().vocab_size).to(batch.input_ids.device)
     with torch.no_grad(), _no_dropout(model):
-        with torch.compiler.set_stance(
-            "force_eager"
-        ):  # compiled layers would be compiled anew for this alone
+        # Compiled layers would be compiled anew for this alone; flex_attention, though, is of use compiled only.
+        with torch.compiler.set_stance("force_eager"):
             want = torch.stack(_plain_way(model, probe))
         for way in ways:
             try:
-                # Tiles are never compiled, flex_attention has to be.
                 with torch.compiler.set_stance("force_eager" if way is _TILED else "default"):
                     got = torch.stack(way(model, probe))
                 low = torch.finfo(got.dtype).bits > torch.finfo(_precision(model, batch)).bits

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from models import adapters
 from models.causal_lm import ModelError, load_policy, save_policy, tokenizer_digest
 from models.diversity import Encoder
+from models.memory import keep_freed_memory
 from tasks.core.digest import (
     canonical_json,
     digest_files,
@@ -126,6 +127,8 @@ def train(
         UsageError: the initial model cannot be read, or the settings name something that does not exist.
     """
     world = parallel.join(device)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     autocast = _autocast(world.device, dtype)
     check(settings)
     encoder = encoder_of(settings)
