@@ -139,7 +139,7 @@ class TrainingSettings(Section):
     learning_rate: float = Field(1e-5, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float = Field(1.0, gt=0, description="largest L2 norm of a step's gradient")
-    token_budget: int = Field(2048, ge=1, description="tokens of one packed row")
+    token_budget: int = Field(1024, ge=1, description="tokens of one packed row; some thousands on a GPU")
     activation_checkpointing: bool = False
     compile: bool = Field(False, description="torch.compile the transformer's layers")
     checkpoint_every: int = Field(8, ge=1, description="updates between two recovery checkpoints")
