@@ -163,6 +163,8 @@ def test_the_filter_against_plain_python(rows):
 def test_the_soft_overlong_penalty():
     lengths = torch.tensor([0, 79, 80, 81, 90, 99, 100, 101, 5000])
     assert close(overlong_penalty(lengths, 100, 20), [0, 0, 0, -0.05, -0.5, -0.95, -1, -1, -1], 1e-12)
+    lengths = torch.tensor([16_384, 18_432, 20_480])  # DAPO's own: 20,480 and a buffer of 4,096
+    assert close(overlong_penalty(lengths, 20_480, 4096), [0, -0.5, -1], 1e-12)
 
 
 # Turns
@@ -185,26 +187,29 @@ def changed(outcomes: Outcomes, **fields: torch.Tensor) -> Outcomes:
 
 
 @pytest.mark.parametrize(
-    ("name", "mode", "episode", "both"),
+    ("name", "mode", "episode", "step", "both"),
     [
         (
             "gigpo_mean",
             "mean_norm",
             [5.016667] * 3 + [-4.983333, -5.083333, -4.983333],
+            [4.5125, 6.366667, 0, -4.5125, -3.233333, -3.133333],
             [9.529167, 11.383333, 5.016667, -9.495833, -8.316667, -8.116667],
         ),
         (
             "gigpo",
             "mean_std_norm",
             [0.912851] * 3 + [-0.906785, -0.924982, -0.906785],
+            [0.707107, 1.154653, 0, -0.707107, -0.586394, -0.568258],
             [1.619957, 2.067503, 0.912851, -1.613892, -1.511376, -1.475044],
         ),
     ],
 )
-def test_worked_gigpo(name, mode, episode, both):
+def test_worked_gigpo(name, mode, episode, step, both):
     assert close(get(name).estimate(worked()), both)
     assert close(gigpo(worked(), mode=mode), both)
     assert close(gigpo(worked(), mode=mode, omega=0.0), episode)
+    assert close(gigpo(worked(), mode=mode) - gigpo(worked(), mode=mode, omega=0.0), step)
     unique = changed(worked(), anchors=torch.arange(6))  # no state twice: nothing to compare a step with
     assert close(gigpo(unique, mode=mode), episode)
 
@@ -229,6 +234,7 @@ def test_return_to_go():
         torch.tensor([10.0], dtype=D), torch.tensor([0]), torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2])
     )
     assert close(returns_to_go(three, 0.95), [9.025, 9.5, 10], 1e-12)
+    assert close(returns_to_go(worked(), 0.95), [9.025, 9.5, 10, 0, 0, 0], 1e-12)
     rewards = torch.tensor([1.0, 2.0, 4.0], dtype=D)
     assert close(returns_to_go(changed(three, step_rewards=rewards), 0.5), [3, 4, 4], 1e-12)
     assert close(returns_to_go(changed(three, step_rewards=rewards), 0.0), [1, 2, 4], 1e-12)
@@ -271,6 +277,9 @@ def test_worked_empg():
     )
     mixed = [2 * g[0] + 0.05 * f[1], 2 * g[1] + 0.05 * f[2], 2 * g[2]]
     assert close(empg(outcomes), [value - sum(mixed) / 3 for value in mixed], 1e-5)
+    swapped = changed(outcomes, turn=torch.tensor([1, 0, 2]))  # the most confident turn comes second
+    mixed = [2 * g[0] + 0.05 * f[2], 2 * g[1] + 0.05 * f[0], 2 * g[2]]
+    assert close(empg(swapped), [value - sum(mixed) / 3 for value in mixed], 1e-5)
     same = changed(outcomes, entropies=torch.full((3,), 0.4, dtype=D))
     assert close(empg(same, zeta=0.0), [0, 0, 0], 1e-12)
 

@@ -101,6 +101,17 @@ def test_impossible_logprobs_are_refused(tmp_path, episodes, policy, value):
         read(tmp_path, changed(episodes, 3, behaviour_logprobs=logprobs), policy)
 
 
+def test_logprobs_of_tokens_that_are_not_trained_do_not_matter(tmp_path, episodes, policy):
+    given = episodes[0]
+    assert not all(given.loss_mask)
+    other = [x if m else -9.9 for x, m in zip(given.behaviour_logprobs, given.loss_mask, strict=True)]
+    found = read(tmp_path / "other", changed(episodes, 0, behaviour_logprobs=other), policy).episodes(["g0"])
+    want = read(tmp_path / "given", episodes, policy).episodes(["g0"])
+    assert other != given.behaviour_logprobs
+    assert torch.equal(found.behaviour_logprobs, want.behaviour_logprobs)
+    assert len(found.behaviour_logprobs) == sum(sum(sample.trained) for sample in found.samples)
+
+
 def test_rows_without_logprobs_are_passed_over_and_refused_if_there_are_no_others(tmp_path, episodes, policy):
     replay = read(tmp_path, changed(episodes, 3, logprob_source="missing"), policy)
     assert len(replay.episodes(replay.table.ids.tolist()).samples) == 23

@@ -333,6 +333,36 @@ def test_dsdr_of_the_worked_example():
         torch.testing.assert_close(values, torch.full_like(values, number), rtol=0, atol=1e-5)
 
 
+def test_dsdr_without_weights_is_the_backbone(scorer):
+    want, gradient = _learn(scorer, LOOSE), _gradient(scorer)
+    got = _learn(
+        scorer,
+        LOOSE.model_copy(update={"diversity": Diversity(reward=0.0, entropy=0.0)}),
+        diversity=torch.linspace(0, 1, 12, dtype=torch.float64),
+    )
+    assert got == want
+    assert torch.equal(_gradient(scorer), gradient)
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
+def test_sampo_without_its_step_advantage_is_gspo(scorer, near, aggregation):
+    """The ratio is GSPO's over a turn, the advantage is that of the group (arXiv 2602.21534, equation 8)."""
+    band = {"eps_lo": 0.05, "eps_hi": 0.05}
+    common = {"aggregation": aggregation, "unit": "turn", "options": band}
+    near_data = replace(EPISODES, behaviour_logprobs=near.float())
+    sampo = {"objective": "sampo", "advantage": "gigpo", "advantage_options": {"omega": 0.0}}
+    gspo = {"objective": "gspo", "advantage": "group_norm_per_turn"}
+    want = _learn(scorer, LOOSE.model_copy(update=common | gspo), near_data)
+    gradient = _gradient(scorer)
+    got = _learn(scorer, LOOSE.model_copy(update=common | sampo), near_data)
+    assert got.metrics == pytest.approx(want.metrics, rel=1e-9, abs=1e-12)
+    assert (_gradient(scorer) - gradient).norm() <= 1e-10 * gradient.norm()
+    assert gradient.norm() > 1e-6
+    whole = {"objective": "sampo", "advantage": "gigpo"}
+    _learn(scorer, LOOSE.model_copy(update=common | whole), near_data)
+    assert (_gradient(scorer) - gradient).norm() > 1e-3 * gradient.norm()
+
+
 def test_gigpo_compares_turns_with_the_same_observation():
     settings = TrainingSettings(advantage="gigpo")
     found = fields.token_advantages(EPISODES, settings)

@@ -46,6 +46,12 @@ RATIOS = [0.25, 0.5, 0.79, 0.81, 1, 1.27, 1.29, 2, 3.5, 11]
         ),
         (
             "ppo",
+            {"dual_clip": 10.0},
+            [0.25, 0.5, 0.79, 0.81, 1, 0, 0, 0, 0, 0],
+            [0, 0, 0, 0.81, 1, 1.27, 1.29, 2, 3.5, 0],
+        ),
+        (
+            "ppo",
             {"eps": 0.3},
             [0.25, 0.5, 0.79, 0.81, 1, 1.27, 1.29, 0, 0, 0],
             [0, 0, 0.79, 0.81, 1, 1.27, 1.29, 2, 3.5, 11],
@@ -82,6 +88,18 @@ def test_sapo_gate(sign, want):
 @pytest.mark.parametrize("tau", [0.3, 1.0, 7.0])
 def test_sapo_on_policy_is_reinforce_whatever_its_temperature(tau):
     assert pushes("sapo", of_ratios([1.0], [1.0]), tau_pos=tau) == pytest.approx([1.0])
+    assert pushes("sapo", of_ratios([1.0], [-1.0]), tau_neg=tau) == pytest.approx([-1.0])
+
+
+@pytest.mark.parametrize(("name", "bound"), [("grpo", 20), ("gspo", 20), ("gspo_token", 10), ("sampo", 10)])
+def test_a_ratio_beyond_its_bound_has_no_gradient(name, bound):
+    """verl's: log ratios within +-20, GSPO-token's mean at most 10."""
+    rows, behaviour = [[bound - 0.1], [bound + 5.0]], [[0.0], [0.0]]
+    batch = batch_of(rows, behaviour, [-1.0, -1.0])
+    losses = objectives.get(name).loss(batch).tokens.tolist()
+    assert losses == pytest.approx([math.exp(bound - 0.1), math.exp(bound)], rel=1e-12)
+    assert pushes(name, batch) == pytest.approx([-math.exp(bound - 0.1), 0.0], rel=1e-12)
+    assert pushes(name, batch_of([[-25.0]], [[0.0]], [1.0])) == ([0.0] if bound == 20 else [math.exp(-20)])
 
 
 @pytest.mark.parametrize(
@@ -125,6 +143,14 @@ def test_sampo_worked_batch(how, loss, gradient):
     assert found == pytest.approx([gradient] * 4 + [0, 0], abs=1e-6)
 
 
+def test_the_sequence_ratios_of_sampo():
+    batch = batch_of(*SAMPO)
+    assert objectives.sampo(batch, eps_lo=0.1, eps_hi=0.1).phi.tolist() == pytest.approx(
+        [1.002503, 0.995012], abs=1e-6
+    )
+    assert objectives.sampo(batch).phi.tolist() == pytest.approx([1.002503, 0], abs=1e-6)
+
+
 @pytest.mark.parametrize(("name", "unit"), [("gspo", 1e-4), ("gspo_token", 1e-4), ("sampo", 1e-3)])
 def test_bands_of_the_sequence_ratio(name, unit):
     """-3 and +4 units about 1."""
@@ -166,6 +192,7 @@ def test_gspo_does_not_see_length():
     twice = batch_of([row * 2 for row in rows], [row * 2 for row in behaviour], advantages)
     band = {"eps_lo": 0.5, "eps_hi": 0.5}
     once = objectives.gspo(batch_of(*WORKED), **band).phi
+    assert once.log().tolist() == pytest.approx([0.1, -0.25])
     assert objectives.gspo(twice, **band).phi.tolist() == pytest.approx(once.tolist(), rel=1e-12)
 
 
@@ -209,6 +236,28 @@ def test_m2po_masks_the_worst_token_and_counts_it():
     assert pushes("m2po", batch) == pytest.approx(want, rel=1e-9)
     assert 0.0 not in pushes("m2po", batch, threshold=0.22)
     assert [i for i, c in enumerate(pushes("m2po", batch, threshold=0.0)) if c == 0] == [0, 3, 4, 7]
+
+
+def dropped(name: str, batch: objectives.Batch, threshold: float) -> list[int]:
+    found = pushes(name, batch, threshold=threshold)
+    return [place for place, c in enumerate(found) if c == 0]
+
+
+def test_the_means_that_m2po_compares_with_its_threshold():
+    old = [x - 2 for x in M2_LOGS]
+    batch = batch_of([old], [[-2.0] * 8], [M2_SIGNS])
+    for threshold, want in ((0.2151, []), (0.2149, [0]), (0.01675, [0]), (0.01665, [0, 3])):
+        assert dropped("m2po", batch, threshold) == want
+    batch = replace(batch, old_logprobs=batch.logprobs.detach())
+    for threshold, want in (
+        (0.150326, []),
+        (0.150324, [0]),
+        (0.056087, [0]),
+        (0.056085, [0, 1]),
+        (0.023768, [0, 1]),
+        (0.023766, [0, 1, 2]),
+    ):
+        assert dropped("m2po_areal", batch, threshold) == want
 
 
 def test_areal_masks_by_the_age_of_the_sample_whatever_its_sign():
@@ -258,7 +307,7 @@ def test_bapo_moves_its_band_until_positives_weigh_enough():
         return [bool(c) for c in pushes("bapo", batch, target=target)]
 
     assert alive(1.0) == [False, False, True, True, False, False]  # (.6, 1.2)
-    assert alive(3.4 / 1.9 - 1e-9) == alive(1.0)
+    assert alive(3.4 / 1.9 - 1e-9) == alive(1.0) != alive(3.4 / 1.9 + 1e-9)
     # From here on the lower bound is above .7, then at .8, and the upper one must follow.
     losses = objectives.bapo(batch, target=100.0).tokens.tolist()
     assert losses == pytest.approx([0.8, 0.8, 0.8, -1, -1.5, -2.0])

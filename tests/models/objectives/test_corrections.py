@@ -129,6 +129,8 @@ def test_sequence_mask_by_hand():
     assert sequence_mask(batch, 0.223).tolist() == [0, 0, 1, 1, 1, 1]
     assert sequence_mask(batch, 0.36).tolist() == [1] * 6
     assert sequence_mask(batch, 0.34).tolist() == [0, 0, 1, 1, 1, 1]
+    assert sequence_mask(batch, -0.14).tolist() == [0, 0, 1, 1, 1, 1]
+    assert sequence_mask(batch, -0.16).tolist() == [0, 0, 0, 0, 1, 1]
     as_old = replace(batch, old_logprobs=batch.behaviour_logprobs, behaviour_logprobs=None)
     assert sequence_mask(as_old, 0.223).tolist() == [0, 0, 1, 1, 1, 1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,16 @@ def test_k3_by_hand():
     assert kl(batch).tolist() == pytest.approx([0.040818, 0.021403, 0.718282], abs=1e-6)
     assert kl(batch, "k1").tolist() == pytest.approx([0.3, -0.2, -1.0])
     assert kl(batch, "k2").tolist() == pytest.approx([0.045, 0.02, 0.5])
+    sampled = replace(batch, behaviour_logprobs=torch.tensor([0.1, 0.0, -0.5], dtype=D))
+    weighed = [0.040818 * math.exp(-0.1), 0.021403, 0.718282 * math.exp(0.5)]
+    assert kl(sampled, "k3-unbiased").tolist() == pytest.approx(weighed, abs=1e-6)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 0.3, 30.0])
+def test_k3_is_never_negative(spread):
+    batch = random_batch(0, sequences=200, spread=spread)
+    assert bool((kl(batch) >= 0).all())
+    assert bool((kl(batch, "k3-unbiased") >= 0).all())
 
 
 def vocabulary(logits: torch.Tensor) -> Batch:
@@ -124,11 +135,16 @@ def test_local_entropy_is_the_entropy_in_expectation():
 
 
 def test_a_detached_ratio_would_teach_nothing():
-    """Why rho carries gradient: without it the mean gradient is 0."""
+    """Why rho carries gradient: without it the mean gradient is 0, and with it alone it is the entropy's."""
     logits = LOGITS.clone().requires_grad_()
     logs = logits.log_softmax(0)
-    (gradient,) = torch.autograd.grad(-(OLD.exp() * (logs - OLD).detach().exp() * logs).sum(), logits)
-    assert gradient.abs().max() < 1e-15
+    rho = (logs - OLD).exp()
+    detached, alone = (
+        torch.autograd.grad(-(OLD.exp() * term).sum(), logits, retain_graph=True)[0]
+        for term in (rho.detach() * logs, rho * logs.detach())
+    )
+    assert detached.abs().max() < 1e-15
+    assert alone.tolist() == pytest.approx([0.011635, 0.109637, -0.121272], abs=1e-6)
 
 
 def test_local_entropy_does_not_see_length_or_wrong_answers():

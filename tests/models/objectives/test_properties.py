@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from models import objectives
 from models.objectives import Batch
-from tests.models.objectives.flat import random_batch
+from tests.models.objectives.flat import batch_of, random_batch
 
 NAMES = objectives.names()
 SEEDS = st.integers(0, 2**31)
-BAND = {"gspo": {"eps_lo": 0.2, "eps_hi": 0.2}, "gspo_token": {"eps_lo": 0.2, "eps_hi": 0.2}}
+BAND = {name: {"eps_lo": 0.2, "eps_hi": 0.2} for name in ("gspo", "gspo_token", "sampo")}
 
 
 def pushed(name: str, batch: Batch) -> torch.Tensor:
@@ -55,6 +55,26 @@ def test_the_order_of_tokens_does_not_matter(name, seed):
     per_token = ("logprobs", "advantages", "sequence", "behaviour_logprobs", "old_logprobs")
     turned = replace(batch, **{field: getattr(batch, field)[places] for field in per_token})
     torch.testing.assert_close(pushed(name, turned), pushed(name, batch)[places], rtol=1e-10, atol=1e-12)
+
+
+PRODUCT = {"vespo", "vespo_trl", "topr", "sequence_tis", "sequence_mis"}
+ROOT = {"gspo", "gspo_token", "sampo"}
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"reinforce"}))
+def test_what_the_ratio_is_of(name):
+    """The product over a sequence, its T-th root, or each token's own."""
+
+    def coefficients(*log_ratios: float) -> list[float]:
+        sampled = [[-1.0] * len(log_ratios)]
+        batch = batch_of([[x - 1 for x in log_ratios]], sampled, [-1.0], old_logprobs=sampled)
+        return (pushed(name, batch) / batch.advantages).tolist()
+
+    own = coefficients(0.1, -0.1) != pytest.approx([1.0, 1.0])
+    assert own == (name not in PRODUCT | ROOT)
+    (once,), twice = coefficients(-0.1), coefficients(-0.1, -0.1)
+    assert once < 1
+    assert (twice != pytest.approx([once, once])) == (name in PRODUCT)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -143,3 +163,14 @@ def test_half_precision_is_computed_wide():
     for name in ("vespo", "gspo", "topr"):
         got, want = (objectives.get(name).loss(b).phi for b in (narrow, exact))
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-7)
+
+
+def test_a_ratio_beyond_float16_is_computed_wide():
+    """float16 ends at 65,504, below e^12."""
+    logs = torch.tensor([-1.0, -1.0], dtype=torch.float16)
+    behaviour = torch.tensor([-13.0, -31.0], dtype=torch.float16)
+    batch = Batch(logs, torch.ones_like(logs), torch.arange(2), 2, behaviour_logprobs=behaviour)
+    want = torch.tensor([12.0, 20.0]).exp()
+    for name in ("tis", "sequence_tis"):
+        torch.testing.assert_close(objectives.get(name).loss(batch, high=torch.inf).phi, want)
+    assert objectives.vespo(batch).phi.tolist() == [0.0, 0.0]

@@ -76,6 +76,17 @@ def test_sampo_of_one_trajectory_of_two_turns_is_that_of_two_sequences():
     assert gradient == pytest.approx([-0.167084] * 4 + [0, 0], abs=1e-6)
 
 
+def test_turns_of_one_token_have_the_ratio_of_grpo():
+    """A token's ratio in place of the turn's is what GiGPO has."""
+    batch = random_batch(4)
+    single, _ = by_turn(replace(batch, turn=torch.arange(len(batch.logprobs))))
+    for how in ("token-mean", "seq-mean-token-mean"):
+        turned = loss_and_gradient("sampo", single, how, eps_lo=0.2, eps_hi=0.2)
+        tokens = loss_and_gradient("grpo", batch, "token-mean")
+        assert turned[0] == pytest.approx(tokens[0], rel=1e-12)
+        assert turned[1] == pytest.approx(tokens[1], rel=1e-12, abs=1e-15)
+
+
 @pytest.mark.parametrize("how", objectives.AGGREGATIONS)
 def test_micro_batches_of_turns_add_up(how):
     whole = random_batch(9, sequences=6)

@@ -40,6 +40,20 @@ KERNEL = [  # W, phi for A >= 0 with (2, 3), phi for A < 0 with (3, 2)
     (math.exp(1), 0.042645, 0.646253),
     (math.exp(2), 2.6e-7, 1.138e-3),
 ]
+SURROGATE = [  # W, f for (2, 3), f for (3, 2): f' = phi / W, f(0) = 0
+    (0.1, 0.082432, 0.002122),
+    (0.25, 0.386889, 0.026578),
+    (0.5, 0.986813, 0.148338),
+    (2 / 3, 1.325632, 0.278256),
+    (0.9, 1.676784, 0.497614),
+    (1.0, 1.787282, 0.597264),
+    (1.25, 1.982422, 0.842698),
+    (1.5, 2.095369, 1.065520),
+    (2.0, 2.193003, 1.407424),
+    (3.0, 2.228972, 1.732791),
+    (5.0, 2.231715, 1.842148),
+    (math.exp(4), 2.231726, 1.847264),  # as far as infinity: phi is 0 from here on
+]
 VESPOS = ("vespo", "vespo_trl")
 
 
@@ -47,11 +61,79 @@ def phi(name, rows, behaviour, advantages, **options):
     return objectives.get(name).loss(batch_of(rows, behaviour, advantages), **options).phi.tolist()
 
 
+def kernel(log_w: torch.Tensor, sign: float = 1.0, name: str = "vespo", **options: float) -> torch.Tensor:
+    """phi of sequences of one token, by the sign of the advantage."""
+    places = torch.arange(len(log_w))
+    batch = objectives.Batch(
+        log_w, torch.full_like(log_w, sign), places, len(log_w), behaviour_logprobs=torch.zeros_like(log_w)
+    )
+    return objectives.get(name).loss(batch, **options).phi
+
+
 @pytest.mark.parametrize("name", VESPOS)
 @pytest.mark.parametrize(("w", "positive", "negative"), KERNEL)
 def test_vespo_kernel(name, w, positive, negative):
     found = phi(name, [[math.log(w) - 2]] * 2, [[-2.0]] * 2, [1.0, -1.0])
     assert found == pytest.approx([positive, negative], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", VESPOS)
+@pytest.mark.parametrize(
+    ("log_w", "positive", "negative"),
+    [(-4.0, 6.378e-3, 4.377e-5), (math.log(5), 1.54e-4, 0.041933), (2.0, 2.6e-7, 1.138e-3)],
+)
+def test_vespo_kernel_where_it_is_small(name, log_w, positive, negative):
+    found = [float(kernel(torch.tensor([log_w], dtype=D), sign, name)) for sign in (1.0, -1.0)]
+    assert found[0] == pytest.approx(positive, rel=0.02 if positive < 1e-6 else 3e-3)
+    assert found[1] == pytest.approx(negative, rel=5e-4)
+
+
+@pytest.mark.parametrize(("sign", "column"), [(1.0, 1), (-1.0, 2)])
+@pytest.mark.parametrize("row", SURROGATE, ids=lambda row: f"{row[0]:.3g}")
+def test_the_area_under_the_vespo_kernel_is_its_surrogate(row, sign, column):
+    """f(W) is the integral of phi over log W."""
+    log_w = torch.linspace(-18, math.log(row[0]), 20_001, dtype=D)
+    assert float(torch.trapezoid(kernel(log_w, sign), log_w)) == pytest.approx(row[column], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("c1", "c2", "most", "at", "steepest", "where"),
+    [
+        (2.0, 3.0, 1.208125, 2 / 3, 2.463019, 1 / 3),
+        (3.0, 2.0, 1.241593, 1.5, 1.0, 1.0),
+        (1.0, 3.0, math.exp(2) / 3, 1 / 3, math.exp(3), 0.0),
+    ],
+)
+def test_bounds_of_the_vespo_kernel(c1, c2, most, at, steepest, where):
+    """sup phi = (c1 / c2)^c1 e^(c2 - c1) at W = c1 / c2, and sup phi / W is the same of c1 - 1
+    (arXiv 2602.10693v3, propositions 3.1 and C.1)."""
+    log_w = torch.linspace(-14, 3, 200_001, dtype=D)
+    found = kernel(log_w, c1_pos=c1, c2_pos=c2)
+    for values, bound, place in ((found, most, at), (found / log_w.exp(), steepest, where)):
+        assert float(values.max()) == pytest.approx(bound, rel=1e-5)
+        assert float(log_w[values.argmax()].exp()) == pytest.approx(place, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("sign", "slope", "above_one", "above_half"),
+    [(1.0, -1.0, [0.41719, 1.0], [0.2192, 1.5024]), (-1.0, 1.0, [1.0, 2.14403], [0.6134, 2.9890])],
+)
+def test_where_the_vespo_kernel_is_above_one_and_a_half(sign, slope, above_one, above_half):
+    w = torch.linspace(1e-3, 6, 600_001, dtype=D)
+    found = kernel(w.log(), sign)
+    for level, edges, within in ((1.0, above_one, 2e-5), (0.5, above_half, 7e-5)):
+        above = found > level
+        assert w[1:][above[1:] != above[:-1]].tolist() == pytest.approx(edges, abs=within)
+    step = torch.tensor([-1e-4, 1e-4], dtype=D)
+    assert float(kernel(step, sign).log().diff() / step.diff()) == pytest.approx(slope, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", VESPOS)
+@pytest.mark.parametrize(("c1", "c2"), [(0.0, 0.0), (1.0, 3.0), (2.5, 0.3), (7.0, 11.0)])
+def test_vespo_on_policy_is_one_whatever_its_constants(name, c1, c2):
+    rows, _, advantages = WORKED
+    constants = {"c1_pos": c1, "c2_pos": c2, "c1_neg": c2, "c2_neg": c1}
+    assert phi(name, rows, rows, advantages, **constants) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", VESPOS)
@@ -85,11 +167,22 @@ def test_vespo_folds_the_correction_into_its_ratio(name):
 def test_a_rejected_token_drops_its_sequence_from_vespo():
     batch = replace(batch_of(*WORKED), correction=flat([[1.0, 0.0, 1.0], [1.0, 1.0]]))
     first, second = objectives.vespo(batch).phi.tolist()
-    assert first < 1e-13
+    assert first == pytest.approx(2.0086e-15 * math.exp(2 * 0.3), rel=1e-4)  # 1e-8^2 e^3, and the others' W^2
     assert second == pytest.approx(0.490141, abs=1e-6)
     # A weight of 0 counts as 1e-8, as in the authors' code and TRL's, and no less.
     one = replace(batch_of([[-math.log(1e-8)]], [[0.0]], [1.0]), correction=flat([[0.0]]))
     assert objectives.vespo(one).phi.tolist() == pytest.approx([1.0])
+
+
+@pytest.mark.parametrize("name", VESPOS)
+def test_the_order_of_the_bounds_of_vespo(name):
+    """Each token's log ratio to +-20, each log weight to at most 20, and their sum to +-20 at last."""
+    assert phi(name, [[30.0, -20.0]], [[0.0, 0.0]], [1.0]) == [1.0]
+    loss = objectives.get(name).loss
+    heavy = replace(batch_of([[-20.0]], [[0.0]], [1.0]), correction=flat([[math.exp(30)]]))
+    assert loss(heavy).phi.tolist() == [1.0]
+    both = replace(batch_of([[-20.0] * 2], [[0.0] * 2], [1.0]), correction=flat([[math.exp(19)] * 2]))
+    assert loss(both).phi.tolist() == pytest.approx([0.24512], abs=1e-5)  # log W = -40 + 38
 
 
 @pytest.mark.parametrize("how", AGGREGATIONS)
@@ -114,7 +207,9 @@ def test_vespo_surrogate_has_the_kernel_as_gradient():
 def test_vespo_limits_are_importance_sampling_and_reinforce():
     w = [math.exp(0.3), math.exp(-0.5)]
     importance = phi("vespo", *WORKED, c1_pos=1, c2_pos=0, c1_neg=1, c2_neg=0)
-    assert importance == pytest.approx(w, rel=2e-4)  # c2 has a floor of 1e-4
+    assert importance == pytest.approx(w, rel=2e-4)
+    floor = [x * math.exp(1e-4 * (1 - x)) for x in w]  # c2 is 1e-4 at least
+    assert importance == pytest.approx(floor, rel=1e-12)
     assert phi("vespo", *WORKED, c1_pos=0, c2_pos=0, c1_neg=0, c2_neg=0) == pytest.approx([1, 1], rel=2e-4)
 
 
@@ -132,6 +227,8 @@ def test_vespo_sign_zero_and_length():
     once = objectives.sequence_log_ratio(batch_of(*WORKED))
     twice = batch_of([row * 2 for row in rows], [row * 2 for row in behaviour], [0.5, -0.5])
     assert objectives.sequence_log_ratio(twice).tolist() == pytest.approx((2 * once).tolist())
+    squared = [float(kernel(2 * log_w[None], sign)) for log_w, sign in zip(once, (1.0, -1.0), strict=True)]
+    assert objectives.vespo(twice).phi.tolist() == pytest.approx(squared, rel=1e-12)
 
 
 def test_turns_of_opposite_sign_take_their_own_branch_of_vespo():
@@ -160,37 +257,40 @@ def test_the_two_vespos_differ_where_the_ratio_is_below_the_floor():
 
 
 def test_vespo_second_moment_stays_within_its_bound():
-    """E[phi^2] <= E[phi] K E_Q[W], log W ~ N(-1/2, 1) (so that E[W] = 1)."""
+    """E[phi^2] <= E[phi] K E_Q[W], log W ~ N(-1/2, 1) (so that E[W] = 1 and E[W^2] = e)."""
     g = torch.Generator().manual_seed(0)
     log_w = torch.randn(400_000, generator=g, dtype=D) - 0.5
+    assert objectives.chi_square(log_w) + 1 == pytest.approx(math.e, abs=0.1)
     for sign, second, bound in ((1.0, 0.660, 1.184), (-1.0, 0.438, 0.616)):
-        batch = objectives.Batch(
-            log_w, torch.full_like(log_w, sign), torch.arange(len(log_w)), len(log_w), torch.zeros_like(log_w)
-        )
-        found = objectives.vespo(batch).phi
-        assert float(found.square().mean()) == pytest.approx(second, abs=0.01)
-        most = 2.463019 if sign > 0 else 1.0
-        assert float((found * log_w.exp()).mean()) * most == pytest.approx(bound, abs=0.02)
+        found = kernel(log_w, sign)
+        steepest = 2.463019 if sign > 0 else 1.0
+        moment, limit = float(found.square().mean()), float((found * log_w.exp()).mean()) * steepest
+        assert moment == pytest.approx(second, abs=0.01)
+        assert limit == pytest.approx(bound, abs=0.02)
+        assert moment <= limit
 
 
 @pytest.mark.parametrize(
-    ("tokens", "drift", "positive", "negative", "dead"),
-    [(1000, 0.02, 0.86, 0.71, 0.01), (4000, 0.02, 0.60, 0.40, 0.07), (4000, 0.05, 0.11, 0.06, 0.68)],
+    ("tokens", "drift", "spread", "positive", "negative", "dead", "within"),
+    [
+        (1000, 0.02, 0.63, 0.86, 0.71, 0.01, 0.01),
+        (4000, 0.02, 1.26, 0.60, 0.40, 0.07, 0.01),
+        (4000, 0.05, 3.16, 0.11, 0.06, 0.68, 0.01),
+        (16_000, 0.05, 6.3, 0.001, 0.001, 0.995, 5e-4),
+    ],
 )
-def test_vespo_stops_learning_from_long_drifted_sequences(tokens, drift, positive, negative, dead):
+def test_vespo_stops_learning_from_long_drifted_sequences(
+    tokens, drift, spread, positive, negative, dead, within
+):
     """A token's log ratio ~ N(-drift^2 / 2, drift^2), so that log W ~ N(-T drift^2 / 2, T drift^2)."""
-    g = torch.Generator().manual_seed(1)
     variance = tokens * drift**2
-    log_w = torch.randn(100_000, generator=g, dtype=D) * variance**0.5 - variance / 2
-    found = {}
-    for sign in (1.0, -1.0):
-        batch = objectives.Batch(
-            log_w, torch.full_like(log_w, sign), torch.arange(len(log_w)), len(log_w), torch.zeros_like(log_w)
-        )
-        found[sign] = objectives.vespo(batch).phi
-    assert float(found[1.0].mean()) == pytest.approx(positive, abs=0.01)
-    assert float(found[-1.0].mean()) == pytest.approx(negative, abs=0.01)
-    assert float((found[1.0] < 0.01).double().mean()) == pytest.approx(dead, abs=0.01)
+    normal = torch.special.ndtri((torch.arange(100_000, dtype=D) + 0.5) / 100_000)  # its quantiles
+    log_w = normal * variance**0.5 - variance / 2
+    summary = objectives.summarise(log_w, kernel(log_w), {})
+    assert summary["log_ratio_std"] == pytest.approx(spread, rel=0.01)
+    assert summary["phi"] == pytest.approx(positive, abs=within)
+    assert float(kernel(log_w, -1.0).mean()) == pytest.approx(negative, abs=within)
+    assert summary["phi_dead"] == pytest.approx(dead, abs=within)
 
 
 RATIOS = [0.25, 0.5, 0.79, 0.81, 1, 1.27, 1.29, 2, 3.5, 4.9, 5.1, 11]
