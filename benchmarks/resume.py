@@ -2,9 +2,10 @@
 
     python -m benchmarks.resume [--runs 1000] [--workers 2] [--json PATH] [--save]
 
-Every run trains the same small model on the same replay in a process of its own, forked from a warm parent, and is
-killed (SIGKILL) one to three times at uniformly random moments; then it goes on until it is finished. Weights, groups
-used, steps and reason are compared with those of a run that nobody disturbed. A run that ended before its first kill
+Every run trains the same small model on the same replay in a process of its own, forked from a warm parent, by the
+settings of one of `CASES` in turn, and is killed (SIGKILL) one to three times at uniformly random moments; then it goes
+on until it is finished. Weights, groups used, steps and reason are compared with those of runs of its case that nobody
+disturbed. A run that ended before its first kill
 is made again, so each one was killed at least once. Where a kill fell is read from what it left on disk.
 """
 
@@ -26,6 +27,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import cycle
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -39,15 +41,23 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.machine import describe
 from tasks.core.digest import digest_json
 from tasks.training.checkpoint import KEPT
-from tasks.training.settings import Guards, Sampling, TrainingSettings
+from tasks.training.settings import (
+    Adapter,
+    Admission,
+    Guards,
+    Mixture,
+    Penalties,
+    Sampling,
+    TrainingSettings,
+)
 from tasks.training.trainer import train
 from tests.tiny import make_tiny_model
-from tests.training.replay import make_episodes, write_shards
+from tests.training.replay import Source, make_episodes, write_shards
 
 BASELINE = Path(__file__).parent / "baselines" / "resume.json"
 # Groups that do not divide into the epoch and an order that depends on what was measured: a resumed run that
 # knew less than the one that was killed would use other groups. Enough checkpoints for old ones to be dropped.
-SETTINGS = TrainingSettings(
+PLAIN = TrainingSettings(
     steps=11,
     groups_per_step=2,
     learning_rate=1e-3,
@@ -56,6 +66,27 @@ SETTINGS = TrainingSettings(
     sampling=Sampling(order="priority"),
     guards=Guards(min_ess=0, max_kl=100),
 )
+CASES = {
+    "VESPO, by priority": PLAIN,
+    "decoupled PPO in rounds, LoRA": PLAIN.model_copy(
+        update={
+            "objective": "decoupled_ppo",
+            "updates_per_round": 2,
+            "adapter": Adapter(rank=2, targets=("q_proj", "up_proj")),
+            "sampling": Sampling(order="staleness"),
+        }
+    ),
+    "EMPG, admission by divergence": PLAIN.model_copy(
+        update={"advantage": "empg", "admission": Admission(max_divergence=5.0)}
+    ),
+    "fresh groups steered, KL penalty": PLAIN.model_copy(
+        update={
+            "mixture": Mixture(schedule="ess", target_ess=0.99),
+            "sampling": Sampling(order="ess"),
+            "penalties": Penalties(kl=0.1),
+        }
+    ),
+}
 PLACES = (
     "before the first checkpoint",
     "inside the writing of a checkpoint",
@@ -68,8 +99,9 @@ PLACES = (
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run: where its kills fell, and the SHA-256 of what it came to."""
+    """One run: its case, where its kills fell, and the SHA-256 of what it came to."""
 
+    case: str
     kills: tuple[str, ...]
     outcome: str
 
@@ -82,14 +114,13 @@ def prepare(folder: Path) -> dict[str, Any]:
         "init_dir": model,
         "shards": shards,
         "shard_root": folder / "data",
-        "settings": SETTINGS,
         "seed": 0,
         "device": "cpu",
         "dtype": "float32",
     }
 
 
-def go_on(options: dict[str, Any], run_dir: Path, kill_after: float | None) -> str | None:
+def go_on(options: dict[str, Any], case: str, run_dir: Path, kill_after: float | None) -> str | None:
     """Train in a forked process for `kill_after` seconds (None: to the end); its outcome, None if it was killed.
 
     Raises:
@@ -101,7 +132,9 @@ def go_on(options: dict[str, Any], run_dir: Path, kill_after: float | None) -> s
         os.close(reading)
         code = 1
         try:
-            result = train(run_dir=run_dir, **options)
+            settings, root = CASES[case], options["shard_root"]
+            fresh = Source(options["init_dir"], root, f"fresh/{run_dir.name}")
+            result = train(run_dir=run_dir, settings=settings, fresh=fresh, **options)
             known = [result.digest, result.steps, result.stop_reason, list(result.groups_consumed)]
             os.write(writing, digest_json(known).encode())
             code = 0
@@ -138,7 +171,7 @@ def killed_at(run_dir: Path, old: set[int]) -> str:
     return PLACES[3] if checkpoints else PLACES[0]
 
 
-def disturbed(options: dict[str, Any], run_dir: Path, seed: int, seconds: float) -> Run:
+def disturbed(options: dict[str, Any], case: str, run_dir: Path, seed: int, seconds: float) -> Run:
     """One run with kills at moments between 0 and `seconds`, the time that an undisturbed one takes."""
     rng = random.Random(seed)
     while True:
@@ -146,36 +179,48 @@ def disturbed(options: dict[str, Any], run_dir: Path, seed: int, seconds: float)
         outcome = None
         for _ in range(rng.randint(1, 3)):
             old = {path.stat().st_ino for path in _unfinished(run_dir)}
-            outcome = go_on(options, run_dir, rng.uniform(0, seconds))
+            outcome = go_on(options, case, run_dir, rng.uniform(0, seconds))
             if outcome is not None:
                 break
             kills.append(killed_at(run_dir, old))
-        outcome = outcome or go_on(options, run_dir, None)
-        shutil.rmtree(run_dir)
+        outcome = outcome or go_on(options, case, run_dir, None)
+        _clear(options, run_dir)
         if kills and outcome:
-            return Run(tuple(kills), outcome)
+            return Run(case, tuple(kills), outcome)
 
 
-def undisturbed(options: dict[str, Any], run_dir: Path) -> tuple[str, float]:
-    """Outcome and seconds of a run that nobody kills."""
+def undisturbed(options: dict[str, Any], case: str, run_dir: Path) -> tuple[Run, float]:
+    """A run that nobody kills, and its seconds."""
     started = time.perf_counter()
-    outcome = go_on(options, run_dir, None)
+    outcome = go_on(options, case, run_dir, None)
     seconds = time.perf_counter() - started
-    shutil.rmtree(run_dir)
+    _clear(options, run_dir)
     assert outcome is not None
-    return outcome, seconds
+    return Run(case, (), outcome), seconds
+
+
+def _clear(options: dict[str, Any], run_dir: Path) -> None:
+    shutil.rmtree(run_dir)
+    shutil.rmtree(options["shard_root"] / "fresh" / run_dir.name, ignore_errors=True)
 
 
 def measure(runs: int, workers: int, folder: Path) -> Iterator[Any]:
-    """What `undisturbed` says of 3 runs a worker, then `runs` results of `disturbed` as they come."""
+    """What `undisturbed` says of 3 runs a case, then `runs` results of `disturbed` as they come."""
     options = prepare(folder)
+    cases = list(CASES)
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-        plain = list(
-            pool.map(undisturbed, [options] * 3 * workers, [folder / f"u{i}" for i in range(3 * workers)])
-        )
+        todo = [
+            (case, folder / f"u{number}-{place}") for number, case in enumerate(cases) for place in range(3)
+        ]
+        plain = list(pool.map(undisturbed, [options] * len(todo), *zip(*todo, strict=True)))
         yield plain
-        seconds = statistics.median(seconds for _, seconds in plain)
-        futures = [pool.submit(disturbed, options, folder / f"r{i}", i, seconds) for i in range(runs)]
+        seconds = {
+            case: statistics.median(seconds for run, seconds in plain if run.case == case) for case in cases
+        }
+        futures = [
+            pool.submit(disturbed, options, case, folder / f"r{i}", i, seconds[case])
+            for i, case in zip(range(runs), cycle(cases), strict=False)
+        ]
         for future in as_completed(futures):
             yield future.result()
 
@@ -203,21 +248,28 @@ def main() -> int:
         bar = track(results, "killing and resuming", words.runs, console=Console(stderr=True))
         runs: list[Run] = list(bar)
     kills = Counter(place for run in runs for place in run.kills)
+    every = [*runs, *(run for run, _ in plain)]
     figures = {
         "machine": describe(),
         "runs": len(runs),
         "kills": sum(kills.values()),
         "kills_by_place": {place: kills[place] for place in PLACES},
-        "outcomes": len({run.outcome for run in runs} | {outcome for outcome, _ in plain}),
+        "cases": {
+            case: {
+                "runs": sum(run.case == case for run in runs),
+                "outcomes": len({run.outcome for run in every if run.case == case}),
+            }
+            for case in CASES
+        },
         "seconds": round(time.perf_counter() - started, 1),
         "seconds_undisturbed": round(statistics.median(seconds for _, seconds in plain), 3),
-        "settings": SETTINGS.digest(),
+        "settings": {case: settings.digest() for case, settings in CASES.items()},
     }
     for path in filter(None, (words.json, BASELINE if words.save else None)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(figures, indent=2) + "\n")
     _show(figures)
-    return 0 if figures["outcomes"] == 1 else 1
+    return 0 if all(case["outcomes"] == 1 for case in figures["cases"].values()) else 1
 
 
 def _show(figures: dict[str, Any]) -> None:
@@ -226,7 +278,10 @@ def _show(figures: dict[str, Any]) -> None:
     table.add_row("kills", str(figures["kills"]))
     for place, count in figures["kills_by_place"].items():
         table.add_row(f"  {place}", str(count))
-    table.add_row("distinct outcomes, the undisturbed one included", str(figures["outcomes"]))
+    for case, found in figures["cases"].items():
+        table.add_row(
+            f"distinct outcomes of {found['runs']} and 3 undisturbed: {case}", str(found["outcomes"])
+        )
     Console().print(table)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tasks.replay.schema import Episode
+    from tasks.training.rounds import FreshSource
     from tasks.training.shards import ShardRef
-
-FreshSource = Callable[["PreTrainedModel", int, int, int], "ShardRef"]
 
 
 def fresh_source(context: Context, agent: Mapping[str, Any], key: str, created_at: str) -> FreshSource:

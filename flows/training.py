@@ -34,6 +34,8 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
     Returns:
         {key, path, digest, files, steps, stop_reason, groups, metrics, mlflow_run}.
     """
+    from torch import get_num_threads
+
     from tasks.training.shards import ShardRef
     from tasks.training.trainer import encoder_of
 
@@ -63,7 +65,9 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
     if finished is not None and (run_dir / "export").exists():
         return {"key": key, **finished.payload["outputs"]}
     started = ledger.last("run.started", key) or ledger.append(
-        "run.started", key, {"key": key, **inputs, "commit": code_commit(), "device": device}
+        "run.started",
+        key,
+        {"key": key, **inputs, "commit": code_commit(), "device": device, "threads": get_num_threads()},
     )
     tracked = context.registry.run(
         context.settings.replay.dataset,

@@ -259,15 +259,6 @@ def returns_to_go(outcomes: Outcomes, gamma: float) -> Tensor:
     return total[:-1]
 
 
-def keep_group(rewards: Tensor, groups: Tensor) -> Tensor:
-    """DAPO's dynamic filter, [B] bool: the reward's group has different rewards; the others teach nothing.
-
-    Give it the rewards as the environment gave them, before penalties and bonuses.
-    """
-    _, index = torch.unique(groups, return_inverse=True)
-    return (_extreme(rewards, index, "amax") > _extreme(rewards, index, "amin"))[index]
-
-
 def overlong_penalty(lengths: Tensor, longest: int, buffer: int) -> Tensor:
     """DAPO's soft penalty of long answers (arXiv 2503.14476, equation 13), to be added to the reward.
 
@@ -354,7 +345,8 @@ def _moments(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return torch.zeros_like(size).index_add_(0, index, values)
 
     # From the group's least value on, equal values have distance 0 without any rounding.
-    above = values - _extreme(values, index, "amin")[index]
+    lowest = torch.zeros_like(size).scatter_reduce(0, index, values, "amin", include_self=False)
+    above = values - lowest[index]
     centred = above - (total(above) / size)[index]
     return centred, total(centred.square())[index], size[index]
 
@@ -363,12 +355,6 @@ def _standardised(values: Tensor, groups: Tensor, *, freedom: int = 1, epsilon: 
     """Distance from the group's mean over its deviation (n - freedom) plus epsilon; 0 in a group of one."""
     centred, squares, size = _moments(values, groups)
     return centred / ((squares / (size - freedom).clamp(min=1)).sqrt() + epsilon)
-
-
-def _extreme(values: Tensor, index: Tensor, which: Literal["amin", "amax"]) -> Tensor:
-    """Least or greatest value of each of the groups 0..max(index)."""
-    empty = values.new_zeros(int(index.max()) + 1 if len(index) else 0)
-    return empty.scatter_reduce(0, index, values, which, include_self=False)
 
 
 def _penalties(outcomes: Outcomes, penalty: float) -> Tensor:

@@ -35,6 +35,8 @@ _TOKENIZER_FILES = (
     "chat_template",
     "spiece",
 )
+# What the library notes about how it was called: HF_HUB_OFFLINE, for one, would change an agent's digest.
+_OF_LOADING = ("is_local", "local_files_only", "name_or_path", "gguf_file")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -109,6 +111,7 @@ def convert(name: str, target: Path) -> Path:
             tokenizer, model = _read(source, name)
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
+        _forget_loading(aside / "tokenizer_config.json")
         for path in (*aside.iterdir(), aside):
             path.chmod(
                 0o755 if path.is_dir() else 0o644
@@ -270,6 +273,12 @@ def _model_of_package(distribution: str) -> Source:
             "them; name the file or the folder itself."
         )
     return Source("gguf", str(files[0])) if files else Source("directory", str(folders[0]))
+
+
+def _forget_loading(path: Path) -> None:
+    config = {key: value for key, value in _json(path).items() if key not in _OF_LOADING}
+    if config:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def _fsync(path: Path) -> None:

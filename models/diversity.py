@@ -188,8 +188,14 @@ class Encoder:
         return found.float().cpu()[torch.tensor([place[text] for text in texts])]
 
     def digest(self) -> str:
-        """SHA-256 of the weights, by name, and of the window that texts are cut to."""
-        state = hashlib.sha256(str(self._model.max_seq_length).encode())
+        """SHA-256 of all that decides a vector: weights by name, word pieces, the window that texts are cut to, and
+        the modules that follow (pooling)."""
+        described = [
+            str(self._model.max_seq_length),
+            str(self._model),
+            self._model.tokenizer.backend_tokenizer.to_str(),
+        ]
+        state = hashlib.sha256("\n".join(described).encode())
         for name, values in sorted(self._model.state_dict().items()):
             state.update(f"{name}{tuple(values.shape)}".encode())
             state.update(values.cpu().contiguous().numpy().tobytes())

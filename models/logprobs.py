@@ -65,20 +65,21 @@ def token_logprobs(
     return logprobs, entropies
 
 
-def tied_embedding(ids: Tensor, weight: Tensor, tied: list[Tensor]) -> Tensor:
+def tied_embedding(ids: Tensor, weight: Tensor, tied: list[Tensor], padding: int | None = None) -> Tensor:
     """weight[ids], [..., D], for a model whose head has the same weight [V, D].
 
     Of the two gradients of the weight the head's is there first. It is left in the list `tied`, empty at the start,
-    and the look-up adds its few rows to it, instead of one more [V, D] tensor of which almost all is zero.
+    and the look-up adds its few rows to it, instead of one more [V, D] tensor of which almost all is zero. The row `padding` gets nothing from the look-up, as with
+    `torch.nn.Embedding(padding_idx=...)`.
     """
-    return _TiedEmbedding.apply(ids, weight, tied)  # type: ignore[no-untyped-call]
+    return _TiedEmbedding.apply(ids, weight, tied, padding)  # type: ignore[no-untyped-call]
 
 
 class _TiedEmbedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, weight: Tensor, tied: list[Tensor]) -> Tensor:
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, tied: list[Tensor], padding: int | None) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.tied = tied
+        ctx.tied, ctx.padding = tied, padding
         return nn.functional.embedding(ids, weight)
 
     @staticmethod
@@ -86,7 +87,9 @@ class _TiedEmbedding(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         total: Tensor = ctx.tied.pop()
         rows = grads[0].flatten(0, -2).to(total.dtype)
-        return None, total.index_add_(0, ids.flatten(), rows), None
+        if ctx.padding is not None:
+            rows = rows.masked_fill(ids.flatten()[:, None] == ctx.padding, 0)
+        return None, total.index_add_(0, ids.flatten(), rows), None, None
 
 
 class _TokenLogprobs(torch.autograd.Function):

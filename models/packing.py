@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
@@ -146,6 +147,11 @@ def packed_logprobs(model: PreTrainedModel, batch: MicroBatch) -> tuple[Tensor, 
     return logprobs.index_select(0, batch.token), entropies.index_select(0, batch.token)
 
 
+def packs(model: PreTrainedModel, batch: MicroBatch) -> bool:
+    """Whether `packed_logprobs` runs rows of `model` whole, not sequence by sequence; checks it at the first use."""
+    return _way(model, batch) is not _plain_way
+
+
 Way = Callable[[PreTrainedModel, MicroBatch], tuple[Tensor, Tensor]]
 """How to get (log-probabilities [M], entropies [M]) of the scored tokens of a row."""
 
@@ -168,7 +174,9 @@ def _tree_way(tree: Callable[[Tensor], attention.Tree]) -> Way:
         with sdpa_kernel(_KERNELS):
             ids = batch.input_ids[None]
             hidden = decoder(
-                inputs_embeds=table(ids) if tied is None else tied_embedding(ids, head.weight, tied),
+                inputs_embeds=table(ids)
+                if tied is None
+                else tied_embedding(ids, head.weight, tied, table.padding_idx),
                 position_ids=batch.position_ids[None],
                 # The library hands a mask of four dimensions on as it is, instead of making one.
                 attention_mask=torch.empty(1, 1, 0, 0, device=batch.input_ids.device),
@@ -216,20 +224,30 @@ def _way(model: PreTrainedModel, batch: MicroBatch) -> Way:
 
 
 def _checked(model: PreTrainedModel, batch: MicroBatch, ways: Sequence[Way]) -> Way:
+    """The first of `ways` whose numbers and gradients on a few sequences are those of the model's own passes.
+
+    The allowance is small in full precision. In a lower one it is some times what that precision itself does to the
+    model's own passes, so that rounding is not mistaken for an error, nor an error for rounding.
+    """
     probe = _probe(model.config.get_text_config().vocab_size).to(batch.input_ids.device)
-    with torch.no_grad(), _no_dropout(model):
+    with _no_dropout(model):
         # Compiled layers would be compiled anew for this alone; flex_attention, though, is of use compiled only.
         with torch.compiler.set_stance("force_eager"):
-            want = torch.stack(_plain_way(model, probe))
+            with torch.autocast(probe.input_ids.device.type, enabled=False):
+                exact = _measured(_plain_way, model, probe)
+            rounding = _errors(_measured(_plain_way, model, probe), exact)
+        least = 1e-3 if torch.finfo(model.dtype).bits >= 32 else 0.25  # such weights have no exact passes
         for way in ways:
             try:
                 with torch.compiler.set_stance("force_eager" if way is _TILED else "default"):
-                    got = torch.stack(way(model, probe))
-                low = torch.finfo(got.dtype).bits > torch.finfo(_precision(model, batch)).bits
-                worst = float((got - want).abs().nan_to_num(torch.inf).max())
-                if worst <= (0.25 if low else 1e-3):
+                    found = _measured(way, model, probe)
+                errors = _errors(found, exact)
+                right = [e <= least + 4 * r for e, r in zip(errors, rounding, strict=True)]
+                if all(right):
                     return way
-                problem = f"log-probabilities or entropies are off by up to {worst:.2g} nats"
+                problem = f"log-probabilities or entropies are off by up to {errors[0]:.2g} nats"
+                if right[0]:
+                    problem = f"gradients are off by up to {max(errors[1:]):.0%}"
             except Exception as error:  # whatever it is, the plain way does without
                 problem = f"{type(error).__name__}: {error}"
             then = "the next slower way is tried" if way is not ways[-1] else "sequences are run one by one"
@@ -237,9 +255,32 @@ def _checked(model: PreTrainedModel, batch: MicroBatch, ways: Sequence[Way]) -> 
     return _plain_way
 
 
-def _precision(model: PreTrainedModel, batch: MicroBatch) -> torch.dtype:
-    device = batch.input_ids.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+def _measured(way: Way, model: PreTrainedModel, probe: MicroBatch) -> list[Tensor]:
+    """Log-probabilities and entropies [2, M], and gradients of a weighted sum of them.
+
+    Of the first two trained parameters, which are the embedding and a projection of the first layer, or its adapter:
+    their gradients have come through everything. Of none where the model is split over processes, whose parts are
+    put together for whole passes only.
+    """
+    watched = [p for p in model.parameters() if p.requires_grad][:2]
+    if any(isinstance(p, DTensor) for p in watched):
+        watched = []
+    with torch.set_grad_enabled(bool(watched)):
+        numbers = torch.stack(way(model, probe))
+        weights = torch.arange(numbers.numel(), device=numbers.device).cos().view_as(numbers)
+        total = (numbers * weights).sum()
+    slopes = torch.autograd.grad(total, watched, materialize_grads=True) if watched else ()
+    return [numbers.detach(), *slopes]
+
+
+def _errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+    """The largest difference of the numbers, and of each gradient the norm of the difference over the norm."""
+    largest = (found[0] - exact[0]).abs().max()
+    norms = [
+        (a - b).norm() / b.norm().clamp(min=torch.finfo(b.dtype).tiny)
+        for a, b in zip(found, exact, strict=True)
+    ]
+    return [float(error.nan_to_num(torch.inf)) for error in (largest, *norms[1:])]
 
 
 def _probe(vocabulary: int) -> MicroBatch:

@@ -32,7 +32,7 @@ from models.objectives.clipped import (
     sampo,
     sapo,
 )
-from models.objectives.corrections import WEIGHTS, Weight, corrected, kept, sequence_mask, weights
+from models.objectives.corrections import WEIGHTS, Weight, corrected, sequence_mask, weights
 from models.objectives.diagnostics import (
     chi_square,
     coefficients,
@@ -90,7 +90,6 @@ __all__ = [
     "gspo",
     "gspo_token",
     "icepop",
-    "kept",
     "kl",
     "lengths",
     "local_entropy",

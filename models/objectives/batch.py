@@ -71,6 +71,12 @@ def sampler(batch: Batch) -> Tensor | None:
     return batch.behaviour_logprobs if batch.old_logprobs is None else batch.old_logprobs
 
 
+def writer(batch: Batch) -> Tensor | None:
+    """[N] log-probabilities of who wrote the tokens, which an expectation over them divides by: behaviour if given,
+    else old."""
+    return batch.old_logprobs if batch.behaviour_logprobs is None else batch.behaviour_logprobs
+
+
 def sequence_log_ratio(batch: Batch) -> Tensor:
     """[sequences] log W of the policy against the behaviour policy, float64, detached. Zeros where the behaviour is
     not known.

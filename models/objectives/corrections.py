@@ -18,13 +18,12 @@ from torch import Tensor
 
 from models.objectives.batch import (
     Batch,
-    Counts,
     Losses,
     bounded_sum,
-    lengths,
     log_ratio,
     scaled,
     sequence_mean,
+    writer,
 )
 from models.objectives.registry import Objective
 from models.objectives.weighted import masked
@@ -106,22 +105,14 @@ def sequence_mask(batch: Batch, delta: float) -> Tensor:
     """DeepSeek-V3.2's off-policy mask (arXiv 2512.02556), [N] of 1 and 0: 0 for tokens with A < 0 in a sequence
     whose mean log(behaviour / pi) is above `delta` nats.
 
-    Where no behaviour is given, old stands in for it. Apply it by `scaled`. Denominators: TRL's count the
-    masked tokens, so aggregate with the counts of the whole batch. ARL-Arena's do not: aggregate with the sum
-    of `kept` over the micro-batches (not known before all are scored; scaling the gradient by whole / kept
-    afterwards is the same).
+    Where no behaviour is given, old stands in for it. Apply it by `scaled`. The masked tokens stay in the denominators, as
+    in TRL (ARL-Arena leaves them out).
 
     Raises:
         ValueError: the batch has neither behaviour nor old log-probabilities.
     """
-    sampled = batch.old_logprobs if batch.behaviour_logprobs is None else batch.behaviour_logprobs
+    sampled = writer(batch)
     if sampled is None:
         raise ValueError("the sequence mask needs behaviour_logprobs or old_logprobs")
     drift = -sequence_mean(log_ratio(batch, sampled).detach(), batch)[batch.sequence]
     return ((batch.advantages >= 0) | (drift <= delta)).to(drift.dtype)
-
-
-def kept(batch: Batch, mask: Tensor) -> Counts:
-    """Tokens with mask 1, and sequences that have one."""
-    tokens = sequence_mean(mask, batch) * lengths(batch)
-    return Counts(int(mask.sum()), int((tokens > 0).sum()))

@@ -124,9 +124,14 @@ def _bounded(log_ratios: Tensor) -> Tensor:
 
 
 def _quantiles(name: str, values: Tensor) -> dict[str, float]:
-    levels = torch.tensor(QUANTILES, dtype=values.dtype, device=values.device) / 100
-    found = torch.quantile(values, levels).tolist()
-    return {f"{name}_q{level:02d}": value for level, value in zip(QUANTILES, found, strict=True)}
+    # torch.quantile takes 2^24 values at most, and an update may have more tokens.
+    ordered = values.sort().values
+    places = torch.tensor(QUANTILES, dtype=torch.float64, device=values.device) / 100 * (len(values) - 1)
+    below = places.long()
+    found = torch.lerp(
+        ordered[below], ordered[(below + 1).clamp(max=len(values) - 1)], (places - below).to(values)
+    )
+    return {f"{name}_q{level:02d}": value for level, value in zip(QUANTILES, found.tolist(), strict=True)}
 
 
 def _share(part: Tensor, whole: Tensor) -> float:

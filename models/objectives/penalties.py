@@ -7,8 +7,8 @@ gradient:
 - k1 = -d: value unbiased; its gradient is grad l, whose mean is 0: it does not pull at all.
 - k2 = d^2 / 2: value biased; gradient unbiased.
 - k3 = exp(d) - 1 - d: value unbiased and never negative; gradient biased, that of KL(reference || policy).
-- k3-unbiased = rho k3 with rho = policy / sampler, not detached (DeepSeek-V3.2, arXiv 2512.02556): value and
-  gradient unbiased, for tokens of the sampler too.
+- k3-unbiased = rho k3 with rho = policy / writer, not detached (DeepSeek-V3.2, arXiv 2512.02556): value and
+  gradient unbiased, for tokens that another policy wrote too.
 
 k1, k2 and k3 suppose that the policy itself sampled; on replay they are biased by as much as the two differ.
 """
@@ -20,7 +20,7 @@ from typing import Final, Literal, get_args
 
 from torch import Tensor
 
-from models.objectives.batch import Batch, Losses, lengths, log_ratio, sampler, wide
+from models.objectives.batch import Batch, Losses, lengths, log_ratio, wide, writer
 
 KLEstimator = Literal["k1", "k2", "k3", "k3-unbiased"]
 KL_ESTIMATORS: Final[tuple[str, ...]] = get_args(KLEstimator)
@@ -30,7 +30,7 @@ def kl(batch: Batch, estimator: KLEstimator = "k3") -> Tensor:
     """[N] estimates of KL(policy || reference) in nats, with gradient; |d| is clamped to 20.
 
     Raises:
-        ValueError: no such estimator; no reference log-probabilities, or for k3-unbiased no sampler's.
+        ValueError: no such estimator; no reference log-probabilities, or for k3-unbiased none of who wrote.
     """
     if estimator not in KL_ESTIMATORS:
         raise ValueError(f"there is no KL estimator {estimator}; choose from {', '.join(KL_ESTIMATORS)}")
@@ -44,9 +44,9 @@ def kl(batch: Batch, estimator: KLEstimator = "k3") -> Tensor:
     k3 = difference.expm1() - difference
     if estimator == "k3":
         return k3
-    if sampler(batch) is None:
-        raise ValueError("k3-unbiased needs old_logprobs or behaviour_logprobs; the batch has neither")
-    return log_ratio(batch, sampler(batch)).exp() * k3
+    if writer(batch) is None:
+        raise ValueError("k3-unbiased needs behaviour_logprobs or old_logprobs; the batch has neither")
+    return log_ratio(batch, writer(batch)).exp() * k3
 
 
 def penalised(
@@ -75,7 +75,7 @@ def penalised(
 
 def local_entropy(batch: Batch, groups: int) -> Tensor:
     """DSDR's -J_local (arXiv 2602.19895, equations 12-15), a scalar to be minimised: the mean over groups of
-    sum_i w_i (1 / T_i) sum_t rho l, rho = policy / sampler.
+    sum_i w_i (1 / T_i) sum_t rho l, rho = policy / writer.
 
     rho is not detached: with a detached rho the mean gradient is 0. The expectation of -J_local is the
     negative mean token entropy of the correct answers. Micro-batches add up to the whole.
@@ -86,12 +86,12 @@ def local_entropy(batch: Batch, groups: int) -> Tensor:
         groups: groups of the whole batch, over all its micro-batches.
 
     Raises:
-        ValueError: diversity, or the sampler's log-probabilities, are missing.
+        ValueError: diversity, or log-probabilities of who wrote, are missing.
     """
     if batch.diversity is None:
         raise ValueError("the local entropy term needs diversity; the batch has none")
-    if sampler(batch) is None:
-        raise ValueError("the local entropy term needs old_logprobs or behaviour_logprobs")
+    if writer(batch) is None:
+        raise ValueError("the local entropy term needs behaviour_logprobs or old_logprobs")
     share = (batch.diversity / lengths(batch).clamp(min=1))[batch.sequence]
     logprobs = wide(batch.logprobs)
-    return (share.to(logprobs.dtype) * log_ratio(batch, sampler(batch)).exp() * logprobs).sum() / groups
+    return (share.to(logprobs.dtype) * log_ratio(batch, writer(batch)).exp() * logprobs).sum() / groups

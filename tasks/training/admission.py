@@ -91,6 +91,7 @@ def _rules(table: GroupTable, settings: Admission) -> list[tuple[str, np.ndarray
         else "collect on harder or easier tasks, for within these groups all rewards are equal"
     )
     return [
+        ("no_tokens", table.trained > 0, "none of the answers has a token that the policy may learn from"),
         ("reward_std", table.reward_std > floor, spread),
         ("lag", table.lag <= newest, f"raise training.admission.max_lag ({settings.max_lag})"),
     ]

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,10 +30,11 @@ from tasks.core.errors import Corrupt, NotFound, Refused
 from tasks.core.locks import file_lock
 from tasks.replay.schema import arrow_schema
 
-LAYOUT = 1  # a change of the columns below, or of what they mean, raises it
+LAYOUT = 2  # a change of the columns below, or of what they mean, raises it
 FOREIGN = -1  # the version of a policy that is not ours
 NO_TIME = -(1 << 62)
 BLOCK_BYTES = 1 << 26  # decoded at once, about
+IDLE_SECONDS = 24 * 3600  # a decoded shard that nobody opened for so long may be removed
 
 _SOURCE = pa.schema(
     [
@@ -67,6 +70,9 @@ _FACTS = pa.schema(
         ("top_p", pa.float64()),
         ("reward", pa.float64()),
         ("failed", pa.uint8()),  # the environment did
+        ("truncated", pa.uint8()),  # the answer ended at its limit of tokens
+        ("trained", pa.int32()),  # tokens that the policy wrote
+        ("turns_descend", pa.uint8()),
         ("logprobs_missing", pa.uint8()),
         ("logprobs_impossible", pa.uint8()),  # one of them is no finite number at or below 0
         ("prompt_length", pa.int32()),
@@ -124,6 +130,7 @@ class Block:
     reward: np.ndarray
     temperature: np.ndarray
     version: np.ndarray
+    truncated: np.ndarray
     prompt_ids: Ragged
     response_ids: Ragged
     loss_mask: Ragged
@@ -142,6 +149,8 @@ def decode(shard: Shard, root: Path, cache: Path) -> Path:
         Unavailable: the disk is full; nothing is left behind.
     """
     target = cache / f"{shard.sha256}.v{LAYOUT}.arrow"
+    with suppress(FileNotFoundError):
+        os.utime(target)  # in use: `prune` lets it be
     if not _intact(target):
         with file_lock(cache / ".lock", timeout=math.inf):
             for leftover in cache.glob(".*.tmp"):  # of writers that were killed: who writes holds the lock
@@ -152,11 +161,15 @@ def decode(shard: Shard, root: Path, cache: Path) -> Path:
 
 
 def prune(cache: Path, shards: Iterable[Shard]) -> None:
-    """Remove the decoded files of other shards than these; who has them mapped keeps them until the end."""
+    """Remove the decoded files of other shards than these that have been idle for a day.
+
+    Not at once, for another run may be about to map them, and runs of two datasets may take turns. Who has a file
+    mapped keeps it until the end.
+    """
     kept = {f"{shard.sha256}.v{LAYOUT}.arrow" for shard in shards}
     with file_lock(cache / ".lock", timeout=math.inf):
         for path in cache.glob("*.arrow"):
-            if path.name not in kept:
+            if path.name not in kept and time.time() - path.stat().st_mtime > IDLE_SECONDS:
                 path.unlink()
                 _digest_file(path).unlink(missing_ok=True)
 
@@ -194,6 +207,7 @@ def _block(batch: pa.RecordBatch) -> Block:
         reward=batch["reward"].to_numpy(),
         temperature=batch["temperature"].to_numpy(),
         version=batch["version"].to_numpy(),
+        truncated=batch["truncated"].to_numpy(),
         prompt_ids=ragged("prompt_ids"),
         response_ids=ragged("response_ids"),
         loss_mask=ragged("loss_mask"),
@@ -287,6 +301,9 @@ def _decoded(batch: pa.RecordBatch, source: Path) -> pa.RecordBatch:
         "version": _by_value(rows["behaviour_version"], _registry_version),
         "created_at": _by_value(rows["created_at"], _microseconds),
         "failed": _equal(rows["finish_reason"], "error"),
+        "truncated": _equal(rows["finish_reason"], "length"),
+        "trained": _sums(rows["loss_mask"].flatten().cast(pa.uint8()).to_numpy(), lengths["loss_mask"]),
+        "turns_descend": _descends(rows["turn_ids"].flatten().to_numpy(), lengths["turn_ids"]),
         "logprobs_missing": _equal(rows["logprob_source"], "missing"),
         "logprobs_impossible": _highest(
             (~np.isfinite(logprobs) | (logprobs > 1e-6)).view(np.uint8), lengths["behaviour_logprobs"]
@@ -323,6 +340,23 @@ def _highest(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     if len(values):
         found[filled] = np.maximum.reduceat(values, starts[filled])
+    return found
+
+
+def _sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The sum of every row; `values` are those of all rows, one after another."""
+    totals = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    ends = np.cumsum(lengths, dtype=np.int64)
+    found: np.ndarray = (totals[ends] - totals[ends - lengths]).astype(np.int32)
+    return found
+
+
+def _descends(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Whether a row has a value below the one before it; `values` are those of all rows, one after another."""
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    falls = (np.diff(values) < 0) & (np.diff(row) == 0)
+    found = np.zeros(len(lengths), np.uint8)
+    found[row[1:][falls]] = 1
     return found
 
 

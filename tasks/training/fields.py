@@ -57,6 +57,11 @@ def token_advantages(
     """
     estimator = advantages.get(settings.advantage)
     rewards = torch.tensor(episodes.rewards, dtype=torch.float64)
+    if settings.overlong.longest is not None:
+        lengths = torch.tensor([len(sample.response_ids) for sample in episodes.samples])
+        rewards = rewards + advantages.overlong_penalty(
+            lengths, settings.overlong.longest, settings.overlong.buffer
+        )
     if diversity is not None:
         rewards = rewards + bonus(diversity, correct(episodes), settings.diversity.reward)
     trajectory, turn, place = advantages.turn_table(sequence(episodes), episodes.turns)

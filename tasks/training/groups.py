@@ -18,6 +18,7 @@ class GroupTable:
     ids: np.ndarray  # str, unique, ascending
     episodes: np.ndarray  # int32
     tokens: np.ndarray  # int64, prompt and response over all episodes
+    trained: np.ndarray  # int64, tokens that may be learnt from over all episodes
     reward_mean: np.ndarray  # float64
     reward_std: np.ndarray  # float64, population
     lag: np.ndarray  # int32, registry versions behind the newest behaviour of the dataset; 0 for foreign

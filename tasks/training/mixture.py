@@ -17,7 +17,8 @@ class Mix:
     """Where the schedule stands; kept with the run's progress.
 
     share: fresh part of an update that ess steers, 0 to 1.
-    owed: fresh groups asked for and not given yet, at least -1/2 and below 1/2.
+    owed: fresh groups that the schedule wants and that were not had yet: the rounding of the last update, from -1/2
+        to 1/2, and those that were sampled and refused, up to an update's groups.
     """
 
     share: float
@@ -45,8 +46,17 @@ def fresh_groups(settings: Mixture, mix: Mix, step: int, steps: int, groups_per_
     any number of updates the total is at most 1/2 away from the sum of the shares asked for.
     """
     wanted = _share(settings, mix, step, steps) * groups_per_step + mix.owed
-    given = math.floor(wanted + 0.5)
-    return given, replace(mix, owed=wanted - given)
+    given = min(math.floor(wanted + 0.5), groups_per_step)
+    return given, replace(mix, owed=min(wanted - given, float(groups_per_step)))
+
+
+def refused(mix: Mix, count: int, groups_per_step: int) -> Mix:
+    """The mix after `count` fresh groups were sampled and not admitted: the next updates make up for them.
+
+    So the share that is learnt from is the one asked for, as with DAPO's dynamic sampling (arXiv 2503.14476, section
+    3.2), while enough groups are admitted for it; what can never be had is not owed without end.
+    """
+    return replace(mix, owed=min(mix.owed + count, float(groups_per_step)))
 
 
 def measured(settings: Mixture, mix: Mix, replay_ess: float, groups_per_step: int) -> Mix:

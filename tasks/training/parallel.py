@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from models import adapters
-from models.packing import MicroBatch, Sample, cost, pack, packed_logprobs, partition
+from models.packing import MicroBatch, Sample, cost, pack, packed_logprobs, packs, partition
 from tasks.core.errors import Unavailable
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -100,7 +100,17 @@ class Scorer(nn.Module):
         self.model = model
 
     def forward(self, row: MicroBatch) -> tuple[Tensor, Tensor]:
-        """See `models.packing.packed_logprobs`."""
+        """See `models.packing.packed_logprobs`.
+
+        Raises:
+            Unavailable: the model is split, and its rows cannot be run whole. Sequence by sequence, processes whose
+                rows have unequal numbers of them would wait for one another for ever.
+        """
+        if isinstance(self, FSDPModule) and not packs(self.model, row):
+            raise Unavailable(
+                f"{type(self.model).__name__} cannot be trained in packed rows (the warning above says why), and "
+                "without them it cannot be split over several processes; set compute.processes=1."
+            )
         return packed_logprobs(self.model, row)
 
 

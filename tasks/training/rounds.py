@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from models.objectives import effective_sample_size
 from tasks.core.digest import write_file_atomic
 from tasks.training import admission, fields, mixture
 from tasks.training.groups import GroupTable
@@ -125,7 +126,13 @@ class Curriculum:
             return progress
         by_ess = self.settings.sampling.order == "ess"
         values = {name: one.ess if by_ess else one.signal for name, one in seen.items()}
-        replay_ess = sum(one.ess for one in seen.values()) / len(seen)
+        # Over all of them at once: within a group the smallest possible is 1 / G, however far the policy has moved.
+        replayed = [
+            w
+            for w, number in zip(update.log_ratios, lesson.episodes.groups, strict=True)
+            if number < lesson.replayed
+        ]
+        replay_ess = effective_sample_size(torch.tensor(replayed, dtype=torch.float64))
         return replace(
             progress,
             frontier=self.sampler.measured(progress.frontier, values),
@@ -144,12 +151,19 @@ class Curriculum:
         if wanted:
             shard = self._sample(updates, progress.asked, wanted)
             shards = (*shards, shard)
-            found = read_replay([shard], self.shard_root, self.policy, needs(settings))
+            found = read_replay(
+                [shard],
+                self.shard_root,
+                self.policy,
+                needs(settings),
+                mask_truncated=settings.overlong.mask,
+            )
             ids = found.table.ids[admission.passes(found.table, settings.admission)].tolist()
             admitted = len(ids)
             if ids:
                 parts.append(found.episodes(ids))
-        # Replay takes the place of fresh groups that teach nothing.
+        # Replay takes the place of fresh groups that teach nothing; later updates ask for more of them instead.
+        mix = mixture.refused(mix, wanted - admitted, settings.groups_per_step)
         ids, frontier = self.sampler.draw(progress.frontier, settings.groups_per_step - admitted)
         if ids:
             parts.insert(0, self.replay.episodes(ids))
@@ -205,7 +219,7 @@ def admitted(
     table, report = admission.admit(replay.table, settings.admission)
     if settings.admission.max_divergence is None:
         return table, report
-    if not memo.exists():
+    if not (memo.exists() and memo.stat().st_size == 8 * len(table)):
         measured = np.concatenate([*_divergences(replay, table, settings, policies)])
         if policies.world.main:
             write_file_atomic(memo, lambda path: measured.tofile(path))

@@ -76,6 +76,16 @@ class Diversity(Section):
     )
 
 
+class Overlong(Section):
+    """Answers that are too long, as DAPO treats them (arXiv 2503.14476, section 3.4)."""
+
+    mask: bool = Field(False, description="learn nothing from answers that were cut off at their limit")
+    longest: int | None = Field(
+        None, ge=1, description="answers of so many tokens lose 1 of reward; null: length costs nothing"
+    )
+    buffer: int = Field(4096, ge=1, description="tokens before that in which the loss grows from 0")
+
+
 class Sampling(Section):
     """In which order the groups of an epoch come; every admitted group comes once."""
 
@@ -129,6 +139,7 @@ class TrainingSettings(Section):
     correction: Correction = Correction()
     penalties: Penalties = Penalties()
     diversity: Diversity = Diversity()
+    overlong: Overlong = Overlong()
     sampling: Sampling = Sampling()
     admission: Admission = Admission()
     mixture: Mixture = Mixture()

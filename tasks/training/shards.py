@@ -89,6 +89,7 @@ class Replay:
     table: GroupTable  # all groups that have a row, whether they teach anything or not
     newest: int  # registry version
     logprobs_known: bool
+    mask_truncated: bool
     blocks: Sequence[Block]
     bounds: np.ndarray  # [G + 1] int64
     block: np.ndarray  # [spans] int32, where the span lies
@@ -122,6 +123,8 @@ class Replay:
         prompt, prompt_at = gather(lambda block: block.prompt_ids, np.int64)
         response, response_at = gather(lambda block: block.response_ids, np.int64)
         mask = gather(lambda block: block.loss_mask)[0].view(bool)
+        if self.mask_truncated:
+            mask = mask & ~np.repeat(plain(lambda block: block.truncated).view(bool), np.diff(response_at))
         turns = gather(lambda block: block.turn_ids, np.int64)[0]
         text, text_at = gather(lambda block: block.response_text)
         utf8 = text.tobytes()
@@ -163,6 +166,8 @@ def read_replay(
     needs: frozenset[str],
     oldest_behaviour: int = 0,
     cache: Path | None = None,
+    *,
+    mask_truncated: bool = False,
 ) -> Replay:
     """Open shards whose bytes have the digests given, and refuse rows that this policy or objective cannot
     learn from.
@@ -177,6 +182,8 @@ def read_replay(
         cache: folder of the decoded shards, shared by all runs that are given it; what belongs to other shards is
             removed from it. By default they are decoded to
             files without a name, whose space is free again when the replay is not used any more.
+        mask_truncated: of answers that were cut off at their limit no token is trained; their reward still counts
+            in their group.
 
     Raises:
         NotFound: a shard is missing.
@@ -190,12 +197,14 @@ def read_replay(
         )
     if cache is None:
         with tempfile.TemporaryDirectory(prefix="forebay-replay-") as folder:  # mapped files outlive it
-            return read_replay(shards, root, policy, needs, oldest_behaviour, Path(folder))
+            return read_replay(
+                shards, root, policy, needs, oldest_behaviour, Path(folder), mask_truncated=mask_truncated
+            )
     paths = [decoded.decode(shard, root, cache) for shard in shards]
     decoded.prune(cache, shards)
     blocks = [block for path in paths for block in decoded.blocks(path)]
     facts = (batch for path in paths for batch in decoded.facts(path))
-    return _index(blocks, facts, policy, needs, oldest_behaviour)
+    return _index(blocks, facts, policy, needs, oldest_behaviour, mask_truncated)
 
 
 _ROW = np.dtype(
@@ -205,6 +214,7 @@ _ROW = np.dtype(
         ("block", np.int32),
         ("row", np.int32),  # in the block
         ("tokens", np.int32),
+        ("trained", np.int32),
         ("version", np.int64),
         ("created_at", np.int64),
         ("reward", np.float64),
@@ -219,6 +229,7 @@ def _index(
     policy: Policy,
     needs: frozenset[str],
     oldest_behaviour: int,
+    mask_truncated: bool,
 ) -> Replay:
     """Check the rows block by block and sort those that are kept into groups."""
     rows = np.empty(sum(block.size for block in blocks), _ROW)
@@ -242,8 +253,10 @@ def _index(
         part["group"] = encoded.indices.to_numpy() + names
         part["block"], part["row"], part["missing"] = number, keep, missing
         part["tokens"] = kept["prompt_length"] + kept["response_length"]
-        for name in ("sample_index", "version", "created_at", "reward"):
+        for name in ("sample_index", "version", "created_at", "reward", "trained"):
             part[name] = kept[name]
+        if mask_truncated:
+            part["trained"][kept["truncated"] > 0] = 0
         filled, names = filled + len(keep), names + len(encoded.dictionary)
         ids.append(encoded.dictionary)
     rows = rows[:filled]
@@ -254,10 +267,10 @@ def _index(
     for (column, why), counts in broken.items():
         if counts[int(known_only)]:
             raise Refused(f"Column {column}: {counts[int(known_only)]} of {len(rows)} rows {why}.")
-    return _replay(rows, pa.chunked_array(ids, pa.string()), blocks)
+    return _replay(rows, pa.chunked_array(ids, pa.string()), blocks, mask_truncated)
 
 
-def _replay(rows: np.ndarray, ids: pa.ChunkedArray, blocks: Sequence[Block]) -> Replay:
+def _replay(rows: np.ndarray, ids: pa.ChunkedArray, blocks: Sequence[Block], mask_truncated: bool) -> Replay:
     unique = pc.unique(ids)
     ranked = unique.take(pc.sort_indices(unique))
     rows["group"] = pc.index_in(ids, ranked).to_numpy()[rows["group"]]
@@ -282,6 +295,7 @@ def _replay(rows: np.ndarray, ids: pa.ChunkedArray, blocks: Sequence[Block]) -> 
         ids=np.asarray(ranked.take(pa.array(group[starts])).to_pylist(), dtype=np.str_),
         episodes=sizes.astype(np.int32),
         tokens=np.add.reduceat(column("tokens"), starts, dtype=np.int64),
+        trained=np.add.reduceat(column("trained"), starts, dtype=np.int64),
         reward_mean=lowest + mean,
         reward_std=np.sqrt(variance),
         lag=np.maximum.reduceat(_lags(column("version"), newest), starts).astype(np.int32),
@@ -293,6 +307,7 @@ def _replay(rows: np.ndarray, ids: pa.ChunkedArray, blocks: Sequence[Block]) -> 
         table=table,
         newest=newest,
         logprobs_known=not np.any(rows["missing"]),
+        mask_truncated=mask_truncated,
         blocks=blocks,
         bounds=np.searchsorted(first, np.append(starts, len(rows))),
         block=block[first],
@@ -341,6 +356,13 @@ def _rules(
             f"hold token ids outside the policy's vocabulary of {policy.vocabulary}",
         )
     yield "turn_ids", facts["turns_length"] != response, "have another number of turns than response_ids"
+    yield "turn_ids", facts["turns_descend"] > 0, "have turns whose numbers descend"
+    # Whatever the objective, known log-probabilities are reported on and guarded by.
+    yield (
+        "behaviour_logprobs",
+        (facts["logprobs_impossible"] > 0) & (facts["logprobs_missing"] == 0),
+        "hold log-probabilities that are not finite numbers at or below 0",
+    )
     if "behaviour_logprobs" not in needs:
         return
     yield (
@@ -353,9 +375,4 @@ def _rules(
         "top_p",
         facts["top_p"] != 1,
         "were sampled with top_p below 1, so their log-probabilities are not the policy's own",
-    )
-    yield (
-        "behaviour_logprobs",
-        facts["logprobs_impossible"] > 0,
-        "hold log-probabilities that are not finite numbers at or below 0",
     )

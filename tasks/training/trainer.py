@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from models import adapters
+from models import adapters, objectives
 from models.causal_lm import ModelError, load_policy, save_policy, tokenizer_digest
 from models.diversity import Encoder
 from models.memory import keep_freed_memory
@@ -152,7 +152,15 @@ def train(
         result = _read_result(run_dir, inputs)
         if result is None:
             policies, policy = _policies(init_dir, settings, seed, autocast, world)
-            replay = read_replay(shards, shard_root, policy, needs(settings), oldest_behaviour, cache)
+            replay = read_replay(
+                shards,
+                shard_root,
+                policy,
+                needs(settings),
+                oldest_behaviour,
+                cache,
+                mask_truncated=settings.overlong.mask,
+            )
             table, report = admitted(replay, settings, policies, run_dir / f"divergence-{inputs[:16]}.f64")
             sampler = Sampler(table, settings.sampling, seed)
             optimizer = torch.optim.AdamW(
@@ -196,6 +204,12 @@ def check(settings: TrainingSettings) -> None:
         rehearse(settings)
     except Exception as error:  # the user's own functions may raise anything
         raise UsageError(f"These training settings cannot work: {error}") from error
+    proximal = "old_logprobs" in objectives.get(settings.objective).needs
+    if settings.updates_per_round == 1 and proximal:
+        raise UsageError(
+            f"training.objective={settings.objective} clips against the policy at the beginning of a round, which "
+            "with one update a round is the policy itself; set training.updates_per_round to 2 or more."
+        )
     idle = settings.mixture.schedule == "replay" and settings.sampling.order not in MEASURED_ORDERS
     if settings.updates_per_round > 1 and idle and "old_logprobs" not in needs(settings):
         raise UsageError(
@@ -206,7 +220,7 @@ def check(settings: TrainingSettings) -> None:
 
 def stop_reason(metrics: Metrics, guards: Guards) -> str | None:
     """The name of the guard that the metrics of an update trip, or None."""
-    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+    if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm", "ess", "kl_k3")):
         return "not_finite"
     if metrics["ess"] < guards.min_ess:
         return "ess_collapse"
@@ -263,9 +277,8 @@ def _updates(
             weights = parallel.gather_weights(policies.scorer.model, world)
             moments = parallel.gather_moments(policies.scorer.model, run.optimizer, world)
             if world.main:
-                checkpoint.save(
-                    run.checkpoints, progress.step, progress.to_json(), weights, moments, run.inputs
-                )
+                state = progress.to_json() | {"threads": torch.get_num_threads()}
+                checkpoint.save(run.checkpoints, progress.step, state, weights, moments, run.inputs)
     return progress, FINISHED, metrics
 
 
@@ -274,7 +287,10 @@ def _restore(run: _Run, before: int | None = None) -> Progress | None:
     found = checkpoint.load(run.checkpoints, run.inputs, before=before)
     if found is None:
         return None
-    model = run.policies.scorer.model
+    model, world = run.policies.scorer.model, run.policies.world
+    if world.size == 1 and world.device.type == "cpu":
+        # How a product is split over threads decides its last bits.
+        torch.set_num_threads(found.progress["threads"])
     parallel.load_state(model, run.optimizer, found.weights, found.moments, found.step)
     return Progress.from_json(found.progress)
 

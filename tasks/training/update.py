@@ -18,9 +18,6 @@ from tasks.training.shards import Episodes
 
 Metrics = dict[str, float]
 
-_COUPLED = frozenset(
-    {"bapo", "m2po", "m2po_areal"}
-)  # what they clip or mask depends on all tokens of the update
 _OF_TOKENS = ("advantages", "behaviour_logprobs", "old_logprobs", "reference_logprobs", "turn")
 _OF_SEQUENCES = ("group", "diversity")
 
@@ -41,6 +38,7 @@ class Update:
 
     metrics: Metrics
     groups: dict[int, Measured]
+    log_ratios: tuple[float, ...]  # [B], log W of every episode against its behaviour
 
 
 def needs(settings: TrainingSettings) -> frozenset[str]:
@@ -173,7 +171,7 @@ def accumulate_gradients(
     pushes = objectives.coefficients(losses, units)
     log_ratio = objectives.sequence_log_ratio(whole)
     report = _report(whole, units, losses, pushes, settings) | _rewards(log_ratio, episodes)
-    return Update(report | numbers, _measured(log_ratio, pushes, episodes))
+    return Update(report | numbers, _measured(log_ratio, pushes, episodes), tuple(log_ratio.tolist()))
 
 
 def _known(episodes: Episodes, scores: Tensor, **given: Tensor | None) -> Batch:

@@ -28,7 +28,7 @@ PARAMS = """
 base_model: {base}
 compute: {{device: cpu, threads: 1}}
 collect: {{environments: {{{env}: 24}}, group_size: 8}}
-training: {{steps: 8, groups_per_step: 8, learning_rate: 0.002, checkpoint_every: 2, guards: {{max_kl: 9, min_ess: 0}}}}
+training: {{steps: 16, groups_per_step: 8, learning_rate: 0.001, checkpoint_every: 2, guards: {{max_kl: 9, min_ess: 0}}}}
 evaluation: {{tasks: {{{env}: 60}}}}
 validation: {{min_groups: 4}}
 """

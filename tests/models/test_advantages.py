@@ -6,7 +6,6 @@ import hashlib
 import math
 import statistics
 import struct
-from collections import defaultdict
 from functools import partial
 
 import numpy as np
@@ -24,7 +23,6 @@ from models.advantages import (
     gigpo,
     group_mean,
     group_norm_per_turn,
-    keep_group,
     leave_one_out,
     names,
     overlong_penalty,
@@ -141,23 +139,7 @@ def test_a_single_answer(name, alone):
     torch.testing.assert_close(found, torch.tensor([0.0, 0.0, 0.0, alone]))
 
 
-# Filter and penalty
-
-
-def test_the_filter_keeps_groups_with_different_rewards_whole():
-    rewards = torch.tensor([0.0, 1, 1, 1, 0, 0, 1], dtype=D)
-    groups = torch.tensor([5, 5, 2, 2, 9, 9, 5])
-    assert keep_group(rewards, groups).tolist() == [True, True, False, False, False, False, True]
-
-
-@given(rows=some_rewards)
-@settings(max_examples=40, deadline=None)
-def test_the_filter_against_plain_python(rows):
-    own = defaultdict(set)
-    for reward, group in rows:
-        own[group].add(reward)
-    found = keep_group(torch.tensor([r for r, _ in rows], dtype=D), torch.tensor([g for _, g in rows]))
-    assert found.tolist() == [len(own[group]) > 1 for _, group in rows]
+# Penalty
 
 
 def test_the_soft_overlong_penalty():
@@ -250,9 +232,8 @@ def test_a_broken_format_costs_its_own_turn_only():
     assert close(difference, [0.1 / 6 - (0.1 if row == 2 else 0.0) for row in range(6)], 1e-12)
 
 
-def test_a_group_that_differs_in_format_only_is_dropped_and_yet_has_advantages():
+def test_a_group_that_differs_in_format_only_has_advantages():
     outcomes = changed(worked(), rewards=torch.tensor([0.0, 0.0], dtype=D))
-    assert not keep_group(outcomes.rewards, outcomes.groups).any()
     assert bool((gigpo(outcomes) != 0).any())
 
 

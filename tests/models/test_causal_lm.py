@@ -39,6 +39,16 @@ def test_converting_a_directory_keeps_weights_and_tokenizer(tiny, tmp_path):
         convert(str(tiny), target)
 
 
+def test_the_bytes_do_not_depend_on_how_the_library_was_called(tiny, tmp_path, monkeypatch):
+    for number, offline in enumerate((False, True)):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        convert(str(tiny), tmp_path / str(number))
+    names = sorted(path.name for path in (tmp_path / "0").iterdir())
+    assert "tokenizer_config.json" in names
+    for name in names:
+        assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "1" / name).read_bytes(), name
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

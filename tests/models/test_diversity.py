@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.advantages import group_norm, group_norm_trl, keep_group
+from models.advantages import group_norm, group_norm_trl
 from models.causal_lm import ModelError, resolve
 from models.diversity import (
     Encoder,
@@ -117,9 +117,9 @@ def test_no_weight_is_the_backbone():
 
 @pytest.mark.parametrize(("p", "share"), [(0.5, 0.992188), (0.9, 0.569533), (0.99, 0.077255)])
 def test_how_often_a_group_of_eight_is_mixed(p, share):
-    """1 - p^8 - (1-p)^8, from all 256 outcomes and DAPO's filter."""
+    """1 - p^8 - (1-p)^8, from all 256 outcomes and those whose rewards differ."""
     outcomes = torch.tensor([[(n >> i) & 1 for i in range(8)] for n in range(256)], dtype=D)
-    keep = keep_group(outcomes.flatten(), torch.arange(256).repeat_interleave(8)).view(256, 8)[:, 0]
+    keep = group_norm(outcomes.flatten(), torch.arange(256).repeat_interleave(8)).view(256, 8).any(1)
     right = outcomes.sum(1)
     chance = p**right * (1 - p) ** (8 - right)
     assert float(chance[keep].sum()) == pytest.approx(share, abs=1e-6)

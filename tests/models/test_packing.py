@@ -301,6 +301,34 @@ def test_a_wrong_attention_function_is_caught(monkeypatch):
         _assert_equal_to_padded(_model(FAMILIES["llama"]), _samples(), 10_000, atol=1e-12, grad_atol=2e-5)
 
 
+@pytest.mark.filterwarnings("default:packed rows")
+def test_a_wrong_gradient_is_caught(monkeypatch):
+    monkeypatch.setattr(attention, "_add", lambda *arguments: None)
+    with pytest.warns(UserWarning, match="gradients are off by up to"):
+        _assert_equal_to_padded(_model(FAMILIES["llama"]), _samples(), 10_000, atol=1e-12, grad_atol=2e-5)
+
+
+@pytest.mark.filterwarnings("default:packed rows")
+@pytest.mark.parametrize("right", [True, False])
+def test_in_low_precision_rounding_and_errors_are_told_apart(monkeypatch, right):
+    """Weights of the usual small size: who looks at whom then changes a log-probability by less than 0.25."""
+    model = _model(FAMILIES["llama"], torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.02)
+    if not right:
+        real = attention.tiles
+        everything = torch.full((1000,), 10_000)
+        monkeypatch.setattr(attention, "tiles", lambda end: real(everything[: len(end)].clamp(max=len(end))))
+        monkeypatch.setattr(packing, "_TILED", packing._tree_way(attention.tiles))
+    row = pack(_samples(), 1000)[0]
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert packing.packs(model, row) == right
+    assert right == (not seen)
+
+
 def test_the_self_check_leaves_no_trace():
     model = _model(FAMILIES["llama"]).train()
     model.model.layers[0].mlp = torch.nn.Sequential(model.model.layers[0].mlp, torch.nn.Dropout(0.5))

@@ -95,3 +95,27 @@ def write_shards(root: Path, episodes: list[Episode], *, shards: int = 2) -> lis
 def changed(episodes: list[Episode], number: int, **values: object) -> list[Episode]:
     """The episodes with fields of one of them replaced."""
     return [replace(e, **values) if i == number else e for i, e in enumerate(episodes)]
+
+
+class Source:
+    """Fresh groups in `folder` of the shard root, with the log-probabilities of the model as it is; a shard that is
+    there is not made again."""
+
+    def __init__(self, tiny: Path, root: Path, folder: str = "fresh") -> None:
+        self.tiny, self.root, self.folder = tiny, root, folder
+        self.asked: list[tuple[int, int, int]] = []
+
+    def __call__(self, model: PreTrainedModel, updates: int, before: int, count: int) -> ShardRef:
+        path = self.root / self.folder / f"{before}.parquet"
+        self.asked.append((updates, before, count))
+        if not path.exists():
+            found = make_episodes(self.tiny, groups=count, seed=100 + before, model=model)
+            named = [
+                replace(e, group_id=f"fresh-{before}-{e.group_id}", reward=self.reward(e)) for e in found
+            ]
+            (shard,) = write_shards(path.parent / f"{before}", named, shards=1)
+            (path.parent / f"{before}" / shard.path).rename(path)
+        return ShardRef(f"{self.folder}/{before}.parquet", sha256_file(path))
+
+    def reward(self, episode: Episode) -> float:
+        return episode.reward

@@ -17,6 +17,7 @@ def table(std: list[float], lag: list[int] | None = None, mean: float = 0.5) -> 
         np.array([f"g{i:03d}" for i in range(size)]),
         np.full(size, 4, np.int32),
         np.full(size, 100, np.int64),
+        np.full(size, 50, np.int64),
         np.full(size, mean),
         np.array(std, np.float64),
         np.array(lag or [0] * size, np.int32),
@@ -30,10 +31,11 @@ def test_a_group_is_refused_for_its_first_reason():
     )
     assert groups.ids.tolist() == ["g003"]
     assert groups.age.tolist() == [3]
-    assert report == Report(1, {"reward_std": 3, "lag": 1})
+    assert report == Report(1, {"no_tokens": 0, "reward_std": 3, "lag": 1})
     assert str(report) == "1 of 5 groups admitted; refused: 3 reward_std, 1 lag"
     assert report.metrics() == {
         "groups_admitted": 1.0,
+        "groups_refused_no_tokens": 0.0,
         "groups_refused_reward_std": 3.0,
         "groups_refused_lag": 1.0,
     }
@@ -44,7 +46,7 @@ def test_the_defaults_drop_only_groups_without_a_signal():
     assert rewards.std() > 0  # rounding, not a signal
     groups, report = admit(table([float(rewards.std()), 1e-6, 0.5], [0, 99, 99]), Admission())
     assert groups.ids.tolist() == ["g001", "g002"]
-    assert report.refused == {"reward_std": 1, "lag": 0}
+    assert report.refused == {"no_tokens": 0, "reward_std": 1, "lag": 0}
 
 
 def test_measured_divergence_is_a_second_filter():
@@ -52,7 +54,7 @@ def test_measured_divergence_is_a_second_filter():
     settings = Admission(max_divergence=0.2)
     groups, after = admit_measured(first, settings, np.array([0.2, 0.21, np.nan, np.inf]))
     assert groups.ids.tolist() == ["g001"]
-    assert before.then(after) == Report(1, {"reward_std": 1, "lag": 0, "divergence": 3})
+    assert before.then(after) == Report(1, {"no_tokens": 0, "reward_std": 1, "lag": 0, "divergence": 3})
     assert str(before.then(after)) == "1 of 5 groups admitted; refused: 1 reward_std, 3 divergence"
     assert admit_measured(first, Admission(), np.full(4, np.nan)) == (first, Report(4))
 

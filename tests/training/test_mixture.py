@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.training.mixture import Mix, fresh_groups, measured, start
+from tasks.training.mixture import Mix, fresh_groups, measured, refused, start
 from tasks.training.settings import Mixture
 
 
@@ -116,3 +116,27 @@ def test_a_resumed_schedule_goes_on_the_same(measurements, data):
             again, resumed = fresh_groups(settings, resumed, step, 30, 7)
             resumed = measured(settings, resumed, ess, 7)
             assert (again, resumed) == (fresh, mix)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=80), st.floats(0, 1), st.integers(1, 20))
+def test_what_was_refused_is_asked_for_again(admission, share, size):
+    settings = Mixture(schedule="constant", fresh=share)
+    mix = start(settings, size)
+    for step, part in enumerate(admission):
+        asked, mix = fresh_groups(settings, mix, step, len(admission), size)
+        assert 0 <= asked <= size
+        mix = refused(mix, asked - int(part * asked), size)
+        assert -0.5 - 1e-9 <= mix.owed <= size
+
+
+def test_the_share_that_is_learnt_from_is_the_one_asked_for():
+    """Every second fresh group is dull: asking for a quarter takes half of the update."""
+    settings, size = Mixture(schedule="constant", fresh=0.25), 8
+    mix, learnt, asked = start(settings, size), 0, 0
+    for step in range(200):
+        count, mix = fresh_groups(settings, mix, step, 200, size)
+        admitted = (asked + count) // 2 - asked // 2
+        asked += count
+        learnt += admitted
+        mix = refused(mix, count - admitted, size)
+    assert learnt / (200 * size) == pytest.approx(0.25, abs=0.01)

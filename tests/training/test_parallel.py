@@ -12,6 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
+from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from models.causal_lm import load_policy
@@ -237,3 +238,32 @@ def test_errors_and_updates_are_passed_on():
     assert seen == [1]
     assert isinstance(failure, Corrupt)
     assert str(failure) == "It is bad."
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_packed_is_refused_by_several_processes(tmp_path, tiny):
+    """Run sequence by sequence, the processes would wait for one another for ever."""
+    known = AutoConfig.from_pretrained(tiny).to_dict()
+    shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = Qwen2Config(
+        **{name: known[name] for name in (*shape, "num_key_value_heads", "tie_word_embeddings")},
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=0,
+    )
+    shutil.copytree(tiny, tmp_path / "model")
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        Unavailable, match=r"cannot be split over several processes; set compute\.processes=1"
+    ):
+        train_in_processes(
+            2,
+            run_dir=tmp_path / "run",
+            init_dir=tmp_path / "model",
+            shards=write_shards(tmp_path / "data", make_episodes(tiny, groups=3)),
+            shard_root=tmp_path / "data",
+            settings=TrainingSettings(steps=1, groups_per_step=3, token_budget=40),
+            seed=0,
+            device="cpu",
+            dtype="float32",
+        )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,11 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from models import objectives
 from models.causal_lm import load_policy, tokenizer_digest
+from models.packing import Sample
 from tasks.core.digest import sha256_file
 from tasks.core.errors import Conflict, UsageError
 from tasks.training import parallel
+from tasks.training.groups import GroupTable
 from tasks.training.parallel import World
-from tasks.training.rounds import Policies, admitted
+from tasks.training.rounds import Curriculum, Lesson, Policies, admitted
+from tasks.training.sampler import Sampler
 from tasks.training.settings import (
     Adapter,
     Admission,
@@ -30,9 +33,10 @@ from tasks.training.settings import (
     Sampling,
     TrainingSettings,
 )
-from tasks.training.shards import Policy, ShardRef, read_replay
+from tasks.training.shards import Episodes, Policy, ShardRef, read_replay
 from tasks.training.trainer import train
-from tests.training.replay import changed, make_episodes, write_shards
+from tasks.training.update import Measured, Update
+from tests.training.replay import Source, changed, make_episodes, write_shards
 
 SETTINGS = TrainingSettings(
     steps=6,
@@ -64,28 +68,6 @@ def given(**update) -> TrainingSettings:
 
 class Crash(Exception):
     pass
-
-
-class Source:
-    """Fresh groups with the log-probabilities of the model as it is; a shard that is there is not made again."""
-
-    def __init__(self, tiny: Path, root: Path) -> None:
-        self.tiny, self.root, self.asked = tiny, root, []
-
-    def __call__(self, model, updates: int, before: int, count: int) -> ShardRef:
-        path = self.root / f"fresh/{before}.parquet"
-        self.asked.append((updates, before, count))
-        if not path.exists():
-            found = make_episodes(self.tiny, groups=count, seed=100 + before, model=model)
-            named = [
-                replace(e, group_id=f"fresh-{before}-{e.group_id}", reward=self.reward(e)) for e in found
-            ]
-            (shard,) = write_shards(path.parent / f"{before}", named, shards=1)
-            (path.parent / f"{before}" / shard.path).rename(path)
-        return ShardRef(f"fresh/{before}.parquet", sha256_file(path))
-
-    def reward(self, episode):
-        return episode.reward
 
 
 def test_fresh_groups_are_on_policy_counted_and_kept(options, tiny):
@@ -283,6 +265,7 @@ def test_an_objective_of_the_users_own_is_named_by_its_bytes(options, tmp_path, 
         ({"correction": Correction(weight="sequence-tis")}, "cannot work"),
         ({"objective": "math:nothing"}, "cannot be imported"),
         ({"updates_per_round": 3}, "would change nothing"),
+        ({"objective": "decoupled_ppo"}, "updates_per_round to 2 or more"),
         ({"adapter": Adapter(rank=2, targets=("lm_head",))}, "embedding or head"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -323,3 +306,31 @@ def test_a_policy_that_has_left_the_data_is_seen():
     want = float(weights.sum() ** 2 / weights.square().sum() / 64)
     assert objectives.effective_sample_size(log_w) == pytest.approx(want)
     assert want < 0.1
+
+
+def test_the_mixture_is_steered_by_all_replayed_sequences_at_once():
+    """Each group on its own looks fine where only the prompts have drifted apart; a fresh group does not count."""
+    settings = TrainingSettings(
+        groups_per_step=4, mixture=Mixture(schedule="ess", fresh=0.25, target_ess=0.5)
+    )
+    ids = tuple("abc")
+    rank = np.arange(3)
+    table = GroupTable(np.array(ids), *[rank.astype(np.int64)] * 2, rank + 1, rank, rank, rank, rank)
+    curriculum = Curriculum(None, Sampler(table, settings.sampling, 0), None, settings, Path(), None)
+    samples = tuple(Sample((1,), (2,), (True,)) for _ in range(8))
+    episodes = Episodes(
+        samples,
+        (0.0, 1.0) * 4,
+        (0, 0, 1, 1, 2, 2, 3, 3),
+        (0,) * 8,
+        torch.zeros(8),
+        None,
+        (*ids, "new"),
+        ("",) * 8,
+    )
+    update = Update(
+        {}, {n: Measured(1.0, 1.0) for n in range(4)}, (0.0, 0.0, -9.0, -9.0, -9.0, -9.0, 50.0, -50.0)
+    )
+    progress = curriculum.start()
+    found = curriculum.learnt(progress, Lesson(episodes, 3, None, None, None), update)
+    assert found.mix.share == pytest.approx(0.25 + 0.25 * (0.5 - 2 / 6), abs=1e-3)

@@ -32,6 +32,7 @@ def table(size: int, name: str = "g") -> GroupTable:
         np.array([f"{name}{i:04d}" for i in range(size)]),
         np.full(size, 4, np.int32),
         np.full(size, 100, np.int64),
+        np.full(size, 50, np.int64),
         np.zeros(size),
         1 / (1.0 + rank),
         rank,
@@ -291,7 +292,9 @@ def test_a_million_groups():
     size = 1_000_000
     rank = np.arange(size, dtype=np.int32)
     ids = np.array([f"{i:07d}" for i in range(size)])
-    groups = GroupTable(ids, rank, rank.astype(np.int64), rank / size, rank / size, rank, rank)
+    groups = GroupTable(
+        ids, rank, rank.astype(np.int64), rank.astype(np.int64), rank / size, rank / size, rank, rank
+    )
     started = time.process_time()
     sampler = Sampler(groups, Sampling(order="priority"), 0)
     used, frontier = sampler.draw(sampler.start(), size - 5)

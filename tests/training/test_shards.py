@@ -8,6 +8,7 @@ import signal
 import statistics
 import subprocess
 import tempfile
+import time
 from dataclasses import asdict, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -86,6 +87,15 @@ def test_episodes_of_a_failed_environment_are_left_out(tmp_path, episodes, polic
         ("loss_mask", {"loss_mask": [True]}),
         ("behaviour_logprobs", {"behaviour_logprobs": [-1.0]}),
         ("turn_ids", {"turn_ids": [0]}),
+        (
+            "turn_ids",
+            {
+                "response_ids": [5] * 2,
+                "loss_mask": [True] * 2,
+                "behaviour_logprobs": [-1.0] * 2,
+                "turn_ids": [1, 0],
+            },
+        ),
         ("top_p", {"top_p": 0.9}),
     ],
 )
@@ -97,8 +107,14 @@ def test_a_row_that_does_not_fit_is_refused_by_column(tmp_path, episodes, policy
 @pytest.mark.parametrize("value", [0.5, float("nan"), float("-inf")])
 def test_impossible_logprobs_are_refused(tmp_path, episodes, policy, value):
     logprobs = [value, *episodes[3].behaviour_logprobs[1:]]
-    with pytest.raises(Refused, match=r"^Column behaviour_logprobs"):
-        read(tmp_path, changed(episodes, 3, behaviour_logprobs=logprobs), policy)
+    for needs in (NEEDS, frozenset()):  # reported on and guarded by, whether the objective needs them or not
+        with pytest.raises(Refused, match=r"^Column behaviour_logprobs"):
+            read(
+                tmp_path / str(len(needs)),
+                changed(episodes, 3, behaviour_logprobs=logprobs),
+                policy,
+                needs=needs,
+            )
 
 
 def test_logprobs_of_tokens_that_are_not_trained_do_not_matter(tmp_path, episodes, policy):
@@ -188,6 +204,11 @@ def naive(rows: list[Episode], needs: frozenset[str], oldest: int) -> tuple[dict
     return groups, max((version(e) or 0 for e in rows), default=0)
 
 
+def untrained_if_cut(episode: Episode) -> Episode:
+    cut = episode.finish_reason == "length"
+    return replace(episode, loss_mask=[False] * len(episode.loss_mask)) if cut else episode
+
+
 def version(episode: Episode) -> int | None:
     agent, number = episode.behaviour_version.split("/")
     return int(number) if agent == "agent" else None
@@ -204,6 +225,7 @@ def assert_equal_to_naive(replay: Replay, groups: dict[str, list[Episode]], newe
     assert table.episodes.tolist() == [len(groups[i]) for i in ids]
     size = {i: sum(len(e.prompt_ids) + len(e.response_ids) for e in groups[i]) for i in ids}
     assert table.tokens.tolist() == [size[i] for i in ids]
+    assert table.trained.tolist() == [sum(sum(e.loss_mask) for e in groups[i]) for i in ids]
     rewards = [[e.reward for e in groups[i]] for i in ids]
     assert table.reward_mean.tolist() == pytest.approx([statistics.mean(r) for r in rewards])
     assert table.reward_std.tolist() == pytest.approx([statistics.pstdev(r) for r in rewards], abs=1e-12)
@@ -252,7 +274,7 @@ def episode_rows(draw):
             "prompt_ids": draw(st.lists(st.integers(0, 98), min_size=1, max_size=4)),
             "response_ids": per_token(st.integers(0, 98)),
             "loss_mask": per_token(st.booleans()),
-            "turn_ids": per_token(st.integers(0, 3)),
+            "turn_ids": sorted(per_token(st.integers(0, 3))),
             "behaviour_logprobs": per_token(st.floats(-9, 0)),
             "logprob_source": draw(st.sampled_from(["engine", "engine", "engine", "missing"])),
             "behaviour_version": draw(st.sampled_from(["agent/1", "agent/2", "agent/12", "some/1"])),
@@ -277,15 +299,19 @@ def episode_rows(draw):
     needs=st.sampled_from([frozenset(), NEEDS]),
     oldest=st.sampled_from([0, 2]),
     block=st.sampled_from([1, 2000, 1 << 26]),
+    masked=st.booleans(),
     pick=st.randoms(use_true_random=False),
 )
-def test_any_dataset_is_read_like_a_naive_reader_would(rows, shards, needs, oldest, block, pick):
+def test_any_dataset_is_read_like_a_naive_reader_would(rows, shards, needs, oldest, block, masked, pick):
     groups, newest = naive(rows, needs, oldest)
     with tempfile.TemporaryDirectory() as folder, patch.object(decoded, "BLOCK_BYTES", block):
         refs = write_shards(Path(folder), rows, shards=shards)
 
         def open_it() -> Replay:
-            return read_replay(refs, Path(folder), Policy("t", 99, 8), needs, oldest, Path(folder) / "cache")
+            cache = Path(folder) / "cache"
+            return read_replay(
+                refs, Path(folder), Policy("t", 99, 8), needs, oldest, cache, mask_truncated=masked
+            )
 
         kept = [e for group in groups.values() for e in group]
         if needs and kept and all(e.logprob_source == "missing" for e in kept):
@@ -293,6 +319,8 @@ def test_any_dataset_is_read_like_a_naive_reader_would(rows, shards, needs, olde
                 open_it()
         else:
             order = pick.sample(sorted(groups), pick.randrange(len(groups) + 1))
+            if masked:
+                groups = {name: list(map(untrained_if_cut, group)) for name, group in groups.items()}
             for _ in range(2):  # decoded, then found decoded
                 assert_equal_to_naive(open_it(), groups, newest, order)
 
@@ -433,6 +461,32 @@ def test_what_is_parsed_is_what_was_hashed(tmp_path, opened, monkeypatch):
     (tmp_path / "cache").rename(tmp_path / "elsewhere")
     with pytest.raises(Corrupt):
         opened()
+
+
+def test_decoded_shards_of_other_datasets_go_when_nobody_opened_them_for_a_day(
+    tmp_path, episodes, policy, opened
+):
+    opened()
+    cache = tmp_path / "cache"
+    first = sorted(cache.glob("*.arrow"))
+    others = write_shards(tmp_path / "other", episodes[:12])
+
+    def open_others() -> None:
+        read_replay(others, tmp_path / "other", policy, NEEDS, cache=cache)
+
+    open_others()
+    assert set(first) < set(cache.glob("*.arrow"))
+    long_ago = time.time() - decoded.IDLE_SECONDS - 10
+    for path in first:
+        os.utime(path, (long_ago, long_ago))
+    opened()  # in use again
+    open_others()
+    assert set(first) < set(cache.glob("*.arrow"))
+    for path in first:
+        os.utime(path, (long_ago, long_ago))
+    open_others()
+    assert not set(first) & set(cache.glob("*.arrow"))
+    assert len(list(cache.glob("*.sha256"))) == len(list(cache.glob("*.arrow"))) == len(others)
 
 
 def test_processes_that_open_at_once_make_it_once(tmp_path, opened, monkeypatch):

@@ -22,6 +22,7 @@ from tasks.training.settings import (
     OBJECTIVES,
     Correction,
     Guards,
+    Overlong,
     Penalties,
     TrainingSettings,
 )
@@ -51,7 +52,11 @@ def options(tmp_path, tiny, episodes):
 @pytest.mark.parametrize("objective", objectives.names())
 def test_every_objective_raises_the_estimated_reward(options, objective):
     seen: list[dict[str, float]] = []
-    settings = SETTINGS.model_copy(update={"objective": objective, "steps": 12, "groups_per_step": 6})
+    clips_in_rounds = "old_logprobs" in objectives.get(objective).needs
+    settings = SETTINGS.model_copy(
+        update={"objective": objective, "steps": 12, "groups_per_step": 6}
+        | ({"updates_per_round": 2} if clips_in_rounds else {})
+    )
     result = train(**options | {"settings": settings}, on_metrics=lambda step, m: seen.append(m))
     assert (result.steps, result.stop_reason) == (12, "finished")
     assert seen[0]["ess"] == pytest.approx(1, abs=1e-6)
@@ -199,6 +204,75 @@ def test_nan_stops_before_the_update_and_leaves_the_initial_weights(options, tin
     result = train(**options | {"init_dir": broken})
     assert (result.steps, result.stop_reason) == (0, "not_finite")
     json.dumps(result.metrics, allow_nan=False)
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm", "ess", "kl_k3"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_none_trips_a_guard_whatever_the_limits(name, value):
+    numbers = {"loss": 0.0, "grad_norm": 1.0, "ess": 1.0, "kl_k3": 0.0}
+    assert stop_reason(numbers, Guards()) is None
+    assert stop_reason(numbers | {name: value}, LENIENT) == "not_finite"
+
+
+def test_a_run_goes_on_with_the_threads_it_began_with(options, tmp_path):
+    """The last bits of a product depend on how it is split over threads."""
+
+    class Crash(Exception):
+        pass
+
+    def crash(step, metrics):
+        if step == 3:
+            raise Crash
+
+    straight = train(**options)
+    again = options | {"run_dir": tmp_path / "again"}
+    with pytest.raises(Crash):
+        train(**again, on_metrics=crash)
+    seen = []
+    try:
+        torch.set_num_threads(2)
+        resumed = train(**again, on_metrics=lambda step, m: seen.append(torch.get_num_threads()))
+    finally:
+        torch.set_num_threads(1)
+    assert seen == [1] * 4
+    assert resumed.digest == straight.digest
+
+
+def test_groups_without_a_trained_token_are_not_drawn(options, episodes, tmp_path):
+    silent = episodes
+    for at, episode in enumerate(episodes):
+        if episode.group_id == "g1":
+            silent = changed(silent, at, loss_mask=[False] * len(episode.response_ids))
+    shards = write_shards(tmp_path / "silent", silent)
+    one = SETTINGS.model_copy(update={"groups_per_step": 1})
+    result = train(**options | {"shards": shards, "shard_root": tmp_path / "silent", "settings": one})
+    assert (result.steps, result.stop_reason) == (6, "finished")
+    assert "g1" not in result.groups_consumed
+    assert result.metrics["groups_refused_no_tokens"] == 1
+
+
+def test_answers_that_were_cut_off_teach_nothing_where_the_settings_say_so(options, episodes, tmp_path):
+    cut = episodes
+    for at in range(0, len(episodes), 3):
+        cut = changed(cut, at, finish_reason="length")
+    data = {"shards": write_shards(tmp_path / "cut", cut), "shard_root": tmp_path / "cut"}
+    kept, masked = (
+        train(
+            **options
+            | data
+            | {
+                "run_dir": tmp_path / str(mask),
+                "settings": SETTINGS.model_copy(
+                    update={"groups_per_step": 6, "steps": 1, "overlong": Overlong(mask=mask)}
+                ),
+            }
+        )
+        for mask in (False, True)
+    )
+    tokens = [sum(e.loss_mask) for e in cut]
+    assert kept.metrics["tokens_trained"] == sum(tokens)
+    assert masked.metrics["tokens_trained"] == sum(n for at, n in enumerate(tokens) if at % 3)
+    assert kept.metrics["reward"] == masked.metrics["reward"]
 
 
 def test_reinforce_trains_on_rows_without_logprobs(options, episodes, tmp_path):

@@ -170,7 +170,7 @@ def test_every_term_by_hand(scorer, near):
         if right[number]:
             mates = [n for n, g in enumerate(EPISODES.groups) if g == group and right[n]]
             share = (3 * diversity[number]).exp() / (3 * diversity[mates]).exp().sum()
-            local = local + share * ((new - old).exp() * new).mean()
+            local = local + share * ((new - mu.double()).exp() * new).mean()
     _check(scorer, update, loss / turns + 0.4 * local / 3)
     assert update.metrics["kl_reference"] == pytest.approx(torch.cat(kls).mean().item(), rel=1e-9)
 

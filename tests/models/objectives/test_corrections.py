@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import objectives
-from models.objectives import WEIGHTS, Counts, aggregate, corrected, kept, scaled, sequence_mask, weights
+from models.objectives import WEIGHTS, corrected, scaled, sequence_mask, weights
 from tests.models.objectives.flat import aggregated, batch_of, random_batch
 
 OLD = [[-1.0, -2.0, -0.5, -3.0]]
@@ -136,19 +136,13 @@ def test_sequence_mask_by_hand():
 
 
 @pytest.mark.parametrize("how", ["token-mean", "seq-mean-token-mean"])
-def test_both_denominators_of_the_sequence_mask(how):
+def test_masked_tokens_stay_in_the_denominator(how):
     batch = batch_of(*MASK_ROWS)
     mask = sequence_mask(batch, 0.223)
     losses = scaled(objectives.reinforce(batch), batch, mask)
     assert losses.phi.tolist() == [0, 1, 1]
-    assert kept(batch, mask) == Counts(4, 2)
     _, gradient = aggregated(losses, batch, how)
-    assert gradient == pytest.approx([0, 0, 1 / 6, 1 / 6, -1 / 6, -1 / 6])  # TRL: over all
-    total = aggregate(losses, batch, how, kept(batch, mask))
-    (gradient,) = torch.autograd.grad(total, batch.logprobs)
-    assert gradient.tolist() == pytest.approx(
-        [0, 0, 1 / 4, 1 / 4, -1 / 4, -1 / 4]
-    )  # ARL-Arena: over the kept
+    assert gradient == pytest.approx([0, 0, 1 / 6, 1 / 6, -1 / 6, -1 / 6])
 
 
 @settings(max_examples=15, deadline=None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from models import objectives
-from models.objectives import Batch, chi_square, coefficients, effective_sample_size, staleness
+from models.objectives import Batch, chi_square, coefficients, diagnostics, effective_sample_size, staleness
 from tests.models.objectives.flat import WORKED, D, batch_of, random_batch
 
 
@@ -125,3 +125,12 @@ def test_coefficients_need_no_knowledge_of_the_objective():
     torch.testing.assert_close(found, 0.5 * ratio.sqrt() * batch.advantages)
     constant = objectives.Losses(torch.zeros(len(ratio), dtype=D, requires_grad=True) * 1, ratio)
     assert coefficients(constant, batch).tolist() == [0.0] * len(ratio)
+
+
+def test_quantiles_of_any_number_of_tokens():
+    for size in (1, 2, 7, 1000):
+        values = torch.randn(size, dtype=D)
+        want = torch.quantile(values, torch.tensor(diagnostics.QUANTILES, dtype=D) / 100).tolist()
+        assert list(diagnostics._quantiles("x", values).values()) == pytest.approx(want)
+    many = torch.arange(2**24 + 1, dtype=torch.float32)  # more than torch.quantile takes
+    assert diagnostics._quantiles("x", many)["x_q50"] == 2**23

@@ -96,7 +96,7 @@ def test_missing_fields_are_told():
         local_entropy(without, 1)
     unknown = replace(batch, old_logprobs=None, behaviour_logprobs=None)
     for refused in (lambda: kl(unknown, "k3-unbiased"), lambda: local_entropy(unknown, 1)):
-        with pytest.raises(ValueError, match="old_logprobs or behaviour_logprobs"):
+        with pytest.raises(ValueError, match="behaviour_logprobs or old_logprobs"):
             refused()
     with pytest.raises(ValueError, match="no KL estimator k4; choose from k1, k2, k3, k3-unbiased"):
         kl(batch, "k4")
@@ -158,10 +158,27 @@ def test_local_entropy_does_not_see_length_or_wrong_answers():
     assert float(local_entropy(dsdr(), 4).detach()) == pytest.approx(once / 4)
 
 
-def test_local_entropy_prefers_the_proximal_policy():
-    batch = replace(dsdr(), old_logprobs=dsdr().logprobs.detach())
-    want = 0.7 * (0.2 + 1.0 + 0.5) / 3 + 0.3 * (0.7 + 0.3) / 2
-    assert -float(local_entropy(batch, 1).detach()) == pytest.approx(want)
+@pytest.mark.parametrize(
+    "proximal", [[0.1, 0.2, 0.3], [0.2, -0.3, 0.5]], ids=["between", "the policy itself"]
+)
+def test_the_ratio_is_to_who_wrote_whatever_the_proximal_policy_is(proximal):
+    logits = LOGITS.clone().requires_grad_()
+    old = torch.tensor(proximal, dtype=D).log_softmax(0)
+    batch = replace(vocabulary(logits), old_logprobs=old, diversity=OLD.exp())
+    logs = logits.log_softmax(0)
+    wanted = {
+        (OLD.exp() * kl(batch, "k3-unbiased")).sum(): (logs.exp() * (logs - REFERENCE)).sum(),
+        -local_entropy(batch, 1): -(logs.exp() * logs).sum(),
+    }
+    for found, exact in wanted.items():
+        assert float(found.detach()) == pytest.approx(float(exact.detach()))
+        slopes = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (found, exact))
+        torch.testing.assert_close(*slopes)
+
+
+def test_without_a_behaviour_the_proximal_policy_wrote():
+    batch = replace(dsdr(), old_logprobs=dsdr().behaviour_logprobs, behaviour_logprobs=None)
+    assert -float(local_entropy(batch, 1).detach()) == pytest.approx(0.524111, abs=1e-6)
 
 
 @pytest.mark.parametrize("term", [*KL_ESTIMATORS, "local entropy"])
