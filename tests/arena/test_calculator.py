@@ -66,12 +66,12 @@ def test_what_is_not_a_call_is_refused(action: str) -> None:
 
 
 def test_no_action_costs_noticeable_time() -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     assert run_call(f"calc({WORST})") == 999_999**8
     for hostile in ("calc(" + "1 " * 100_000, "calc(" * 50_000, "calc(1" + " +1" * 50_000 + ")"):
         with pytest.raises(CallError):
             run_call(hostile)
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 2  # what it guards against takes minutes
 
 
 def task(operator_sign: str = "-") -> Task:

@@ -78,7 +78,7 @@ def test_up_is_healthy_and_up_again_says_so(running: Workspace, settings: Server
     said: list[str] = []
     started = time.monotonic()
     up(running, settings, said.append, flows=FLOWS)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 8  # starting them takes ten seconds and more
     assert len(said) == 3
     assert all("already up" in line for line in said)
     assert recorded(running) == before

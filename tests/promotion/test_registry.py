@@ -187,7 +187,7 @@ def test_metrics_go_out_in_batches_and_an_exception_fails_the_run(registry, tmp_
 
     with pytest.raises(ZeroDivisionError):
         work()
-    assert time.monotonic() - start < 10  # one by one this takes a minute
+    assert time.monotonic() - start < 25  # one by one this takes a minute
     client = registry._client
     assert len(client.get_metric_history(sink.run_id, "kl")) == 300
     assert client.get_run(sink.run_id).info.status == "FAILED"
