@@ -10,6 +10,7 @@ import pytest
 from flows.context import Context
 from flows.cycle import Cycle, open_cycle, run_stage
 from flows.hybrid import shares
+from flows.training import read_curve
 from tasks.core.digest import sha256_file
 from tasks.core.errors import UsageError
 from tasks.lineage.verify import verify
@@ -33,16 +34,19 @@ def test_fresh_groups_are_real_episodes_named_in_the_record_and_verified(tmp_pat
     context = Context.open(root, MIXED)
     trained = _train(context)
     assert len(trained["fresh"]) == 4
-    assert [Path(shard["path"]).name for shard in trained["fresh"]] == [
-        f"groups-{n:06d}-{n + 1:06d}.parquet" for n in (0, 2, 4, 6)
-    ]
-    for step, shard in enumerate(trained["fresh"]):
+    spans = [tuple(map(int, Path(shard["path"]).stem.split("-")[1:])) for shard in trained["fresh"]]
+    # A quarter of eight groups, and for each that was refused one more later.
+    assert spans[0] == (0, 1)
+    assert [first for first, _ in spans[1:]] == [last + 1 for _, last in spans[:-1]]
+    learnt = sum(row["fresh_groups"] for row in read_curve(context, trained["key"]))
+    assert learnt == sum(_mixed(root / shard["path"]) for shard in trained["fresh"])
+    assert spans[-1][1] + 1 >= 8 >= learnt - 1
+    for step, (shard, (first, last)) in enumerate(zip(trained["fresh"], spans, strict=True)):
         path = root / shard["path"]
         assert sha256_file(path) == shard["sha256"]
         table = pq.read_table(path)
-        assert table.num_rows == 2 * 8
+        assert table.num_rows == (last - first + 1) * 8
         assert set(table["behaviour_version"].to_pylist()) == {f"agent/1+{step}"}
-    assert trained["metrics"]["fresh_groups"] == 2
     assert verify(context.ledger, context.workspace, "agent@candidate").ok
 
     victim = root / trained["fresh"][2]["path"]
@@ -52,6 +56,12 @@ def test_fresh_groups_are_real_episodes_named_in_the_record_and_verified(tmp_pat
     report = verify(context.ledger, context.workspace, "agent@candidate")
     assert [problem.path for problem in report.problems] == [trained["fresh"][2]["path"]]
     assert report.problems[0].owner.startswith("run ")
+
+
+def _mixed(path: Path) -> int:
+    """Groups whose answers earned different rewards: only those are admitted."""
+    table = pq.read_table(path, columns=["group_id", "reward"]).to_pandas()
+    return int((table.groupby("group_id").reward.nunique() > 1).sum())
 
 
 def test_several_processes_do_not_sample(tmp_path: Path, tiny_base: Path):
