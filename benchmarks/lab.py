@@ -13,8 +13,11 @@ arithmetic; `tests/benchmarks/test_lab.py` holds the two to the same numbers.
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields
@@ -34,6 +37,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from models import objectives
 from models.advantages import ADVANTAGES
 
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("benchmarks", "models", "tasks")
 OUT = Path("benchmarks/out")
 BASELINES = Path("benchmarks/baselines")
 IMAGES = Path("docs/images")
@@ -197,9 +202,9 @@ def warm_up(task: Task, seed: int) -> LlamaForCausalLM:
 
 
 def warm_policy(name: str, seed: int) -> LlamaForCausalLM:
-    """The warm-up of a seed, from `benchmarks/out/lab` if it was made before."""
+    """The warm-up of a seed, from `benchmarks/out/lab` if this code made it before."""
     made = task(name)
-    path = OUT / "lab" / f"{name}-{made.warm_up_steps}-{made.mistakes}-{seed}.pt"
+    path = OUT / "lab" / f"{name}-{made.warm_up_steps}-{made.mistakes}-{seed}-{_digest(Path(__file__))}.pt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
@@ -265,11 +270,16 @@ def accuracy(policy: LlamaForCausalLM, task: Task, each: int = 2) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """An objective with its constants; `proximal` says that it needs log-probabilities of a proximal policy."""
+    """An objective with its constants.
+
+    proximal: it needs log-probabilities of a proximal policy. mask: the product's `correction.sequence_mask`, which
+    drops answers with A < 0 whose mean log(behaviour / policy) is above this.
+    """
 
     objective: str
     options: Mapping[str, float] = field(default_factory=dict)
     proximal: bool = False
+    mask: float | None = None
 
 
 def optimizer_of(policy: LlamaForCausalLM, learning_rate: float) -> torch.optim.Optimizer:
@@ -292,15 +302,18 @@ def update(
     old: Tensor | None = None,
     diversity: Tensor | None = None,
     local: float = 0.0,
+    replayed: int = 0,
 ) -> dict[str, float]:
     """One step of the optimizer on all `episodes`; returns numbers that tell how far off-policy it was.
 
-    far_negative is the share of the push on log-probabilities that falls on answers with A < 0 and W < exp(-2).
+    far_negative is the share of the push on log-probabilities that falls on answers with A < 0 and W < exp(-2);
+    replay_ess the effective sample size of the first `replayed` episodes, 1 if there are none.
 
     Args:
         old: [B, R] log-probabilities under the proximal policy.
         diversity: [B], DSDR's w.
         local: lambda_l, coefficient of DSDR's local entropy term.
+        replayed: how many episodes come from replay; they stand first.
     """
     logprobs, entropies = answer_logprobs(policy, episodes.prompts, episodes.answers)
     sequence, _ = torch.nonzero(episodes.mask, as_tuple=True)
@@ -314,6 +327,8 @@ def update(
         diversity=diversity,
     )
     losses = objectives.get(method.objective).loss(batch, **method.options)
+    if method.mask is not None:
+        losses = objectives.scaled(losses, batch, objectives.sequence_mask(batch, method.mask))
     whole = objectives.Counts(tokens=len(sequence), sequences=len(episodes))
     loss = objectives.aggregate(losses, batch, "token-mean", whole)
     if local:
@@ -330,7 +345,25 @@ def update(
     return found | {
         "gradient_norm": float(norm),
         "far_negative": float(push[far].sum() / push.sum().clamp(min=1e-12)),
+        "replay_ess": objectives.effective_sample_size(log_w[:replayed]) if replayed else 1.0,
     }
+
+
+def code() -> dict[str, str]:
+    """A digest of every file of this repository that is loaded: what decides a cell, the script's constants included."""
+    files = (getattr(module, "__file__", None) for module in [*sys.modules.values()])
+    paths = {Path(file).resolve() for file in files if file}
+    names = {path.relative_to(ROOT): path for path in paths if path.is_relative_to(ROOT)}
+    return {str(name): _digest(path) for name, path in sorted(names.items()) if name.parts[0] in PACKAGES}
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of the statements of a Python file; layout, comments and docstrings do not count."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            del node.body[0]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
 
 def run(
@@ -342,16 +375,16 @@ def run(
     fresh: bool,
 ) -> dict[str, dict[str, Any]]:
     """`work` of every cell's settings, in processes of one thread. A result is a file of its own in
-    `benchmarks/out/<name>`; a cell whose file is there, made with the same settings, is not run again.
+    `benchmarks/out/<name>`; a cell whose file is there, made by the same code with the same settings, is not run again.
     """
-    folder = OUT / name
+    folder, made_by = OUT / name, code()
     folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Any]] = {}
     for key, settings in cells.items():
         path = folder / f"{key}.json"
         if not fresh and path.exists():
             kept = json.loads(path.read_text())
-            if kept["settings"] == settings:
+            if (kept.get("code"), kept["settings"]) == (made_by, settings):
                 results[key] = kept
     missing = [key for key in cells if key not in results]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -363,7 +396,7 @@ def run(
         futures = {pool.submit(work, cells[key]): key for key in missing}
         for future in as_completed(futures):
             key = futures[future]
-            results[key] = {"settings": cells[key], **future.result()}
+            results[key] = {"code": made_by, "settings": cells[key], **future.result()}
             part = folder / f"{key}.part"
             part.write_text(json.dumps(results[key]))
             part.replace(folder / f"{key}.json")
@@ -387,6 +420,22 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
         return float(np.mean(values)), float("nan")
     half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
     return float(np.mean(values)), float(half)
+
+
+def difference(own: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+    """Of two runs of every seed: mean difference, half its 95 % interval, and p of no difference (paired t)."""
+    mean, half = interval(np.subtract(own, base).tolist())
+    return {
+        "mean": mean,
+        "half": half,
+        "p": float(stats.ttest_rel(own, base).pvalue) if len(own) > 1 else float("nan"),
+    }
+
+
+def mark(found: Mapping[str, float], comparisons: int) -> str:
+    """`+0.01±0.02`, and a star if the interval excludes 0; two if it does so with a level shared by all comparisons."""
+    stars = "*" * ((found["p"] < 0.05) + (found["p"] < 0.05 / comparisons))
+    return f"{found['mean']:+.3f}±{found['half']:.3f}{stars}"
 
 
 def parser(description: str | None, seeds: int) -> argparse.ArgumentParser:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import operator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks import diversity, hybrid, lab, staleness
 from models.packing import Sample, pack, packed_logprobs
+from tasks.training.settings import Mixture
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +105,7 @@ def test_on_policy_all_methods_have_one_gradient() -> None:
     policy, _, episodes = episodes_of("countdown")
     advantage = torch.randn(len(episodes), generator=torch.Generator().manual_seed(0))
     steps = {}
-    for name, method in staleness.METHODS.items():
+    for name, method in (staleness.METHODS | staleness.MASKED).items():
         own = lab.make_policy(3)
         optimizer = torch.optim.SGD(own.parameters(), lr=1.0)
         with torch.no_grad():
@@ -129,10 +133,86 @@ def test_runs_are_deterministic_and_count_their_samples() -> None:
     assert len(first["curve"]) == 3
     assert len(first["trace"]) == 2
 
-    mixed = hybrid.cell({"arm": "hybrid 1/4", "seed": 0, "updates": 4, "every": 2})
-    assert mixed["samples"] == [0, 64 + 16, 64 + 3 * 16]  # the first update has nothing to replay
-    replayed = hybrid.cell({"arm": "replay of 1024", "seed": 0, "updates": 2, "every": 2})
-    assert replayed["samples"] == [1024, 1024]
+
+class Sampled:
+    """Groups of four answers with the rewards asked for, in turn; counts them."""
+
+    def __init__(self, *signals: bool) -> None:
+        _, _, self._episodes = episodes_of("sorting")
+        self.signals, self.counts = list(signals), []
+
+    def __call__(self, groups: int) -> list[lab.Episodes]:
+        self.counts.append(groups)
+        taught, self.signals = self.signals[:groups], self.signals[groups:]
+        taught += [True] * (groups - len(taught))
+        rewards = [torch.tensor([1.0, 0.0, 1.0, float(teaches)]) for teaches in taught]
+        return [
+            replace(self._episodes[:4], rewards=row if teaches else torch.ones(4))
+            for row, teaches in zip(rewards, taught, strict=True)
+        ]
+
+
+def curriculum_of(
+    sampled: Sampled, sealed: int, schedule: Mixture, steps: int, size: int
+) -> hybrid.Curriculum:
+    arm = hybrid.Arm(sealed * lab.GROUP, schedule)
+    return hybrid.Curriculum(arm, sampled, steps=steps, seed=0, groups_per_step=size)
+
+
+def test_hybrid_asks_for_fresh_groups_as_the_product_does() -> None:
+    # The numbers are those of the run in tests/training/test_rounds.py.
+    sampled = Sampled()
+    curriculum = curriculum_of(sampled, 6, Mixture(schedule="linear", fresh=1.0, fresh_end=0.0), 6, 4)
+    replayed = [curriculum.lesson(step)[1] for step in range(6)]
+    assert sampled.counts == [6, 4, 3, 3, 1, 1]
+    assert replayed == [0, 1, 1, 3, 3, 4]
+
+
+def test_hybrid_replays_sealed_groups_alone_and_once_an_epoch() -> None:
+    sampled = Sampled(True, False, True, True, True)  # four of the five sealed groups teach
+    curriculum = curriculum_of(sampled, 5, Mixture(schedule="constant", fresh=0.5), 4, 4)
+    drawn = []
+    for step in range(4):
+        groups, replayed = curriculum.lesson(step)
+        assert (len(groups), replayed) == (4, 2)
+        drawn += [id(group) for group in groups[:replayed]]
+        assert not {id(group) for group in groups[replayed:]} & set(drawn)
+    assert len(set(drawn[:4])) == 4
+    assert sorted(drawn[4:]) == sorted(drawn[:4])
+
+
+def test_hybrid_replaces_refused_fresh_groups_and_asks_again() -> None:
+    sampled = Sampled(*[True] * 4, False, True)
+    curriculum = curriculum_of(sampled, 4, Mixture(schedule="constant", fresh=0.5), 3, 4)
+    assert [curriculum.lesson(step)[1] for step in range(3)] == [3, 1, 2]
+    assert sampled.counts == [4, 2, 3, 2]
+
+
+def test_hybrid_is_steered_by_the_effective_sample_size_of_replay() -> None:
+    sampled = Sampled()
+    curriculum = curriculum_of(sampled, 8, Mixture(schedule="ess", fresh=0.0, target_ess=0.5), 4, 8)
+    for step, ess in enumerate((0.1, 0.1, 0.1, 0.1)):
+        curriculum.lesson(step)
+        curriculum.learnt(ess)
+    assert sampled.counts == [8, 1, 1, 3]  # shares 0, 0.1, 0.2, 0.3 of 8
+
+
+@pytest.mark.parametrize(
+    ("arm", "samples"), [("on-policy", [0, 128, 256]), ("256 + a quarter", [256, 288, 320])]
+)
+def test_hybrid_counts_sealed_and_fresh_episodes(
+    arm: str, samples: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = lab.sample
+
+    def sample(*words: Any) -> lab.Episodes:
+        made = whole(*words)  # an untrained policy is never right
+        return replace(made, rewards=(torch.arange(len(made)) % 2).float())
+
+    monkeypatch.setattr(lab, "sample", sample)
+    found = hybrid.cell({"arm": arm, "seed": 0, "updates": 4, "every": 2})
+    assert found["samples"] == samples
+    assert [share for share, _ in found["trace"]] == [1.0 if arm == "on-policy" else 0.25] * 2
 
 
 def test_diversity_is_scored_in_groups_with_a_right_answer_alone() -> None:
@@ -152,15 +232,89 @@ def test_diversity_is_scored_in_groups_with_a_right_answer_alone() -> None:
     assert bool((found[8:16] >= 0.25).all())  # orthogonal embeddings are 1/2 apart, and that is half of d
 
 
-def test_finished_cells_are_kept(tmp_path: Path) -> None:
+def test_finished_cells_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = operator.itemgetter("gives")
     cells = {"a": {"gives": {"x": 1}}, "b": {"gives": {"x": 2}}}
-    lab.run("test", work, {"a": cells["a"]}, workers=1, fresh=False)
+    made = lab.run("test", work, {"a": cells["a"]}, workers=1, fresh=False)["a"]
     path = tmp_path / "test" / "a.json"
-    path.write_text(json.dumps({"settings": cells["a"], "x": "kept"}))
+    path.write_text(json.dumps({**made, "x": "kept"}))
     found = lab.run("test", work, cells, workers=1, fresh=False)
     assert (found["a"]["x"], found["b"]["x"]) == ("kept", 2)
     assert json.loads((tmp_path / "test" / "b.json").read_text()) == found["b"]
+    # Other code makes other numbers.
+    monkeypatch.setattr(lab, "code", lambda: {"benchmarks/lab.py": "edited"})
+    assert lab.run("test", work, {"a": cells["a"]}, workers=1, fresh=False)["a"]["x"] == 1
+
+
+def test_code_is_every_loaded_file_of_the_repository_without_its_comments(tmp_path: Path) -> None:
+    made_by = lab.code()
+    wanted = {
+        "benchmarks/lab.py",
+        "benchmarks/staleness.py",
+        "models/objectives/weighted.py",
+        "models/advantages.py",
+    }
+    assert wanted <= set(made_by)
+    assert not [name for name in made_by if name.startswith((".venv", "tests"))]
+    texts = {
+        "plain": "RATE = 3e-4\ndef cell():\n    return RATE\n",
+        "explained": '"""What."""\nRATE = 3e-4  # high\n\ndef cell():\n    """It."""\n    return RATE\n',
+        "other": "RATE = 6e-4\ndef cell():\n    return RATE\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    plain, explained, other = (lab._digest(tmp_path / name) for name in texts)
+    assert plain == explained != other
+
+
+def test_committed_figures_have_what_their_scripts_print() -> None:
+    for script in (staleness, hybrid, diversity):
+        name = script.__name__.rpartition(".")[2]
+        summary = json.loads((lab.BASELINES / f"{name}.json").read_text())
+        console = Console(file=io.StringIO(), width=300)
+        script.show(summary["rows"], console)
+        assert console.file.getvalue().count("│") > 50
+        assert len(summary["seeds"]) >= 3
+    summary = json.loads((lab.BASELINES / "staleness.json").read_text())
+    assert "benchmarks/staleness.py" in summary["code"]
+    main = {(row["method"], row["n"]) for row in summary["rows"] if row["rate"] == "main"}
+    methods = set(staleness.METHODS) - {staleness.ON_POLICY}
+    assert {(method, n) for method in methods for n in staleness.STALENESS} <= main
+
+
+def test_differences_are_paired_by_seed() -> None:
+    found = lab.difference([1.1, 2.1, 3.2], [1.0, 2.0, 3.0])
+    assert found["mean"] == pytest.approx(0.4 / 3)
+    assert found["half"] == pytest.approx(4.302653 * 0.1 / 3, rel=1e-6)
+    assert found["p"] == pytest.approx(0.0572, abs=1e-4)
+    assert lab.mark(found, 1) == "+0.133±0.143"
+    assert lab.mark({"mean": -0.1, "half": 0.05, "p": 0.01}, 10) == "-0.100±0.050*"
+    assert lab.mark({"mean": -0.1, "half": 0.05, "p": 0.001}, 10) == "-0.100±0.050**"
+    rows = [
+        {"rate": "main", "method": method, "n": n, "finals": finals}
+        for method, n, finals in (
+            ("vespo", 1, [0.5, 0.7]),
+            ("vespo", 64, [0.4, 0.8]),
+            ("grpo", 1, [0.5, 0.7]),
+            ("grpo", 64, [0.1, 0.2]),
+        )
+    ]
+    staleness.compare(rows)
+    assert rows[1]["from_on_policy"]["mean"] == pytest.approx(0.0)
+    assert rows[3]["from_on_policy"]["mean"] == pytest.approx(-0.45)
+    assert rows[3]["vespo_from_it"]["mean"] == pytest.approx(0.45)
+    assert "from_on_policy" not in rows[0]
+
+
+def test_masked_answers_push_nothing() -> None:
+    policy, _, episodes = episodes_of("countdown")
+    away = replace(episodes, behaviour=episodes.behaviour + staleness.MASK * 1.1 * episodes.mask)
+    bad = -torch.ones(len(episodes))
+    still = lab.make_policy(3)
+    optimizer = torch.optim.SGD(still.parameters(), lr=1.0)
+    report = lab.update(still, optimizer, away, bad, staleness.MASKED["tis, masked"])
+    assert report["gradient_norm"] == 0
+    assert lab.update(policy, optimizer, away, bad, staleness.METHODS["tis"])["gradient_norm"] > 0
 
 
 def test_measures_of_a_curve() -> None:
@@ -181,7 +335,8 @@ def test_samples_needed() -> None:
     assert hybrid.needed(run, 0.4) == 10
     assert hybrid.needed(run, 0.55) == 30
     assert hybrid.needed(run, 0.61) is None
-    assert hybrid.median([30, None, 20], 40) == "30 [20, >40]"
+    assert hybrid.median([30, None, 20], [40, 50, 40]) == "30 [20, >50]"
+    assert hybrid.median([None, None, 60], [40, 50, 60]) == ">40 [60, >50]"
 
 
 def test_interval_is_students() -> None:

@@ -25,6 +25,10 @@ STEPS, SAVED_AT = 4, 2
 SETTINGS = TrainingSettings(
     objective="grpo", advantage="empg", token_budget=30, grad_clip=0.5, aggregation="seq-mean-token-mean"
 )
+# A coupled objective: what a token loses depends on all tokens of the update, whichever process has them.
+COUPLED = SETTINGS.model_copy(
+    update={"objective": "m2po", "advantage": "group_norm", "options": {"threshold": 0.01}}
+)
 State = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
 
@@ -69,8 +73,9 @@ def updates(
     scorer: parallel.Scorer, optimizer: torch.optim.Optimizer, world: World, first: int, last: int
 ) -> list[dict[str, float]]:
     seen = []
+    settings = COUPLED if _has_adapter(scorer) else SETTINGS
     for step in range(first, last):
-        update = accumulate_gradients(scorer, episodes(step), SETTINGS, None, world)
+        update = accumulate_gradients(scorer, episodes(step), settings, None, world)
         optimizer.step()
         seen.append(update.metrics)
     return seen
@@ -94,11 +99,15 @@ def resumed(model_dir: Path, world: World, saved: State, *, lora: bool) -> dict[
 def reference(model_dir: Path, scorer: parallel.Scorer, world: World) -> torch.Tensor:
     """What the policy before training says: that without the adapter, or a frozen copy."""
     samples = episodes().samples
-    if any(".lora_" in name for name, _ in scorer.named_parameters()):
+    if _has_adapter(scorer):
         with adapters.without(scorer.model):
             return parallel.score(scorer, samples, SETTINGS.token_budget, None, world)[0]
     frozen = load_policy(model_dir, dtype="float64").requires_grad_(False)
     return parallel.score(parallel.split(frozen, world), samples, SETTINGS.token_budget, None, world)[0]
+
+
+def _has_adapter(scorer: parallel.Scorer) -> bool:
+    return any(".lora_" in name for name, _ in scorer.named_parameters())
 
 
 def whole_run(model_dir: Path, world: World, *, lora: bool) -> dict[str, Any]:
