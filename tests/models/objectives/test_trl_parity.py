@@ -27,6 +27,7 @@ DEFAULTS = {
     "epsilon_high": 0.2,
     "beta": 0.0,
     "off_policy_mask_threshold": None,
+    "use_vllm": False,  # what it says of the engine's log-probabilities matters here, nothing else
 }
 
 
@@ -49,6 +50,10 @@ def _folded(batch):
     return objectives.corrected(objectives.get("vespo_trl"), batch, "token-tis", high=1.2)
 
 
+def _corrected(weight, **bounds):
+    return lambda batch: objectives.corrected(objectives.get("grpo"), batch, weight, **bounds)
+
+
 def _masked(batch):
     return objectives.scaled(objectives.grpo(batch), batch, objectives.sequence_mask(batch, 0.05))
 
@@ -67,6 +72,8 @@ CASES = {  # attributes of TRL's trainer; our losses; our aggregation
     ),
     "vespo": ({"loss_type": "vespo"}, _plain("vespo_trl"), "token-mean"),
     "vespo, corrected": ({"loss_type": "vespo"}, _folded, "token-mean"),
+    "token tis": ({"use_vllm": True}, _corrected("token-tis", high=1.2), "seq-mean-token-mean"),
+    "token mis": ({"use_vllm": True}, _corrected("token-mis", low=0.8, high=1.2), "seq-mean-token-mean"),
     "kl": ({"beta": 0.3}, _kl("k3"), "seq-mean-token-mean"),
     "unbiased kl": ({"beta": 0.3}, _unbiased_kl, "seq-mean-token-mean"),
     "sequence mask": ({"off_policy_mask_threshold": 0.05}, _masked, "seq-mean-token-mean"),
@@ -144,7 +151,10 @@ def _theirs(replay, case, attributes):
         return _padded([[next(left) if t else filler for t in s.trained] for s in samples], filler=filler)
 
     tokens = len(logprobs["old_logprobs"])
-    weights = (logprobs["old_logprobs"] - logprobs["behaviour_logprobs"]).exp().clamp(max=1.2)
+    weights = (logprobs["old_logprobs"] - logprobs["behaviour_logprobs"]).exp()
+    weights = (
+        weights * ((weights >= 0.8) & (weights <= 1.2)) if case == "token mis" else weights.clamp(max=1.2)
+    )
     inputs = {
         "prompt_ids": _padded([s.prompt_ids for s in samples], left=True),
         "prompt_mask": _padded([[1] * len(s.prompt_ids) for s in samples], left=True),
@@ -157,7 +167,7 @@ def _theirs(replay, case, attributes):
         "ref_per_token_logps": rows(logprobs["reference_logprobs"], 0.0),
         "num_items_in_batch": torch.tensor(float(tokens)),
     }
-    if case == "vespo, corrected":
+    if case in ("vespo, corrected", "token tis", "token mis"):
         inputs["importance_sampling_ratio"] = rows(weights, 1.0)
     for name, value in (DEFAULTS | attributes).items():
         setattr(trainer, name, value)
