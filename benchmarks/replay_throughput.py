@@ -5,10 +5,11 @@
 The rows are made up (groups of 8, about 64 + 32 tokens) and written by the product's own shard writer. Every
 contestant is a process of its own: `decode` opens the dataset for the first time, `forebay` opens what is decoded,
 draws groups with the trainer's sampler and reads them as `Episodes`; `datasets` maps its own Arrow copy of the
-same columns and reads the same groups in the same order, as lists and as numpy arrays, by row numbers and by one
-slice a group (the order is given, drawing it is not in its time, and it makes no samples). Its best of the four
-counts. Files are in the page cache for all of them. The trainer's figure is VESPO's forward and backward pass of
-one step on random weights of SmolLM2-135M's shape.
+same columns and reads the same groups in the same order, as lists, as numpy arrays and as Arrow tables, by row numbers
+and by one slice a group (the order is given, drawing it is not in its time, and it makes no samples). The tables of a
+step are put together in one piece of memory, since a slice alone reads nothing. Its best of the six counts. Files are
+in the page cache for all of them. The trainer's figure is one update's gradient (VESPO) on random weights of
+SmolLM2-135M's shape.
 
 Memory: `anonymous` is what a process allocates, `mapped` are pages of files that the kernel may drop at any time.
 """
@@ -32,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import Progress
 
@@ -45,7 +47,8 @@ HERE = Path(__file__).parent
 BASELINE = HERE / "baselines" / "replay_throughput.json"
 GROUP, VOCABULARY, GROUPS_PER_STEP = 8, 49152, 8
 TOKENIZER = "7" * 64
-PEERS = ("lists-rows", "lists-slices", "numpy-rows", "numpy-slices")
+PEERS = tuple(f"{kind}-{access}" for kind in ("lists", "numpy", "arrow") for access in ("rows", "slices"))
+TOKENS = ("prompt_ids", "response_ids")
 COLUMNS = [
     "group_id",
     "prompt_ids",
@@ -71,6 +74,7 @@ def make_table(first_group: int, groups: int, rng: np.random.Generator) -> pa.Ta
     prompt_ids = _lists(prompts[np.arange(width) < prompt[:, None]], prompt)
     response = rng.integers(16, 49, rows)
     tokens = int(response.sum())
+    place = np.arange(tokens) - np.repeat(np.cumsum(response) - response, response)
     names = pa.array(np.char.add("g", np.char.zfill(group.astype(str), 9)).tolist())
     made: dict[str, pa.Array] = {
         "episode_id": pa.array([f"{g}-{i}" for g, i in zip(names.to_pylist(), index, strict=True)]),
@@ -80,7 +84,7 @@ def make_table(first_group: int, groups: int, rng: np.random.Generator) -> pa.Ta
         "prompt_ids": prompt_ids,
         "response_ids": _lists(rng.integers(0, VOCABULARY, tokens, dtype=np.int32), response),
         "loss_mask": _lists(rng.random(tokens) < 0.9, response),
-        "turn_ids": _lists(rng.integers(0, 3, tokens, dtype=np.int16), response),
+        "turn_ids": _lists((place // 16).astype(np.int16), response),
         "behaviour_logprobs": _lists(-rng.exponential(1.0, tokens).astype(np.float32), response),
         "behaviour_version": pa.array([f"agent/{v}" for v in rng.integers(1, 9, rows)]),
         "reward": pa.array(rng.integers(0, 2, rows).astype(np.float64)),
@@ -218,7 +222,7 @@ def forebay(folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def peer(how: str, folder: Path, seconds: float) -> dict[str, Any]:
-    """`datasets`, as lists or numpy arrays, by row numbers or by slices."""
+    """`datasets`, as lists, numpy arrays or Arrow tables, by row numbers or by slices."""
     from datasets import load_dataset, utils
 
     utils.disable_progress_bars()
@@ -229,8 +233,8 @@ def peer(how: str, folder: Path, seconds: float) -> dict[str, Any]:
         dataset = load_dataset(
             "parquet", data_files=files, columns=COLUMNS, cache_dir=str(folder / "datasets"), split="train"
         )
-        if kind == "numpy":
-            dataset = dataset.with_format("numpy")
+        if kind != "lists":
+            dataset = dataset.with_format(kind)
     drawn = json.loads((folder / "drawn.json").read_text())
     steps = [[int(name[1:]) * GROUP for name in groups] for groups in drawn]
 
@@ -240,41 +244,33 @@ def peer(how: str, folder: Path, seconds: float) -> dict[str, Any]:
             parts = [dataset[[row for start in starts for row in range(start, start + GROUP)]]]
         else:
             parts = [dataset[start : start + GROUP] for start in starts]
-        assert parts[0]["group_id"][0] == drawn[step % len(steps)][0]
-        lists = [part[name] for part in parts for name in ("prompt_ids", "response_ids")]
+        first = parts[0]["group_id"][0]
+        assert (first.as_py() if kind == "arrow" else first) == drawn[step % len(steps)][0]
+        if kind == "arrow":
+            table = pa.concat_tables(parts).combine_chunks()
+            return len(table), sum(pc.sum(pc.list_value_length(table[name])).as_py() for name in TOKENS)
+        lists = [part[name] for part in parts for name in TOKENS]
         return sum(len(part["reward"]) for part in parts), sum(len(ids) for ragged in lists for ids in ragged)
 
     return read_for(seconds, read) | {"open": opened}
 
 
 def trainer(folder: Path, seconds: float) -> dict[str, Any]:
-    """Stored tokens a second of one step's forward and backward pass, after a smaller one to warm up."""
+    """Stored tokens a second of one update up to the optimizer, after a smaller one to warm up."""
     import torch
 
-    from benchmarks.training_step import TOKEN_BUDGET, build
-    from models import objectives
-    from models.packing import pack, packed_logprobs
+    from benchmarks.training_step import build
+    from tasks.training.parallel import World, split
+    from tasks.training.settings import TrainingSettings
+    from tasks.training.update import accumulate_gradients
 
-    replay, model = open_replay(folder), build("smollm2-135m", "cpu")
-    objective, figures = objectives.get("vespo"), {}
+    figures: dict[str, Any] = {}
+    replay, world = open_replay(folder), World(torch.device("cpu"))
+    scorer = split(build("smollm2-135m", "cpu"), world)
     for groups in (1, GROUPS_PER_STEP):
         episodes = replay.episodes(replay.table.ids[:groups].tolist())
-        trained = torch.tensor([int(sum(s.trained)) for s in episodes.samples])
-        advantages = torch.tensor(episodes.rewards).repeat_interleave(trained)
-        whole = objectives.Counts(int(trained.sum()), len(episodes.samples))
-        model.zero_grad(set_to_none=True)
         with measured(figures):
-            for micro in pack(episodes.samples, TOKEN_BUDGET):
-                logprobs, entropies = packed_logprobs(model, micro)
-                batch = objectives.Batch(
-                    logprobs=logprobs,
-                    advantages=advantages[micro.index],
-                    sequence=micro.sequence,
-                    sequences=micro.sequences,
-                    behaviour_logprobs=episodes.behaviour_logprobs[micro.index],
-                    entropies=entropies,
-                )
-                objectives.aggregate(objective.loss(batch), batch, "token-mean", whole).backward()
+            accumulate_gradients(scorer, episodes, TrainingSettings(objective="vespo"), None, world)
     tokens = sum(len(s.prompt_ids) + len(s.response_ids) for s in episodes.samples)
     figures |= {"tokens": tokens, "threads": torch.get_num_threads()}
     return figures | {

@@ -1,17 +1,33 @@
 """CPU seconds and memory of one policy update's gradient, next to TRL's GRPOTrainer on the same batch.
 
     python -m benchmarks.training_step [--model NAME] [--batch NAME] [--steps N] [--threads N] [--device cuda]
-                                       [--json PATH] [--save]
+                                       [--token-budget N] [--json PATH] [--save]
 
 Every variant is a process of its own with the same random weights, the same replay and VESPO with the same behaviour
 log-probabilities, which come from a perturbed snapshot of the weights. Loss and gradient norm must agree to 1e-4
-before a time is believed. Times are CPU seconds (all threads) of forward and backward, best of the steps after a
-warm-up, so that a busy machine disturbs them little. Memory is the peak resident size over the loaded model, less the
-gradients; the optimizer has no state. Versions of TRL other than the installed one are put into benchmarks/out/peers.
+before a time is believed.
 
-`limit` is the share of the arithmetic limit: the FLOPs of the model on the distinct tokens of the batch over the
-speed of a large matrix product measured in the same process, divided by the time. For `trl-*` it is taken with the
-same FLOPs, so that shares compare. The CUDA mode takes wall seconds and the allocator's peak, and needs a free GPU.
+`forebay` is the product's own update, `tasks.training.update.accumulate_gradients`: forward, backward, clipping and
+the numbers that it reports, in packed rows of at most the token budget. Of TRL forward, backward and clipping are
+timed. It is run as it ships, but for activation checkpointing, which it has on and is off on both sides: `trl-*` with
+the whole batch as one micro-batch, its default for this size; `trl-* micro` adds up the gradients of micro-batches of
+as many padded sequences as the same token budget holds and the batch can be divided by, and is left out where that is
+the whole batch. The product's trainer lets the C library keep freed memory (`models.memory`), TRL does not;
+MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ in the environment would give its process the same allocator.
+Versions of TRL other than the installed one are put into benchmarks/out/peers.
+
+Times are CPU seconds (all threads), so that a busy machine disturbs them little. Every variant takes --steps steps, of
+which the first warms it up, and the best counts. Forebay is run before its peers and again after them, and the slower
+run counts: neither a second try nor a change of the machine's load between them can flatter it. Memory is the peak
+resident size over the loaded model, less the gradients; the optimizer has no state.
+
+`faster` is the best time of all of TRL's variants over ours. `memory` is our peak over the smallest of all of theirs,
+`/whole` over the smallest of those that run the whole batch at once. `limit` is the share of the arithmetic limit: the
+FLOPs of the model on the distinct tokens of the batch over the speed of a large matrix product measured in the same
+process, divided by the time. For `trl-*` it is taken with the same FLOPs, so that shares compare.
+
+The CUDA mode has batches for rows of some 8,000 tokens, takes wall seconds and the allocator's peak, and needs a free
+GPU. `mfu` is `limit` with the card's published bfloat16 rate in place of the measured one, where that is known.
 """
 
 from __future__ import annotations
@@ -37,18 +53,31 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from benchmarks.machine import describe
-from models import objectives
 from models.memory import keep_freed_memory
-from models.packing import MicroBatch, Sample, pack, packed_logprobs
+from models.packing import MicroBatch, Sample, pack
+from tasks.training.fields import token_advantages
+from tasks.training.parallel import World, split
+from tasks.training.settings import TrainingSettings
+from tasks.training.shards import Episodes
+from tasks.training.update import accumulate_gradients
 
 HERE = Path(__file__).parent
 OUT = HERE / "out"
 BASELINE = HERE / "baselines" / "training_step.json"
 PEERS = ("1.16.0", "1.13.0")
-VARIANTS = ("forebay", *(f"trl-{version}" for version in PEERS))
-TOKEN_BUDGET = 1024  # of a packed row
-TOLERANCE = 1e-4
-ALLOWANCE = 40.0  # seconds of wall time after which a slow variant stops short of --steps (never below two)
+MICRO = " micro"  # ends the names of variants that accumulate
+OURS = ("forebay", "forebay again")
+VARIANTS = (OURS[0], *(f"trl-{version}{how}" for version in PEERS for how in ("", MICRO)), OURS[1])
+RATIOS = ("faster", "memory", "/whole")
+STEPS = 3  # of every variant, the first to warm up
+TOKEN_BUDGETS = {"cpu": 1024, "cuda": 8192}
+TOLERANCES = {"cpu": 1e-4, "cuda": 0.05}  # bfloat16 there
+CARDS = {  # dense bfloat16 FLOPs a second, by PyTorch's name of the card
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+}
 TARGET_SPREAD = 0.7  # standard deviation of the sequences' log W: an ESS of about 0.6
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -74,6 +103,16 @@ MODELS: dict[str, Callable[[], Any]] = {
         tie_word_embeddings=True,
         max_position_embeddings=4096,
     ),
+    "tiny": lambda: Qwen3Config(  # for tests of this file
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        tie_word_embeddings=True,
+    ),
     "qwen2-1.5b": lambda: Qwen2Config(
         vocab_size=151936,
         hidden_size=1536,
@@ -89,35 +128,68 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """A batch of B stored samples."""
+    """A batch of B stored samples, all of one group."""
 
     prompts: list[list[int]]
     responses: list[list[int]]
-    advantages: list[float]
+    rewards: list[float]
     behaviour: list[list[float]]
 
     @property
-    def samples(self) -> list[Sample]:
-        return [Sample(p, r, [True] * len(r)) for p, r in zip(self.prompts, self.responses, strict=True)]
+    def samples(self) -> tuple[Sample, ...]:
+        pairs = zip(self.prompts, self.responses, strict=True)
+        return tuple(Sample(prompt, response, [True] * len(response)) for prompt, response in pairs)
 
     @property
-    def padded_tokens(self) -> int:
-        return len(self.prompts) * (max(map(len, self.prompts)) + max(map(len, self.responses)))
+    def episodes(self) -> Episodes:
+        logprobs = torch.tensor([b for row in self.behaviour for b in row])
+        nothing = (0,) * len(self.rewards)
+        return Episodes(
+            samples=self.samples,
+            rewards=tuple(self.rewards),
+            groups=nothing,
+            lags=nothing,
+            turns=torch.zeros(len(logprobs), dtype=torch.int64),
+            behaviour_logprobs=logprobs,
+            group_ids=("group",),
+            texts=("",) * len(self.rewards),
+        )
+
+    @property
+    def advantages(self) -> list[float]:
+        """Of the samples, as the product computes them."""
+        of_tokens = token_advantages(self.episodes, TrainingSettings())
+        lengths = torch.tensor([len(response) for response in self.responses])
+        return of_tokens[lengths.cumsum(0) - 1].tolist()
+
+    @property
+    def width(self) -> int:
+        """Tokens of a padded sequence."""
+        return max(map(len, self.prompts)) + max(map(len, self.responses))
+
+    def per_micro_batch(self, token_budget: int) -> int:
+        """Padded sequences that the budget holds, a divisor of B, as TRL drops what is left over; one at least."""
+        size, most = len(self.prompts), max(1, token_budget // self.width)
+        return max(n for n in range(1, size + 1) if n <= most and size % n == 0)
+
+
+Maker = Callable[[torch.Generator, int], list[Any]]
+"""From a generator and the size of the vocabulary: (prompt, response) of every sample."""
 
 
 def _ids(generator: torch.Generator, vocabulary: int, length: int) -> list[int]:
     return torch.randint(vocabulary, (length,), generator=generator).tolist()
 
 
-def _grouped(prompt: int, group: int, answer: int) -> Callable[[torch.Generator, int], list[Any]]:
+def _grouped(prompt: int, group: int, answer: int, groups: int = 1) -> Maker:
     def make(g: torch.Generator, vocabulary: int) -> list[Any]:
-        shared = _ids(g, vocabulary, prompt)
-        return [(shared, _ids(g, vocabulary, answer)) for _ in range(group)]
+        prompts = [_ids(g, vocabulary, prompt) for _ in range(groups)]
+        return [(shared, _ids(g, vocabulary, answer)) for shared in prompts for _ in range(group)]
 
     return make
 
 
-def _ragged(size: int, prompt: int, answer: int) -> Callable[[torch.Generator, int], list[Any]]:
+def _ragged(size: int, prompt: int, answer: int) -> Maker:
     def make(g: torch.Generator, vocabulary: int) -> list[Any]:
         def length(low: int, high: int) -> int:
             return int(torch.randint(low, high + 1, (1,), generator=g))
@@ -133,13 +205,13 @@ def _ragged(size: int, prompt: int, answer: int) -> Callable[[torch.Generator, i
     return make
 
 
-def _uniform(size: int, prompt: int, answer: int) -> Callable[[torch.Generator, int], list[Any]]:
+def _uniform(size: int, prompt: int, answer: int) -> Maker:
     return lambda g, vocabulary: [
         (_ids(g, vocabulary, prompt), _ids(g, vocabulary, answer)) for _ in range(size)
     ]
 
 
-def _turns(episodes: int, turns: int, prompt: int, answer: int, observation: int) -> Callable[..., list[Any]]:
+def _turns(episodes: int, turns: int, prompt: int, answer: int, observation: int) -> Maker:
     def make(g: torch.Generator, vocabulary: int) -> list[Any]:
         shared, pairs = _ids(g, vocabulary, prompt), []
         for _ in range(episodes):
@@ -153,24 +225,33 @@ def _turns(episodes: int, turns: int, prompt: int, answer: int, observation: int
     return make
 
 
-BATCHES: dict[str, Callable[[torch.Generator, int], list[Any]]] = {
-    "grouped-long": _grouped(prompt=256, group=8, answer=32),
-    "grouped-short": _grouped(prompt=64, group=8, answer=16),
-    "ragged": _ragged(size=8, prompt=128, answer=384),
-    "uniform": _uniform(size=8, prompt=128, answer=384),
-    "multi-turn": _turns(episodes=4, turns=4, prompt=64, answer=32, observation=16),
+BATCHES: dict[str, dict[str, Maker]] = {
+    "cpu": {
+        "grouped-long": _grouped(prompt=256, group=8, answer=32),
+        "grouped-short": _grouped(prompt=64, group=8, answer=16),
+        "ragged": _ragged(size=8, prompt=128, answer=384),
+        "uniform": _uniform(size=8, prompt=128, answer=384),
+        "multi-turn": _turns(episodes=4, turns=4, prompt=64, answer=32, observation=16),
+    },
+    "cuda": {  # one row of 8,192 tokens, but for ragged, which has four of 7,500
+        "grouped-long": _grouped(prompt=2048, group=16, answer=384),
+        "grouped-short": _grouped(prompt=256, group=16, answer=112, groups=4),
+        "ragged": _ragged(size=24, prompt=512, answer=1536),
+        "uniform": _uniform(size=8, prompt=256, answer=768),
+        "multi-turn": _turns(episodes=8, turns=4, prompt=512, answer=192, observation=64),
+    },
 }
 
 
 class Meter:
-    """Times steps and watches memory; decides when there are enough steps."""
+    """Clocks the parts of steps, watches memory meanwhile, and says when there are enough steps."""
 
     def __init__(self, device: torch.device, gradient_bytes: int, steps: int) -> None:
         self.seconds: list[float] = []
         self.results: list[tuple[float, float]] = []
         self._device, self._gradient_bytes, self._steps = device, gradient_bytes, steps
         self._base = self._peak = 0
-        self._began = 0.0
+        self._spent = 0.0
         self._watching = threading.Event()
 
     def ready(self) -> None:
@@ -178,26 +259,28 @@ class Meter:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self._base = self._peak = self._memory()
-        self._began = time.perf_counter()
 
     @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
+    def part(self) -> Iterator[None]:
+        """What counts as work of the present step."""
         self._watching.set()
         watcher = threading.Thread(target=self._watch, daemon=True)
         watcher.start()
         start = self.clock()
         yield
-        self.seconds.append(self.clock() - start)
+        self._spent += self.clock() - start
         self._watching.clear()
         watcher.join()
 
-    def result(self, loss: Tensor | float, norm: Tensor | float) -> None:
-        self.results.append((float(loss), float(norm)))
+    def finish(self, loss: float, norm: float) -> None:
+        """The step is over and has these results."""
+        self.seconds.append(self._spent)
+        self.results.append((loss, norm))
+        self._spent = 0.0
 
     @property
     def enough(self) -> bool:
-        late = time.perf_counter() - self._began > ALLOWANCE and len(self.seconds) >= 2
-        return late or len(self.seconds) > self._steps
+        return len(self.seconds) >= self._steps
 
     @property
     def peak(self) -> int:
@@ -222,40 +305,19 @@ class Meter:
             time.sleep(0.01)
 
 
-def forebay(model: PreTrainedModel, replay: Replay, meter: Meter) -> None:
-    """The gradient of one update as `tasks.training.update.accumulate_gradients` makes it."""
-    keep_freed_memory()  # as the trainer does
-    samples, device = replay.samples, model.device
-    lengths = torch.tensor([len(r) for r in replay.responses])
-    advantages = torch.tensor(replay.advantages).repeat_interleave(lengths).to(device)
-    behaviour = torch.tensor([b for row in replay.behaviour for b in row], device=device)
-    whole = objectives.Counts(int(lengths.sum()), len(samples))
-    objective = objectives.get("vespo")
+def forebay(model: PreTrainedModel, replay: Replay, meter: Meter, token_budget: int) -> None:
+    """Steps of the trainer up to the optimizer until the meter has enough."""
+    world = World(model.device)
+    autocast = torch.bfloat16 if world.device.type == "cuda" else None
+    if world.device.type == "cpu":
+        keep_freed_memory()
+    settings = TrainingSettings(objective="vespo", token_budget=token_budget)
+    scorer, episodes = split(model, world), replay.episodes
     meter.ready()
     while not meter.enough:
-        model.zero_grad(set_to_none=True)
-        loss = 0.0
-        with meter.step():
-            for row in pack(samples, TOKEN_BUDGET):
-                micro = row.to(device)
-                logprobs, entropies = _packed(model, micro)
-                batch = objectives.Batch(
-                    logprobs=logprobs,
-                    advantages=advantages[micro.index],
-                    sequence=micro.sequence,
-                    sequences=micro.sequences,
-                    behaviour_logprobs=behaviour[micro.index],
-                    entropies=entropies,
-                )
-                part = objectives.aggregate(objective.loss(batch), batch, "token-mean", whole)
-                part.backward()  # type: ignore[no-untyped-call]
-                loss += float(part.detach())
-        meter.result(loss, gradient_norm(model))
-
-
-def _packed(model: PreTrainedModel, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-    with torch.autocast(micro.input_ids.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-        return packed_logprobs(model, micro)
+        with meter.part():
+            metrics = accumulate_gradients(scorer, episodes, settings, autocast, world).metrics
+        meter.finish(metrics["loss"], metrics["grad_norm"])
 
 
 def build(name: str, device: str) -> PreTrainedModel:
@@ -266,13 +328,13 @@ def build(name: str, device: str) -> PreTrainedModel:
     return model.to(device).train()  # type: ignore[arg-type]
 
 
-def make_replay(model: PreTrainedModel, batch: str) -> tuple[Replay, float]:
-    """Random tokens and advantages; behaviour log-probabilities of weights with noise, scaled to a useful effective
+def make_replay(model: PreTrainedModel, make: Maker) -> tuple[Replay, float]:
+    """Random tokens and rewards; behaviour log-probabilities of weights with noise, scaled to a useful effective
     sample size, which is returned too."""
     generator = torch.Generator().manual_seed(1)
-    pairs = BATCHES[batch](generator, model.config.vocab_size)
+    pairs = make(generator, model.config.vocab_size)
     prompts, responses = [p for p, _ in pairs], [r for _, r in pairs]
-    advantages = torch.randn(len(pairs), generator=generator).tolist()
+    rewards = torch.randn(len(pairs), generator=generator).tolist()
     own = _plain_logprobs(model, prompts, responses)
     probe = 0.003
     spread = float(_log_ratios(own, _noisy_logprobs(model, probe, prompts, responses)).std())
@@ -280,7 +342,7 @@ def make_replay(model: PreTrainedModel, batch: str) -> tuple[Replay, float]:
     behaviour = _noisy_logprobs(model, probe * TARGET_SPREAD / spread, prompts, responses)
     w = _log_ratios(own, behaviour).exp()
     ess = float(w.sum() ** 2 / (len(w) * (w * w).sum()))
-    return Replay(prompts, responses, advantages, behaviour), ess
+    return Replay(prompts, responses, rewards, behaviour), ess
 
 
 def _log_ratios(own: list[list[float]], behaviour: list[list[float]]) -> Tensor:
@@ -326,10 +388,6 @@ def model_flops(config: Any, rows: Sequence[MicroBatch]) -> float:
     return 6.0 * (per_token * tokens + head * scored) + 12.0 * layers * heads * head_dim * pairs
 
 
-def gradient_norm(model: torch.nn.Module) -> float:
-    return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
-
-
 def product_rate(device: torch.device, meter: Meter) -> float:
     """FLOPs per clock second (all threads' seconds on the CPU) of a large matrix product."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
@@ -343,67 +401,88 @@ def product_rate(device: torch.device, meter: Meter) -> float:
     return max(rates)
 
 
+def write_replay(model: PreTrainedModel, arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """Make the batch; its facts."""
+    replay, ess = make_replay(model, BATCHES[arguments.device][arguments.batch])
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(asdict(replay)))
+    tokens = sum(map(len, replay.prompts)) + sum(map(len, replay.responses))
+    return {
+        "samples": len(replay.prompts),
+        "samples_micro": replay.per_micro_batch(arguments.token_budget),
+        "tokens": tokens,
+        "tokens_trained": sum(map(len, replay.responses)),
+        "tokens_padded": len(replay.prompts) * replay.width,
+        "tokens_packed": sum(len(row.input_ids) for row in pack(replay.samples, arguments.token_budget)),
+        "ess": ess,
+        "flops": model_flops(model.config, pack(replay.samples, tokens)),  # in one row: nothing twice
+    }
+
+
+def measure(model: PreTrainedModel, arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """The figures of a variant."""
+    replay, device = Replay(**json.loads(path.read_text())), model.device
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters())
+    meter = Meter(device, gradients, arguments.steps)
+    rate = product_rate(device, meter)
+    if arguments.variant in OURS:
+        forebay(model, replay, meter, arguments.token_budget)
+    else:
+        from benchmarks.peers import trl_step
+
+        version, micro = version_of(arguments.variant), arguments.variant.endswith(MICRO)
+        assert version == metadata.version("trl"), metadata.version("trl")
+        size = replay.per_micro_batch(arguments.token_budget) if micro else len(replay.prompts)
+        trl_step.run(model, replay, meter, size)
+    loss, norm = meter.results[-1]
+    return {
+        "seconds": min(meter.seconds),
+        "steps": len(meter.seconds),
+        "peak_mib": meter.peak / 2**20,
+        "loss": loss,
+        "grad_norm": norm,
+        "rate_gflops": rate / 1e9,
+    }
+
+
+def version_of(variant: str) -> str:
+    """TRL's version in the name of one of its variants."""
+    return variant.removesuffix(MICRO).removeprefix("trl-")
+
+
 def child(arguments: argparse.Namespace) -> None:
     """Run one variant and print its figures; the variant `replay` writes the batch instead."""
     torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
     model = build(arguments.model, arguments.device)
-    path = OUT / f"replay-{arguments.model}-{arguments.batch}.json"
+    path = OUT / f"replay-{arguments.model}-{arguments.batch}-{arguments.device}.json"
     if arguments.variant == "replay":
-        replay, ess = make_replay(model, arguments.batch)
-        rows = pack(replay.samples, TOKEN_BUDGET)
-        OUT.mkdir(exist_ok=True)
-        path.write_text(json.dumps(asdict(replay)))
-        figures = {
-            "tokens": sum(map(len, replay.prompts)) + sum(map(len, replay.responses)),
-            "tokens_trained": sum(map(len, replay.responses)),
-            "tokens_padded": replay.padded_tokens,
-            "tokens_packed": sum(len(row.input_ids) for row in rows),
-            "ess": ess,
-            "flops": model_flops(model.config, rows),
-        }
+        figures = write_replay(model, arguments, path)
     else:
-        replay = Replay(**json.loads(path.read_text()))
-        gradients = sum(p.numel() * p.element_size() for p in model.parameters())
-        meter = Meter(device, gradients, arguments.steps)
-        rate = product_rate(device, meter)
-        if arguments.variant == "forebay":
-            forebay(model, replay, meter)
-        else:
-            from benchmarks.peers import trl_step
-
-            assert arguments.variant == f"trl-{metadata.version('trl')}", metadata.version("trl")
-            trl_step.run(model, replay, meter)
-        loss, norm = meter.results[-1]
-        figures = {
-            "seconds": min(meter.seconds[1:]),
-            "steps": len(meter.seconds) - 1,
-            "peak_mib": meter.peak / 2**20,
-            "loss": loss,
-            "grad_norm": norm,
-            "rate_gflops": rate / 1e9,
-        }
+        try:
+            figures = measure(model, arguments, path)
+        except torch.OutOfMemoryError:  # of the GPU
+            figures = {"failed": "out of memory"}
     print("FIGURES " + json.dumps(figures))
 
 
-def run_child(variant: str, model: str, batch: str, arguments: argparse.Namespace) -> dict[str, float]:
+def run_child(variant: str, model: str, batch: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One process. The idle threads of OpenMP sleep, as spinning would count as CPU time."""
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(arguments.threads)}
-    version = variant.removeprefix("trl-")
-    if version != variant and version != metadata.version("trl"):
-        folder = OUT / "peers" / variant
+    version = version_of(variant)
+    if version in PEERS and version != metadata.version("trl"):
+        folder = OUT / "peers" / f"trl-{version}"
         install(version, folder)
         environment["PYTHONPATH"] = str(folder)
     command = [sys.executable, "-m", "benchmarks.training_step", "--variant", variant, "--model", model]
-    command += ["--batch", batch, "--steps", str(arguments.steps), "--threads", str(arguments.threads)]
-    command += ["--device", arguments.device]
+    command += ["--batch", batch, "--device", arguments.device, "--token-budget", str(arguments.token_budget)]
+    command += ["--steps", str(arguments.steps), "--threads", str(arguments.threads)]
     done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
     if done.returncode or not lines:
         raise SystemExit(
             f"{variant} failed on {model} {batch}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         )
-    figures: dict[str, float] = json.loads(lines[-1].removeprefix("FIGURES "))
+    figures: dict[str, Any] = json.loads(lines[-1].removeprefix("FIGURES "))
     return figures
 
 
@@ -424,39 +503,76 @@ def compare(model: str, batch: str, arguments: argparse.Namespace) -> dict[str, 
     facts = run_child("replay", model, batch, arguments)
     found: dict[str, Any] = {}
     for variant in arguments.variants:
+        if variant.endswith(MICRO) and facts["samples_micro"] == facts["samples"]:
+            continue
         say(f"{model} {batch} {variant} ...")
         found[variant] = run_child(variant, model, batch, arguments)
-    first = next(iter(found.values()))
-    tolerance = TOLERANCE if arguments.device == "cpu" else 0.05  # bfloat16 there
-    for variant, figures in found.items():
+    say("")
+    ran = {variant: figures for variant, figures in found.items() if "failed" not in figures}
+    first = next(iter(ran.values()))
+    peak = CARDS.get(torch.cuda.get_device_name()) if arguments.device == "cuda" else None
+    for variant, figures in ran.items():
         for name in ("loss", "grad_norm"):
-            if not math.isclose(figures[name], first[name], rel_tol=tolerance, abs_tol=1e-9):
+            if not math.isclose(
+                figures[name], first[name], rel_tol=TOLERANCES[arguments.device], abs_tol=1e-9
+            ):
                 raise SystemExit(
                     f"{model} {batch}: {name} of {variant} is {figures[name]}, not {first[name]}"
                 )
         figures["tokens_per_second"] = facts["tokens"] / figures["seconds"]
         figures["limit"] = facts["flops"] / (figures["rate_gflops"] * 1e9) / figures["seconds"]
-    say("")
-    return {"model": model, "batch": batch, **facts, "variants": found, "took": time.perf_counter() - started}
+        figures["mfu"] = facts["flops"] / peak / figures["seconds"] if peak else None
+    return {
+        "model": model,
+        "batch": batch,
+        "machine": describe(),
+        "threads": arguments.threads,
+        "token_budget": arguments.token_budget,
+        **facts,
+        "variants": found,
+        "ratios": ratios(ran),
+        "took": time.perf_counter() - started,
+    }
+
+
+def ratios(variants: dict[str, Any]) -> dict[str, float]:
+    """`RATIOS` of the variants that ran; none where one of their sides did not."""
+    ours = [figures for name, figures in variants.items() if name in OURS]
+    theirs = [figures for name, figures in variants.items() if name not in OURS]
+    whole = [figures for name, figures in variants.items() if name.endswith(PEERS)]
+
+    def over(peers: list[dict[str, Any]], figure: str) -> float:
+        """Our worst over their best."""
+        return max(v[figure] for v in ours) / min(v[figure] for v in peers)
+
+    found = {}
+    if ours and theirs:
+        found = {"faster": 1 / over(theirs, "seconds"), "memory": over(theirs, "peak_mib")}
+    if ours and whole:
+        found["/whole"] = over(whole, "peak_mib")
+    return found
 
 
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        f"{'model':14}{'batch':15}{'padded/packed':>14}{'ESS':>6}  "
-        f"{'variant':12}{'seconds':>9}{'(steps)':>8}{'tokens/s':>10}{'peak MiB':>10}{'limit':>7}{'faster':>8}{'memory':>8}"
+        f"{'model':14}{'batch':15}{'padded/packed':>14}{'ESS':>6}  {'variant':18}{'seconds':>9}{'tokens/s':>10}"
+        f"{'peak MiB':>10}{'limit':>7}{'mfu':>6}{'faster':>8}{'memory':>8}{'/whole':>8}"
     ]
     for result in results:
-        variants = result["variants"]
-        peers = [v for name, v in variants.items() if name != "forebay"]
-        for name, v in variants.items():
+        for name, v in result["variants"].items():
             line = f"{result['model']:14}{result['batch']:15}"
             line += (
-                f"{result['tokens_padded'] / result['tokens_packed']:14.2f}{result['ess']:6.2f}  {name:12}"
+                f"{result['tokens_padded'] / result['tokens_packed']:14.2f}{result['ess']:6.2f}  {name:18}"
             )
-            line += f"{v['seconds']:9.2f}{v['steps']:8d}{v['tokens_per_second']:10.0f}{v['peak_mib']:10.0f}{v['limit']:7.0%}"
-            if name == "forebay" and peers:
-                line += f"{min(p['seconds'] for p in peers) / v['seconds']:7.2f}x"
-                line += f"{v['peak_mib'] / min(p['peak_mib'] for p in peers):8.2f}"
+            if "failed" in v:
+                line += f"  {v['failed']}"
+            else:
+                line += (
+                    f"{v['seconds']:9.2f}{v['tokens_per_second']:10.0f}{v['peak_mib']:10.0f}{v['limit']:7.0%}"
+                )
+                line += f"{v['mfu']:6.0%}" if v["mfu"] else " " * 6
+            if name == OURS[0]:
+                line += "".join(f"{result['ratios'].get(ratio, math.nan):8.2f}" for ratio in RATIOS)
             lines.append(line)
     return "\n".join(lines)
 
@@ -472,15 +588,17 @@ def say(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=list(MODELS), action="append", default=None)
-    parser.add_argument("--batch", choices=list(BATCHES), action="append", default=None)
+    parser.add_argument("--batch", choices=list(BATCHES["cpu"]), action="append", default=None)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--steps", type=int, default=5, help="measured steps after the warm-up")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of every variant; the best counts")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--token-budget", type=int, help=f"of a row; by default {TOKEN_BUDGETS}")
     parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--save", action="store_true", help=f"write {BASELINE.relative_to(HERE.parent)}")
+    parser.add_argument("--save", action="store_true", help=f"into {BASELINE.relative_to(HERE.parent)}")
     parser.add_argument("--variant", choices=["replay", *VARIANTS], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.token_budget = arguments.token_budget or TOKEN_BUDGETS[arguments.device]
     default = ["qwen2-1.5b"] if arguments.device == "cuda" else ["smollm2-135m", "qwen3-small"]
     if arguments.variant:
         arguments.model, arguments.batch = arguments.model[0], arguments.batch[0]
@@ -489,14 +607,25 @@ def main() -> None:
     results = [
         compare(model, batch, arguments)
         for model in arguments.model or default
-        for batch in arguments.batch or list(BATCHES)
+        for batch in arguments.batch or list(BATCHES["cpu"])
     ]
-    print(f"{describe()}, {arguments.threads} threads")
+    print(f"{describe()}, {arguments.threads} threads, {arguments.steps} steps")
     print(table(results))
-    report = {"machine": describe(), "threads": arguments.threads, "results": results}
-    for path in [arguments.json] * bool(arguments.json) + [BASELINE] * arguments.save:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
+    if arguments.json:
+        write(arguments.json, results)
+    if arguments.save:
+        write(BASELINE, merged(results))
+
+
+def merged(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The baseline's results, those of the same model and batch replaced by the new ones."""
+    old = json.loads(BASELINE.read_text())["results"] if BASELINE.exists() else []
+    return list({(result["model"], result["batch"]): result for result in [*old, *results]}.values())
+
+
+def write(path: Path, results: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

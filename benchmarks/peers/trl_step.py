@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.training_step import Meter, Replay, gradient_norm
+from benchmarks.training_step import Meter, Replay
 
 
-def run(model: PreTrainedModel, replay: Replay, meter: Meter) -> None:
-    """Steps of VESPO until the meter has enough. The learning rate is zero and the optimizer has no state, so that
-    every step is the same; one micro-batch holds the whole batch, the trainer's default for this size."""
+def run(model: PreTrainedModel, replay: Replay, meter: Meter, micro: int) -> None:
+    """Steps of VESPO until the meter has enough, a step being the whole batch in micro-batches of `micro` sequences.
+
+    The learning rate is zero and the optimizer has no state, so that every step is the same. The trainer draws anew
+    which sequences come together, which changes neither the gradient nor the width they are padded to.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     from datasets import Dataset
@@ -26,16 +29,23 @@ def run(model: PreTrainedModel, replay: Replay, meter: Meter) -> None:
 
     batch = _padded(replay, model.device)
     size, longest = batch["completion_ids"].shape
+    losses: list[Tensor] = []
 
     class ReplayTrainer(GRPOTrainer):  # type: ignore[misc]
         def _generate_and_score_completions(self, inputs: Any) -> dict[str, Tensor]:
             return dict(batch)
 
         def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-            with meter.step():
-                loss = super().training_step(*args, **kwargs)
-            meter.result(loss, gradient_norm(self.model))
-            return loss
+            with meter.part():
+                losses.append(super().training_step(*args, **kwargs))
+            return losses[-1]
+
+        def _clip_grad_norm(self, *args: Any) -> Tensor:
+            with meter.part():
+                norm: Tensor = super()._clip_grad_norm(*args)
+            meter.finish(float(sum(losses)), float(norm))
+            losses.clear()
+            return norm
 
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -51,9 +61,9 @@ def run(model: PreTrainedModel, replay: Replay, meter: Meter) -> None:
             fp16=False,
             loss_type="vespo",
             importance_sampling_level="token",
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=1,
-            steps_per_generation=1,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=size // micro,
+            steps_per_generation=size // micro,
             num_generations=size,
             max_completion_length=longest,
             num_iterations=1,
