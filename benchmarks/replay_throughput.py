@@ -6,8 +6,9 @@ The rows are made up (groups of 8, about 64 + 32 tokens) and written by the prod
 contestant is a process of its own: `decode` opens the dataset for the first time, `forebay` opens what is decoded,
 draws groups with the trainer's sampler and reads them as `Episodes`; `datasets` maps its own Arrow copy of the
 same columns and reads the same groups in the same order, as lists, as numpy arrays and as Arrow tables, by row numbers
-and by one slice a group (the order is given, drawing it is not in its time, and it makes no samples). The tables of a
-step are put together in one piece of memory, since a slice alone reads nothing. Its best of the six counts. Files are
+and by one slice a group (the order is given, drawing it is not in its time). All end with a value a row: Arrow tables are
+put together in one piece of memory, since a slice alone reads nothing, and their lists of numbers cut into an array a
+row, which is what a trainer packs. Its best of the six counts. Files are
 in the page cache for all of them. The trainer's figure is one update's gradient (VESPO) on random weights of
 SmolLM2-135M's shape.
 
@@ -28,12 +29,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import Progress
 
@@ -49,6 +50,7 @@ GROUP, VOCABULARY, GROUPS_PER_STEP = 8, 49152, 8
 TOKENIZER = "7" * 64
 PEERS = tuple(f"{kind}-{access}" for kind in ("lists", "numpy", "arrow") for access in ("rows", "slices"))
 TOKENS = ("prompt_ids", "response_ids")
+LISTS = (*TOKENS, "loss_mask", "turn_ids", "behaviour_logprobs")
 COLUMNS = [
     "group_id",
     "prompt_ids",
@@ -248,11 +250,17 @@ def peer(how: str, folder: Path, seconds: float) -> dict[str, Any]:
         assert (first.as_py() if kind == "arrow" else first) == drawn[step % len(steps)][0]
         if kind == "arrow":
             table = pa.concat_tables(parts).combine_chunks()
-            return len(table), sum(pc.sum(pc.list_value_length(table[name])).as_py() for name in TOKENS)
+            arrays = {name: _arrays(table[name].chunk(0)) for name in LISTS}
+            return len(table), sum(len(ids) for name in TOKENS for ids in arrays[name])
         lists = [part[name] for part in parts for name in TOKENS]
         return sum(len(part["reward"]) for part in parts), sum(len(ids) for ragged in lists for ids in ragged)
 
     return read_for(seconds, read) | {"open": opened}
+
+
+def _arrays(lists: pa.ListArray) -> list[np.ndarray]:
+    values = lists.values.to_numpy(zero_copy_only=False)
+    return [values[start:stop] for start, stop in pairwise(lists.offsets.to_numpy().tolist())]
 
 
 def trainer(folder: Path, seconds: float) -> dict[str, Any]:

@@ -44,7 +44,7 @@ MASKED = {f"{name}, masked": replace(METHODS[name], mask=MASK) for name in ("sap
 ON_POLICY = "reinforce"  # the objective of the run that is every method's N = 1
 STALENESS = (1, 4, 8, 16, 32, 64)
 STRESSED = (1, 64)
-EARLY = 1  # the updates between this evaluation and the next are before any run falls
+EARLY = 1  # updates between this evaluation and the next, soon after the start
 RATES = {"main": 3e-4, "stress": 6e-4}
 UPDATES = 192
 EVERY = 16  # updates between two evaluations
@@ -175,7 +175,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
             texts = [lab.mark(row[name], len(compared)) for row in compared]
             console.print(_fill(table, compared, texts, depths[1:]))
         for when, title in (
-            ("early", f"updates {EARLY * EVERY + 1} to {(EARLY + 1) * EVERY}, before any run falls"),
+            ("early", f"updates {EARLY * EVERY + 1} to {(EARLY + 1) * EVERY}"),
             ("last", f"the last {EVERY} updates"),
         ):
             console.print(_reports(chosen, depths[-1], when, f"{rate}, N={depths[-1]}, mean of {title}"))
@@ -237,13 +237,13 @@ def draw_curves(rows: list[dict[str, Any]], every: int) -> Any:
     axes = np.reshape(axes, (len(rates), len(methods)))
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(STALENESS)))
     for row in rows:
-        if row["method"] in MASKED:
+        masked = row["method"] in MASKED
+        if masked and row["n"] == 1:
             continue
-        axis = axes[rates.index(row["rate"]), methods.index(row["method"])]
+        axis = axes[rates.index(row["rate"]), methods.index(row["method"].split(",")[0])]
         updates = np.arange(len(row["curve"])) * every
-        axis.plot(
-            updates, row["curve"], color=colours[STALENESS.index(row["n"])], lw=1.2, label=f"N={row['n']}"
-        )
+        style = {"color": "tab:red", "ls": ":"} if masked else {"color": colours[STALENESS.index(row["n"])]}
+        axis.plot(updates, row["curve"], lw=1.2, label=f"N={row['n']}{', masked' * masked}", **style)
     for column, method in enumerate(methods):
         axes[0, column].set_title(method, fontsize=9)
         axes[-1, column].set_xlabel("updates", fontsize=8)
