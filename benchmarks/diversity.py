@@ -252,7 +252,14 @@ def main(arguments: list[str] | None = None) -> None:
     }
     lab.warm_ups("countdown", seeds, words.workers)
     rows = summarise(lab.run("diversity", cell, cells, workers=words.workers, fresh=words.fresh))
-    summary = {"machine": describe(), "seeds": seeds, "updates": updates, "rate": RATE, "rows": rows}
+    summary = {
+        "machine": describe(),
+        "code": lab.code(),
+        "seeds": seeds,
+        "updates": updates,
+        "rate": RATE,
+        "rows": rows,
+    }
     lab.keep("diversity", summary, draw_curves(rows), save=words.save)
     if words.json:
         print(json.dumps(summary))

@@ -212,10 +212,11 @@ def summarise(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
                 "replay_ess": float(np.mean(esses)) if esses else None,
             }
         )
-    base = next((row["finals"] for row in rows if row["arm"] == ON_POLICY), None)
+    finals = {row["arm"]: row["finals"] for row in rows}
     for row in rows:
-        if base is not None and row["arm"] != ON_POLICY:
-            row["from_on_policy"] = lab.difference(row["finals"], base)
+        for name, base in (("from_on_policy", ON_POLICY), ("from_replay", str(row["sealed"]))):
+            if base in finals and row["sealed"] and row["arm"] != base:
+                row[name] = lab.difference(row["finals"], finals[base])
     return rows
 
 
@@ -228,28 +229,28 @@ def median(counts: Sequence[int | None], totals: Sequence[int]) -> str:
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
-    table = Table(
-        title="Episodes sampled until held-out accuracy is reached: median over seeds, and range",
-        caption="* the interval excludes 0; ** it does at a level of 5 % over all of this table",
-    )
-    ends = (
-        "in all",
-        "final ± 95 %",
-        "minus on-policy",
-        "best",
-        "share fresh: mean, first, last",
-        "ESS of replay",
-    )
-    for name in ("arm: sealed + fresh", *(f"{level:g}" for level in LEVELS), *ends):
+    table = Table(title="Episodes sampled until held-out accuracy is reached: median over seeds, and range")
+    for name in ("arm: sealed + fresh", *(f"{level:g}" for level in LEVELS), "in all"):
         table.add_column(name)
-    compared = sum("from_on_policy" in row for row in rows)
+    for row in rows:
+        counts = (median(row["needed"][str(level)], row["totals"]) for level in LEVELS)
+        table.add_row(row["arm"], *counts, f"{row['samples'][-1]:.0f}")
+    console.print(table)
+    table = Table(
+        title="Accuracy at the end ± 95 %, and its differences paired by seed",
+        caption="* the interval excludes 0; ** it does at a level of 5 % over all of its column",
+    )
+    names = ("minus on-policy", "minus the same replay alone", "best", "share fresh: mean, first, last")
+    for name in ("arm: sealed + fresh", "final", *names, "ESS of replay"):
+        table.add_column(name)
     for row in rows:
         table.add_row(
             row["arm"],
-            *(median(row["needed"][str(level)], row["totals"]) for level in LEVELS),
-            f"{row['samples'][-1]:.0f}",
             f"{row['final']:.3f}±{row['final_half']:.3f}",
-            lab.mark(row["from_on_policy"], compared) if "from_on_policy" in row else "",
+            *(
+                lab.mark(row[name], sum(name in one for one in rows)) if name in row else ""
+                for name in ("from_on_policy", "from_replay")
+            ),
             f"{row['best']:.2f}",
             f"{np.mean(row['fresh']):.2f}, {row['fresh'][0]:.2f}, {row['fresh'][-1]:.2f}",
             "" if row["replay_ess"] is None else f"{row['replay_ess']:.2f}",
@@ -263,14 +264,18 @@ def draw_curves(rows: list[dict[str, Any]]) -> Any:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), sharey=True)
-    colours = matplotlib.colormaps["tab10"]
+    kinds = list(
+        dict.fromkeys(row["arm"].partition(" ")[2] for row in rows)
+    )  # what stands beside the sealed replay
     for axis, sealed in zip(axes, (256, 1024), strict=True):
         axis.set(
             xscale="log", xlabel="episodes sampled, sealed and fresh", title=f"sealed replay of {sealed}"
         )
-        shown = [row for row in rows if row["sealed"] in (0, sealed)]
-        for place, row in enumerate(shown):
-            colour = "black" if row["arm"] == ON_POLICY else colours(place)
+        for row in rows:
+            if row["sealed"] not in (0, sealed):
+                continue
+            kind = kinds.index(row["arm"].partition(" ")[2])
+            colour = "black" if row["arm"] == ON_POLICY else matplotlib.colormaps["tab10"](kind)
             if row["schedule"] == "replay":  # all its samples are there before the first update
                 axis.plot(row["samples"][0], row["best"], "o", color=colour, label=f"{row['arm']}, best")
             else:
@@ -310,7 +315,7 @@ def main(arguments: list[str] | None = None) -> None:
     if words.json:
         print(json.dumps(summary))
     else:
-        show(rows, Console(width=200))
+        show(rows, Console(width=130))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How far can a batch of episodes go stale before an objective fails?
 
-    python -m benchmarks.staleness [--seeds 0 1 2 3 4] [--methods vespo grpo] [--workers 2]
+    python -m benchmarks.staleness [--seeds 0 1 2] [--methods vespo grpo] [--workers 2]
 
 VESPO's protocol (arXiv 2602.10693v3, section 4): one batch of N mini-batches is sampled and learnt from once, in
 N updates, so that its last mini-batch is N - 1 updates old. The mini-batch (64 answers) and the number of updates
@@ -254,7 +254,7 @@ def draw_curves(rows: list[dict[str, Any]], every: int) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = lab.parser(__doc__, seeds=5)
+    parser = lab.parser(__doc__, seeds=3)
     compared = [name for name in METHODS if name != ON_POLICY]
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=compared)
     parser.add_argument("--rates", nargs="+", choices=RATES, default=list(RATES))

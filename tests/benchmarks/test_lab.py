@@ -246,25 +246,29 @@ def test_finished_cells_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert lab.run("test", work, {"a": cells["a"]}, workers=1, fresh=False)["a"]["x"] == 1
 
 
-def test_code_is_every_loaded_file_of_the_repository_without_its_comments(tmp_path: Path) -> None:
+def test_code_is_every_loaded_file_of_the_repository() -> None:
     made_by = lab.code()
-    wanted = {
-        "benchmarks/lab.py",
-        "benchmarks/staleness.py",
-        "models/objectives/weighted.py",
-        "models/advantages.py",
-    }
+    wanted = {"benchmarks/lab.py", "benchmarks/staleness.py", "models/objectives/weighted.py"}
     assert wanted <= set(made_by)
     assert not [name for name in made_by if name.startswith((".venv", "tests"))]
-    texts = {
-        "plain": "RATE = 3e-4\ndef cell():\n    return RATE\n",
-        "explained": '"""What."""\nRATE = 3e-4  # high\n\ndef cell():\n    """It."""\n    return RATE\n',
-        "other": "RATE = 6e-4\ndef cell():\n    return RATE\n",
-    }
-    for name, text in texts.items():
-        (tmp_path / name).write_text(text)
-    plain, explained, other = (lab._digest(tmp_path / name) for name in texts)
-    assert plain == explained != other
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ('"""What."""\nRATE = 3e-4  # high\n\ndef cell():\n    """It."""\n    return RATE\n', True),
+        ("RATE = 3e-4\ndef cell():\n    return RATE\ndef show():\n    print(RATE)\n", True),
+        ("RATE = 6e-4\ndef cell():\n    return RATE\n", False),
+        ("RATE = 3e-4\ndef cell():\n    return 2 * RATE\n", False),
+    ],
+)
+def test_a_cell_is_made_by_statements_that_decide_it(tmp_path: Path, text: str, same: bool) -> None:
+    path = tmp_path / "benchmarks" / "some.py"
+    path.parent.mkdir()
+    path.write_text("RATE = 3e-4\ndef cell():\n    return RATE\n")
+    before = lab._digest(path)
+    path.write_text(text)
+    assert (lab._digest(path) == before) is same
 
 
 def test_committed_figures_have_what_their_scripts_print() -> None:
