@@ -55,7 +55,10 @@ _BET = 0.75  # largest bet of the confidence sequence; below 1
 
 @dataclass(frozen=True)
 class Log:
-    """B logged episodes of at most T turns, in the order of their arrival.
+    """B logged episodes of at most T turns.
+
+    The confidence sequence takes prompts in the order they stand in, which must not have to do with what they earn: as
+    they arrived, or shuffled, and not family by family.
 
     Attributes:
         rewards: [B, T] earned at each turn; 0 after an episode's last turn.
@@ -188,8 +191,8 @@ class Rule:
         """Raises ValueError where a number makes no sense."""
         if not 0 < self.alpha < 0.5:
             raise ValueError("alpha is a one-sided error in (0, 0.5)")
-        if not 0.5 <= self.power < 1:
-            raise ValueError("power is in [0.5, 1)")
+        if not 0.5 < self.power < 1:
+            raise ValueError("power is in (0.5, 1)")
         if not self.ceiling >= 1:
             raise ValueError("the ceiling of the weights is at least 1, the weight of an episode on policy")
         if not 0 <= self.min_ess <= 1:
