@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final, Literal, get_args
 
 import numpy as np
@@ -105,6 +106,7 @@ class Log:
         """The greatest sum of rewards less the least."""
         return self.support[1] - self.support[0]
 
+    @cached_property
     def cluster(self) -> Ints:
         """[B], the number of each episode's prompt; prompts are numbered as they arrived."""
         first: dict[str, int] = {}
@@ -298,7 +300,7 @@ def baseline(log: Log) -> Model:
     middle = sum(log.support) / 2
     to_go = np.cumsum(log.rewards[:, ::-1], axis=1)[:, ::-1]
     active = log.active.astype(np.float64)
-    prompt = log.cluster()
+    prompt = log.cluster
     _, environment = np.unique(np.array(log.environments), return_inverse=True)
     everything = np.zeros_like(prompt)
 
@@ -402,7 +404,7 @@ def _sums(values: Floats, member: Ints) -> Floats:
 
 def _by_prompt(log: Log, values: Floats) -> Floats:
     """[G, K] means over the episodes of each prompt, in the order of arrival."""
-    member = log.cluster()
+    member = log.cluster
     totals = np.zeros((int(member.max()) + 1, values.shape[1]))
     np.add.at(totals, member, values)
     return totals / np.bincount(member)[:, None]
