@@ -127,6 +127,17 @@ def test_cut_weights_by_hand():
     assert found.bias == pytest.approx((-0.125 * 2.5 / 3.5, 0.125 * 1 / 3.5))
 
 
+def test_what_is_missing_of_both_policies_counts_against_their_difference():
+    """All rewards 1; a tenth of the candidate's episodes and a fifth of the champion's are not in the log."""
+    log = single_turn([1.0] * 50)
+    found = compare(
+        log, np.full((50, 1), math.log(0.9)), np.full((50, 1), math.log(0.8)), Rule(estimator="wis")
+    )
+    assert found.estimate == 0
+    assert found.bias == pytest.approx((-0.1, 0.2))
+    assert (found.low, found.high) == pytest.approx((-0.1, 0.2))
+
+
 def test_overlap_by_hand():
     found = overlap(single_turn([0.0] * 4), np.log([[1.0], [1.0], [2.0], [4.0]]), ceiling=3.0)
     assert found.ess == pytest.approx(64 / 22)
@@ -312,6 +323,24 @@ def test_intervals_and_sequences_cover():
         hits["difference_sequence"] += bool((low <= gain).all() and (gain <= high).all())
     # 272 of 300 is the 0.1 % quantile of a coverage of 95 %.
     assert min(hits.values()) >= 272, hits
+
+
+def test_the_confidence_sequence_is_its_formula_step_by_step():
+    """Each bet, guess and variance is made of earlier values alone; guesses stay within [0, 1]."""
+    values, alpha = [0.0, 4.0, 0.5, 3.0, 1.0, 0.0, 2.5], 0.05
+    won = paid = staked = 0.0
+    best, bounds, guess, variance, squares = -math.inf, [], 0.5, 0.25, 0.25
+    for t, x in enumerate(values, start=1):
+        bet = min(math.sqrt(2 * math.log(1 / alpha) / (variance * t * math.log(1 + t))), 0.75)
+        won, staked = won + bet * x, staked + bet
+        paid += (-math.log(1 - bet) - bet) * (x - guess) ** 2
+        best = max(best, (won - math.log(1 / alpha) - paid) / staked)
+        bounds.append(best)
+        guess = min(1.0, (0.5 + sum(values[:t])) / (t + 1))
+        squares += (x - guess) ** 2
+        variance = squares / (t + 1)
+    assert guess == 1.0
+    assert confidence_sequence(values, alpha).tolist() == pytest.approx(bounds, rel=1e-12)
 
 
 def test_a_confidence_sequence_of_rare_large_values_errs_less_than_alpha():
