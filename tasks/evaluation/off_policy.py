@@ -51,6 +51,7 @@ LEAST_PROMPTS: Final = 10
 
 _LOG_WEIGHT_BOUND = 300.0  # squares of larger weights would not be numbers
 _PRIOR = 2.0  # episodes of its environment that a prompt's baseline is shrunk by
+_ROUNDING = 1e-4  # of the span: what float32 log-probabilities leave undecided
 _BET = 0.75  # largest bet of the confidence sequence; below 1
 
 
@@ -555,7 +556,7 @@ def _judged(log: Log, policies: Sequence[Floats], rule: Rule, model: Model | Non
     after = _sequence(log, policies, rule)
     anytime = float(after[0][-1]), float(after[1][-1])
     bounds = (low, high) if rule.looks == "once" else anytime
-    verdict, reasons = _verdict(bounds, overlaps, rule)
+    verdict, reasons = _verdict(bounds, _ROUNDING * log.span, overlaps, rule)
     return Evidence(
         estimate=estimate,
         low=low,
@@ -575,7 +576,7 @@ def _judged(log: Log, policies: Sequence[Floats], rule: Rule, model: Model | Non
 
 
 def _verdict(
-    bounds: tuple[float, ...], overlaps: Sequence[Overlap], rule: Rule
+    bounds: tuple[float, float], rounding: float, overlaps: Sequence[Overlap], rule: Rule
 ) -> tuple[Verdict, tuple[str, ...]]:
     names = ("policy",) if len(overlaps) == 1 else ("candidate", "champion")
     poor = []
@@ -591,7 +592,7 @@ def _verdict(
             )
     if poor:
         return "INCONCLUSIVE", tuple(poor)
-    verdict = judge(bounds[0], bounds[1], rule.margin)
+    verdict = judge(bounds[0] - rounding, bounds[1] + rounding, rule.margin)
     place = {"PASS": "above", "FAIL": "below", "INCONCLUSIVE": "on both sides of"}[verdict]
     reasons = [f"[{bounds[0]:+.3f}, {bounds[1]:+.3f}] is {place} the margin of {rule.margin:+.3f}."]
     if verdict == "INCONCLUSIVE":
