@@ -308,7 +308,8 @@ def baseline(log: Log) -> Model:
     def others(inner: Ints | None, outer: Ints) -> tuple[Floats, Floats]:
         """Sums [B, T] of rewards and of episodes over `outer`, without those of `inner` (None: of itself)."""
         parts = [
-            _sums(x, outer) - (x if inner is None else _sums(x, inner)) for x in (to_go * active, active)
+            _totals(x, outer)[outer] - (x if inner is None else _totals(x, inner)[inner])
+            for x in (to_go * active, active)
         ]
         return parts[0], parts[1]
 
@@ -396,19 +397,16 @@ def _cut(log_weights: Floats, ceiling: float) -> Floats:
     return np.minimum(np.exp(log_weights), ceiling)
 
 
-def _sums(values: Floats, member: Ints) -> Floats:
-    """[B, T], to each row the sum over the rows of the same member."""
+def _totals(values: Floats, member: Ints) -> Floats:
+    """[members, T], the sum of each member's rows."""
     totals = np.zeros((int(member.max()) + 1, values.shape[1]))
     np.add.at(totals, member, values)
-    return totals[member]
+    return totals
 
 
 def _by_prompt(log: Log, values: Floats) -> Floats:
-    """[G, K] means over the episodes of each prompt, in the order of arrival."""
-    member = log.cluster
-    totals = np.zeros((int(member.max()) + 1, values.shape[1]))
-    np.add.at(totals, member, values)
-    return totals / np.bincount(member)[:, None]
+    """[G, K] means over the episodes of each prompt, in the order of the log."""
+    return _totals(values, log.cluster) / np.bincount(log.cluster)[:, None]
 
 
 def _mean(log: Log, values: Floats) -> Floats:
