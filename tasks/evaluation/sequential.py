@@ -23,15 +23,20 @@ Fan, Grama and Liu (2015) for the inequality behind the empirical Bernstein boun
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import special
+
+from tasks.evaluation.statistics import Estimate, clustered_mean
 
 Floats = NDArray[np.float64]
 
-FRACTIONS = 64
-_THETA: Floats = np.sin(np.pi * (2 * np.arange(1, FRACTIONS + 1) - 1) / (4 * FRACTIONS)) ** 2
+_NODES = 64
+FRACTIONS: Floats = np.sin(np.pi * (2 * np.arange(1, _NODES + 1) - 1) / (4 * _NODES)) ** 2
+"""The fractions of the wealth that are bet: Chebyshev nodes of the arcsine distribution on (0, 1)."""
+
 _TRUNCATION = 0.5  # of the empirical Bernstein bets, as in the paper
 _STEPS = 50  # of bisection: 2^-50 of the support
 
@@ -109,7 +114,7 @@ def wealth(stream: Stream, margin: float) -> Floats:
 
     With r = (sum - lowest * size) / (margin - lowest), the bet of the fraction t multiplies the wealth by
     1 + t (r - size), whose mean is at most 1. The wealth is the average over t from the arcsine distribution, taken
-    at its `FRACTIONS` Chebyshev nodes: exact up to 2 * FRACTIONS - 1 clusters, and valid for any number. Constant
+    at 64 Chebyshev nodes: exact up to 127 clusters, and valid for any number. Constant
     bets need no guess about the variance, and the final wealth does not depend on the order of the clusters.
     """
     low = stream.support[0]
@@ -117,7 +122,7 @@ def wealth(stream: Stream, margin: float) -> Floats:
     if margin <= low:
         return np.where(np.cumsum(excess) > 0, np.inf, 1.0)
     gain = excess / (margin - low) - stream.shares
-    logs = np.cumsum(np.log1p(_THETA[:, None] * gain[None, :]), axis=1)
+    logs = np.cumsum(np.log1p(FRACTIONS[:, None] * gain[None, :]), axis=1)
     top = logs.max(axis=0)
     return np.exp(top) * np.exp(logs - top).mean(axis=0)
 
@@ -138,6 +143,33 @@ def betting_sequence(stream: Stream, *, alpha: float) -> ConfidenceSequence:
     return ConfidenceSequence(_betting_lows(stream, alpha), high, alpha)
 
 
+def betting_mean(
+    values: ArrayLike,
+    clusters: Sequence[str] | None = None,
+    *,
+    alpha: float,
+    support: tuple[float, float],
+    power: float = 0.8,
+) -> Estimate:
+    """Estimate a mean like `clustered_mean`, with the bounds of the e-process after the last cluster.
+
+    No law is assumed, so that rare great losses cannot hide; the price is a wider interval. The bets are constant, so
+    the bounds do not depend on the order, and hold as well for tasks drawn by strata of fixed sizes: the product of
+    1 + t (mean of its stratum - m) over all tasks is at most that with the mean over all tasks, by concavity of log.
+
+    Raises:
+        ValueError: as `clustered_mean`.
+    """
+    plain = clustered_mean(values, clusters, alpha=alpha, support=support, power=power)
+    stream = cluster_stream(values, clusters, support=support)
+    goal = np.log(1 / alpha)
+    low, high = _bound(stream, goal, support[0]), -_bound(stream.mirrored(), goal, -support[1])
+    mde = plain.estimate - low
+    if plain.df > 0:
+        mde += float(special.stdtrit(plain.df, power)) * plain.standard_error
+    return replace(plain, low=low, high=high, mde=mde)
+
+
 def empirical_bernstein(stream: Stream, *, alpha: float) -> ConfidenceSequence:
     """Return the predictable plug-in empirical Bernstein confidence sequence; closed form, wider than by betting.
 
@@ -151,28 +183,33 @@ def empirical_bernstein(stream: Stream, *, alpha: float) -> ConfidenceSequence:
 
 
 def _betting_lows(stream: Stream, alpha: float) -> Floats:
-    low, high = stream.support
-    goal = np.log(1 / alpha)
-    excess = stream.sums - low * stream.shares
-    bounds, bound = np.empty(excess.size), low
+    goal, bound = np.log(1 / alpha), stream.support[0]
+    bounds = np.empty(stream.sums.size)
+    for t in range(1, bounds.size + 1):
+        seen = Stream(stream.sums[:t], stream.shares[:t], stream.support)
+        bounds[t - 1] = bound = _bound(seen, goal, bound)
+    return bounds
 
-    def rejected(margin: float, t: int) -> bool:
-        gain = excess[:t] / (margin - low) - stream.shares[:t] if margin > low else None
-        if gain is None:
-            return bool(excess[:t].sum() > 0)
-        logs = np.log1p(_THETA[:, None] * gain[None, :]).sum(axis=1)
+
+def _bound(stream: Stream, goal: float, bound: float) -> float:
+    """The greatest margin from `bound` on against which the final log wealth reaches `goal`; `bound` if none."""
+    low, high = stream.support
+    excess = stream.sums - low * stream.shares
+
+    def rejected(margin: float) -> bool:
+        if margin <= low:
+            return bool(excess.sum() > 0)
+        logs = np.log1p(np.outer(FRACTIONS, excess / (margin - low) - stream.shares)).sum(axis=1)
         top = logs.max()
         return bool(top + np.log(np.exp(logs - top).mean()) >= goal)
 
-    for t in range(1, excess.size + 1):
-        if rejected(bound, t):
-            below, above = bound, high
-            for _ in range(_STEPS):
-                middle = (below + above) / 2
-                below, above = (middle, above) if rejected(middle, t) else (below, middle)
-            bound = below
-        bounds[t - 1] = bound
-    return bounds
+    if not rejected(bound):
+        return bound
+    below, above = bound, high
+    for _ in range(_STEPS):
+        middle = (below + above) / 2
+        below, above = (middle, above) if rejected(middle) else (below, middle)
+    return below
 
 
 def _bernstein_lows(stream: Stream, alpha: float) -> Floats:

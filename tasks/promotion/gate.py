@@ -12,7 +12,8 @@ from typing import Any
 from tasks.core.digest import canonical_json, digest_json, sha256_bytes, write_atomic
 from tasks.core.errors import Corrupt, NotFound, Refused
 from tasks.evaluation.paired import Agent, PairedOutcomes, read_outcomes
-from tasks.evaluation.statistics import Estimate, Verdict, holm, is_binary, judge, mcnemar
+from tasks.evaluation.sequential import betting_mean
+from tasks.evaluation.statistics import Estimate, Verdict, clustered_mean, holm, is_binary, judge, mcnemar
 from tasks.promotion.budget import Spent
 from tasks.promotion.policy import Policy
 from tasks.reward.metrics import calibration_error, judge_reward, pair_accuracy, reliability
@@ -212,20 +213,21 @@ def budget_evidence(spent: Spent, policy: Policy) -> list[Evidence]:
 def quality_evidence(outcomes: PairedOutcomes, source: FileRef, policy: Policy) -> Evidence:
     """Weigh superiority over all tasks.
 
-    For rewards of 0 and 1 the exact McNemar test must agree: with few tasks on which the agents differ, the t
-    interval is too short.
+    By the t interval; for rewards of 0 and 1 the exact McNemar test must agree: with few tasks on which the agents
+    differ, that interval is too short. By betting nothing else has to agree.
     """
     rule, alpha = policy.superiority, policy.errors.share
-    gain = outcomes.difference(alpha=alpha, power=rule.power)
+    candidate, champion, clusters = outcomes.rewards()
+    estimate = betting_mean if rule.test == "betting" else clustered_mean
+    gain = estimate(candidate - champion, clusters, alpha=alpha, support=(-1.0, 1.0), power=rule.power)
     verdict = judge(gain.low, gain.high, rule.margin)
     says = f"{_words(gain)}, needed above {rule.margin:.3f}"
-    candidate, champion, _ = outcomes.rewards()
     if gain.clusters < rule.min_tasks:
         verdict, says = (
             "INCONCLUSIVE",
             f"{gain.clusters} tasks are too few, the policy asks for {rule.min_tasks}",
         )
-    elif verdict == "PASS" and is_binary(candidate) and is_binary(champion):
+    elif verdict == "PASS" and rule.test == "t" and is_binary(candidate) and is_binary(champion):
         p = mcnemar(candidate, champion)
         if p > alpha:
             verdict = "INCONCLUSIVE"

@@ -17,6 +17,9 @@ class Superiority(Section):
     """The candidate's mean reward must exceed the champion's by more than `margin` over all tasks."""
 
     margin: float = Field(default=0.0, ge=0, lt=1, description="mean reward on [0, 1]")
+    test: Literal["t", "betting"] = Field(
+        default="t", description="`betting` assumes no law: for graded rewards with rare great losses"
+    )
     power: float = Field(
         default=0.8, gt=0.5, lt=1, description="at which the minimum detectable effect is reported"
     )
