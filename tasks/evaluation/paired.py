@@ -90,6 +90,11 @@ class PairedOutcomes:
         champion = np.array([pair.champion_reward for pair in pairs])
         return candidate, champion, [f"{pair.env}/{pair.task_id}" for pair in pairs]
 
+    def noise(self) -> np.ndarray:
+        """Return a number in [0, 1) for each pair, [n], that follows from its environment, task and sample alone."""
+        names = (f"{pair.env}/{pair.task_id}/{pair.sample}" for pair in self.pairs)
+        return np.array([int(sha256_bytes(name.encode())[:13], 16) / 16**13 for name in names])
+
     def tasks(self) -> dict[str, str]:
         """Return {environment: digest of its tasks}, which tells one held-out set from another."""
         ids = {env: sorted({p.task_id for p in self.pairs if p.env == env}) for env in self.slices()}

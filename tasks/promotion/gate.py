@@ -13,7 +13,7 @@ from tasks.core.digest import canonical_json, digest_json, sha256_bytes, write_a
 from tasks.core.errors import Corrupt, NotFound, Refused
 from tasks.evaluation.paired import Agent, PairedOutcomes, read_outcomes
 from tasks.evaluation.sequential import betting_mean
-from tasks.evaluation.statistics import Estimate, Verdict, clustered_mean, holm, is_binary, judge, mcnemar
+from tasks.evaluation.statistics import Estimate, Verdict, clustered_mean, holm, judge, mcnemar
 from tasks.promotion.budget import Spent
 from tasks.promotion.policy import Policy
 from tasks.reward.metrics import calibration_error, judge_reward, pair_accuracy, reliability
@@ -213,8 +213,8 @@ def budget_evidence(spent: Spent, policy: Policy) -> list[Evidence]:
 def quality_evidence(outcomes: PairedOutcomes, source: FileRef, policy: Policy) -> Evidence:
     """Weigh superiority over all tasks.
 
-    By the t interval; for rewards of 0 and 1 the exact McNemar test must agree: with few tasks on which the agents
-    differ, that interval is too short. By betting nothing else has to agree.
+    By the t interval, with which the exact McNemar test must agree: that interval is too short where the agents differ on
+    few tasks, or where great losses are rare. By betting nothing else has to agree.
     """
     rule, alpha = policy.superiority, policy.errors.share
     candidate, champion, clusters = outcomes.rewards()
@@ -227,8 +227,8 @@ def quality_evidence(outcomes: PairedOutcomes, source: FileRef, policy: Policy) 
             "INCONCLUSIVE",
             f"{gain.clusters} tasks are too few, the policy asks for {rule.min_tasks}",
         )
-    elif verdict == "PASS" and rule.test == "t" and is_binary(candidate) and is_binary(champion):
-        p = mcnemar(candidate, champion)
+    elif verdict == "PASS" and rule.test == "t":
+        p = mcnemar(candidate, champion, outcomes.noise())
         if p > alpha:
             verdict = "INCONCLUSIVE"
             says += f"; too few tasks differ to be sure (exact p = {p:.4f}, needed {alpha:.4g})"

@@ -18,7 +18,8 @@ class Superiority(Section):
 
     margin: float = Field(default=0.0, ge=0, lt=1, description="mean reward on [0, 1]")
     test: Literal["t", "betting"] = Field(
-        default="t", description="`betting` assumes no law: for graded rewards with rare great losses"
+        default="t",
+        description="`t`: Student and McNemar agree; `betting` assumes no law, for finely graded rewards",
     )
     power: float = Field(
         default=0.8, gt=0.5, lt=1, description="at which the minimum detectable effect is reported"

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from benchmarks.gate_errors import BASELINE, ERRORS, GAINS, WORLDS, Scores, World, rules
+from benchmarks.gate_errors import BASELINE, BETTING, ERRORS, GAINS, GATE, WORLDS, Scores, World, rules
 from tasks.evaluation.paired import Agent, pair_outcomes
 from tasks.evaluation.sequential import cluster_stream, wealth
 from tasks.promotion.gate import FileRef, quality_evidence
 from tasks.promotion.policy import Policy
-
-GATE = "gate: t and McNemar, 5 % / 20"
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ def test_the_arrays_say_what_the_gate_says(world: World):
     found = np.concatenate([world.differences(rng, 30, 1, gain, False) for gain in (0.0, 0.1, 0.19)])
     scores, named = Scores.of(found), rules(0.0)
     verdicts = {}
-    for rule, test in ((GATE, "t"), ("betting at the end, 5 % / 20", "betting")):
+    for rule, test in ((GATE, "t"), (BETTING, "betting")):
         policy = Policy.model_validate({"superiority": {"test": test, "min_tasks": 2}})
         ours = named[rule](scores, np.ones(len(found)))
         verdicts[rule] = [asked(one, policy) == "PASS" for one in found]
@@ -68,6 +66,7 @@ def test_a_world_has_the_gain_that_it_claims(world: World, gain: float):
 def test_the_committed_figures_keep_the_promise():
     report = json.loads(BASELINE.read_text())
     assert ERRORS.cycles == 20
+    assert report["skewed"][GATE]["per_stream"][0] <= 0.05 < report["skewed"]["t alone"]["per_stream"][0]
     for name, world in report["worlds"].items():
         ours = world["rules"][GATE]
         for kind in ("per_stream", "per_stream_same_tasks"):

@@ -6,10 +6,13 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import integrate
 
 from tasks.evaluation.sequential import (
     anytime_p,
+    betting_mean,
     betting_sequence,
     cluster_stream,
     empirical_bernstein,
@@ -174,3 +177,39 @@ def test_coverage_over_time(kind):
         bounds = empirical_bernstein(stream, alpha=0.05)
         wrong["bernstein"] += bool(bounds.low[-1] > 0 or bounds.high[-1] < 0)
     assert all(count / rounds <= 0.05 + 0.02 for count in wrong.values()), wrong
+
+
+@given(
+    values=st.lists(st.floats(-1, 1), min_size=1, max_size=30),
+    margins=st.tuples(st.floats(-0.99, 0.99), st.floats(-0.99, 0.99)),
+)
+def test_wealth_falls_with_the_margin(values, margins):
+    stream = cluster_stream(values, support=PAIRED)
+    easy, hard = (wealth(stream, m) for m in sorted(margins))
+    assert (easy >= hard * (1 - 1e-9)).all()
+
+
+def test_strata_of_fixed_sizes_are_safe_at_the_end_and_only_there():
+    """One stratum gains 0.5, the next loses 0.5: in between the gambler is rich, in the end he must not be."""
+    rng = np.random.default_rng(7)
+    ends, peaks = [], []
+    for _ in range(300):
+        values = np.concatenate([rng.integers(0, 2, 60), -rng.integers(0, 2, 60)]).astype(float)
+        path = wealth(cluster_stream(values, support=PAIRED), 0.0)
+        ends.append(path[-1] >= 20)
+        peaks.append(path.max() >= 20)
+        assert (betting_mean(values, alpha=0.05, support=PAIRED).low > 0) == ends[-1]
+    assert np.mean(ends) <= 0.05
+    assert np.mean(peaks) > 0.9
+
+
+def test_betting_mean_does_not_depend_on_the_order_and_ends_where_the_sequence_may():
+    values = np.random.default_rng(8).uniform(-0.2, 0.6, 50)
+    names = [f"{i % 17}" for i in range(50)]
+    found = betting_mean(values, names, alpha=0.05, support=PAIRED)
+    turned = betting_mean(values[::-1], names[::-1], alpha=0.05, support=PAIRED)
+    assert (found.low, found.high) == pytest.approx((turned.low, turned.high), abs=1e-9)
+    stream = cluster_stream(values, names, support=PAIRED)
+    assert wealth(stream, found.low)[-1] == pytest.approx(20, rel=1e-6)
+    assert betting_sequence(stream, alpha=0.05).low[-1] >= found.low - 1e-9
+    assert found.estimate == pytest.approx(values.mean())

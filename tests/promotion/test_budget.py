@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from tasks.core.errors import Refused
+from tasks.evaluation.paired import Agent, pair_outcomes, write_outcomes
 from tasks.promotion.budget import Spent, asked_before, spent
-from tasks.promotion.gate import decide, read_decision, recompute_decision, write_decision
+from tasks.promotion.gate import FileRef, decide, read_decision, recompute_decision, write_decision
 from tasks.promotion.policy import Policy
 from tests.promotion.support import open_ledger
-from tests.promotion.test_gate import inputs_of, said
+from tests.promotion.test_gate import Answer, inputs_of, said
 
 CHAMPION = "a" * 64  # of `inputs_of`
 
@@ -127,6 +128,22 @@ def test_betting_is_a_stricter_rule_of_the_policy(tmp_path):
     assert betting.estimate == plain.estimate
     assert 0 < betting.low < plain.low
     assert betting.mde > plain.mde
+
+
+def test_graded_rewards_do_not_promote_by_t_alone(tmp_path):
+    """Gains of 0.02 on every one of 100 tasks: t is certain, but the sample may lack a rare great loss."""
+    sides = [
+        [Answer(f"{i:03d}", "sums", 0.5 + gain * (0.02 + 0.001 * (i % 3))) for i in range(100)]
+        for gain in (1, 0)
+    ]
+    path, digest = write_outcomes(
+        tmp_path, pair_outcomes(*sides, (Agent(2, "b" * 64), Agent(1, "a" * 64)), {})
+    )
+    outcomes = FileRef(path.relative_to(tmp_path).as_posix(), digest)
+    quality = said(decide(tmp_path, inputs_of(tmp_path, outcomes=outcomes), Policy()), "quality")
+    assert quality.low > 0.019
+    assert quality.verdict == "INCONCLUSIVE"
+    assert "too few tasks differ" in quality.says
 
 
 def test_rare_great_losses_that_the_sample_lacks_do_not_promote_by_betting():
