@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from flows import progress
 from flows.context import Context
 from flows.experience import intact
 from tasks.core.digest import digest_json
-from tasks.core.errors import NotFound
-from tasks.core.ledger import Entry
+from tasks.core.errors import Conflict, NotFound
+from tasks.core.ledger import Entry, LedgerView
 from tasks.core.stages import derive_seed, once
 
 if TYPE_CHECKING:
     from tasks.arena.environment import Task
+    from tasks.promotion.budget import Spent
+    from tasks.promotion.promote import Entries
     from tasks.rollout.rollout import Outcome
 
 
 def heldout_tasks(context: Context) -> dict[str, list[Task]]:
-    """Return the held-out tasks of every environment; their prompts are never in the training split."""
+    """Return the held-out tasks of every environment; their prompts are never in the training split.
+
+    Another `evaluation.rotation` draws others; a family with few prompts may draw some of them again.
+    """
     from tasks.arena.environment import get
 
-    seed = context.settings.seed
-    wanted = context.settings.evaluation.tasks
+    settings = context.settings.evaluation
+    turn = (settings.rotation,) if settings.rotation else ()
     return {
-        name: get(name).tasks("heldout", n, derive_seed(seed, name, "heldout")) for name, n in wanted.items()
+        name: get(name).tasks("heldout", n, derive_seed(context.settings.seed, name, "heldout", *turn))
+        for name, n in settings.tasks.items()
     }
 
 
@@ -58,7 +64,7 @@ def evaluate_pair(context: Context, candidate: int, champion: int) -> dict[str, 
         baselines = {name: Baseline(*get(name).constant_baseline(found)) for name, found in tasks.items()}
         paired = pair_outcomes(outcomes[0], outcomes[1], names, baselines)
         path, sha256 = write_outcomes(context.workspace.evidence, paired)
-        rows = table(paired, alpha=context.policy.superiority.alpha)
+        rows = table(paired, alpha=context.policy.errors.share)
         outputs = {
             "candidate": candidate,
             "champion": champion,
@@ -84,7 +90,13 @@ def decide_promotion(
     reward: Mapping[str, Any],
     data: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Weigh all evidence under the policy and record the decision; equal evidence gives the same record."""
+    """Weigh all evidence under the policy and record the decision; equal evidence gives the same record.
+
+    Raises:
+        Conflict: another decision took from the same budgets meanwhile.
+    """
+    from tasks.evaluation.paired import read_outcomes
+    from tasks.promotion.budget import asked_before, spent
     from tasks.promotion.gate import FileRef, Finding, Inputs, decide, write_decision
 
     evidence = context.workspace.evidence
@@ -100,13 +112,28 @@ def decide_promotion(
         data=Finding(data["verdict"], data["root"], data["evidence"]["sha256"], tuple(data["reasons"])),
         integrity=check_integrity(context, candidate, data["root"]),
     )
+    outcomes = read_outcomes(evidence / inputs.outcomes.path, inputs.outcomes.sha256)
+
+    def before(ledger: Entries) -> Spent:
+        return spent(ledger.entries("decision.made"), outcomes.champion.digest, outcomes.tasks())
+
+    known = asked_before(context.ledger.entries("decision.made"), inputs.question(context.policy))
+    inputs = replace(inputs, spent=known or before(context.ledger))
     decision = decide(evidence, inputs, context.policy)
     path = write_decision(evidence, decision)
     payload = decision.payload(context.workspace.relative(path))
+
+    def check(view: LedgerView) -> None:
+        if known is None and before(view) != inputs.spent:
+            raise Conflict(
+                f"Another decision against agent/{outcomes.champion.version} or on the same tasks was recorded meanwhile; "
+                "run `forebay stage decide` again."
+            )
+
     subject = f"agent/{candidate}"
     made = context.ledger.last("decision.made", subject)
     if made is None or made.payload["decision"] != payload["decision"]:
-        context.ledger.append("decision.made", subject, payload)
+        context.ledger.append("decision.made", subject, payload, check)
     return payload
 
 

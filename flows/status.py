@@ -30,6 +30,7 @@ def status(context: Context) -> dict[str, Any]:
         "champion": _agent(context, now.champion),
         "candidate": _agent(context, now.candidate),
         "previous": _agent(context, now.previous),
+        "budget": _budget(context, now.champion),
         "dataset": None if dataset is None else {k: dataset[k] for k in ("name", "version", "rows", "root")},
         "waiting_groups": waiting_groups(context),
         "last_cycle": None if last is None else {"time": last.time, **last.payload},
@@ -52,6 +53,25 @@ def _agent(context: Context, version: int | None) -> dict[str, Any] | None:
         "origin": entry.payload["origin"],
         "registered": entry.time,
         "decision": None if decision is None else decision.payload["verdict"],
+    }
+
+
+def _budget(context: Context, champion: int | None) -> dict[str, Any] | None:
+    """Return what the gate has left: error against the champion, uses of the held-out tasks of the last decision."""
+    from tasks.promotion.budget import spent
+
+    made = context.ledger.entries("decision.made")
+    if champion is None or not made:
+        return None
+    tasks = made[-1].payload.get("tasks", {})
+    taken = spent(made, context.agent(str(champion)).payload["digest"], tasks)
+    errors, uses = context.policy.errors, context.policy.evaluation_set.uses
+    return {
+        "decisions": taken.decisions,
+        "error_left": round(max(0.0, errors.alpha - taken.error), 10),
+        "error": errors.alpha,
+        "uses_left": max(0, uses - taken.uses),
+        "uses": uses,
     }
 
 
@@ -95,6 +115,13 @@ def status_table(value: dict[str, Any]) -> RenderableType:
             if agent["decision"]:
                 line.append(f"  gate: {agent['decision']}")
         table.add_row(role, line)
+    budget = value["budget"]
+    if budget:
+        table.add_row(
+            "gate",
+            f"error {budget['error_left']:.4g} of {budget['error']:.4g} left against the champion, "
+            f"{budget['uses_left']} of {budget['uses']} uses of the held-out tasks left",
+        )
     data = value["dataset"]
     table.add_row(
         "dataset",

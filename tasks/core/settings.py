@@ -73,6 +73,9 @@ class Evaluation(Section):
     """The held-out tasks on which candidate and champion are compared."""
 
     tasks: dict[str, int] = {"calculator": 120, "largest": 100, "reasoning_gym/chain_sum": 50}
+    rotation: int = Field(
+        0, ge=0, description="each number draws other held-out tasks; raise it when their uses are spent"
+    )
     batch_rows: int = Field(128, ge=1)
 
 

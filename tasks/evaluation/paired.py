@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
+from tasks.core.digest import canonical_json, digest_json, sha256_bytes, write_atomic
 from tasks.core.errors import Corrupt, NotFound, UsageError
 from tasks.evaluation.statistics import Estimate, paired_difference
 
@@ -89,6 +89,16 @@ class PairedOutcomes:
         candidate = np.array([pair.candidate_reward for pair in pairs])
         champion = np.array([pair.champion_reward for pair in pairs])
         return candidate, champion, [f"{pair.env}/{pair.task_id}" for pair in pairs]
+
+    def noise(self) -> np.ndarray:
+        """Return a number in [0, 1) for each pair, [n], that follows from its environment, task and sample alone."""
+        names = (f"{pair.env}/{pair.task_id}/{pair.sample}" for pair in self.pairs)
+        return np.array([int(sha256_bytes(name.encode())[:13], 16) / 16**13 for name in names])
+
+    def tasks(self) -> dict[str, str]:
+        """Return {environment: digest of its tasks}, which tells one held-out set from another."""
+        ids = {env: sorted({p.task_id for p in self.pairs if p.env == env}) for env in self.slices()}
+        return {env: digest_json(found) for env, found in ids.items()}
 
     def difference(self, env: str | None = None, *, alpha: float, power: float = 0.8) -> Estimate:
         """Estimate the mean reward of the candidate less the champion's."""

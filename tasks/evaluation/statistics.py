@@ -148,19 +148,22 @@ def judge(low: float, high: float, margin: float) -> Verdict:
     return "FAIL" if high < margin else "INCONCLUSIVE"
 
 
-def mcnemar(candidate: ArrayLike, champion: ArrayLike) -> float:
-    """Return the exact one-sided McNemar p-value against "the candidate is no better", for rewards 0 or 1.
+def mcnemar(candidate: ArrayLike, champion: ArrayLike, noise: ArrayLike = 0.0) -> float:
+    """Return the exact one-sided McNemar p-value against "the candidate is no better".
 
-    Under that hypothesis each task on which the two differ is won with probability at most 1/2.
+    Under that hypothesis each task on which the two differ is won with probability at most 1/2. That is so for rewards
+    of 0 and 1. Graded rewards are made so by rounding the difference d at random to its sign with probability |d| and
+    to 0 otherwise, which keeps its mean.
+
+    Args:
+        candidate, champion: [n] rewards within [0, 1].
+        noise: [n] uniform on [0, 1), fixed without a look at the rewards; a difference counts where |d| exceeds it.
+            Without it every difference counts, as is right for rewards of 0 and 1.
     """
     difference = np.asarray(candidate, dtype=np.float64) - np.asarray(champion, dtype=np.float64)
-    wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
+    counted = np.abs(difference) > np.asarray(noise, dtype=np.float64)
+    wins, losses = int((counted & (difference > 0)).sum()), int((counted & (difference < 0)).sum())
     return float(special.betainc(wins, losses + 1, 0.5)) if wins else 1.0
-
-
-def is_binary(rewards: ArrayLike) -> bool:
-    """Say whether every reward is 0 or 1, so that `mcnemar` applies."""
-    return bool(np.isin(np.asarray(rewards, dtype=np.float64), (0.0, 1.0)).all())
 
 
 def wilson(successes: int, n: int, *, alpha: float) -> tuple[float, float]:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
-from tasks.core.errors import Corrupt, NotFound
+from tasks.core.digest import canonical_json, digest_json, sha256_bytes, write_atomic
+from tasks.core.errors import Corrupt, NotFound, Refused
 from tasks.evaluation.paired import Agent, PairedOutcomes, read_outcomes
-from tasks.evaluation.statistics import Estimate, Verdict, holm, is_binary, judge, mcnemar
+from tasks.evaluation.sequential import betting_mean
+from tasks.evaluation.statistics import Estimate, Verdict, clustered_mean, holm, judge, mcnemar
+from tasks.promotion.budget import Spent
 from tasks.promotion.policy import Policy
 from tasks.reward.metrics import calibration_error, judge_reward, pair_accuracy, reliability
 
-SCHEMA = "forebay.decision/1"
+SCHEMA = "forebay.decision/2"
+_TINY = 1e-9  # of an error: twenty shares of a twentieth are the whole, however they round
 _DIGITS = 10  # of a number in the record: below what another build of numpy may change
 
 
@@ -46,6 +49,12 @@ class Inputs:
     reward: FileRef | None = None
     data: Finding | None = None
     integrity: Finding | None = None
+    spent: Spent = field(default_factory=Spent)
+
+    def question(self, policy: Policy) -> str:
+        """Return the digest of all evidence and the policy, whatever was spent before."""
+        evidence = {name: value for name, value in asdict(self).items() if name != "spent"}
+        return digest_json({"inputs": evidence, "policy": policy.digest()})
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,12 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the gate said about replacing `champion` by `candidate`, with all needed to say it again."""
+    """What the gate said about replacing `champion` by `candidate`, with all needed to say it again.
+
+    Attributes:
+        tasks: {environment: digest of its held-out tasks}.
+        error: the one-sided error it took from the champion's budget; 0.0 where a budget was spent before.
+    """
 
     candidate: Agent
     champion: Agent
@@ -79,6 +93,8 @@ class Decision:
     evidence: tuple[Evidence, ...]
     policy: Policy
     inputs: Inputs
+    tasks: Mapping[str, str]
+    error: float
 
     @cached_property
     def record(self) -> bytes:
@@ -94,6 +110,8 @@ class Decision:
                 "policy": self.policy.model_dump(mode="json"),
                 "policy_digest": self.policy.digest(),
                 "inputs": asdict(self.inputs),
+                "tasks": dict(self.tasks),
+                "error": self.error,
             }
         )
 
@@ -113,6 +131,10 @@ class Decision:
             "approval": self.policy.approval,
             "candidate": asdict(self.candidate),
             "champion": asdict(self.champion),
+            "question": self.inputs.question(self.policy),
+            "spent": asdict(self.inputs.spent),
+            "error": self.error,
+            "tasks": dict(self.tasks),
             "evidence": [{"name": e.name, "verdict": e.verdict, "digest": e.digest} for e in self.evidence],
         }
 
@@ -127,15 +149,28 @@ def decide(evidence: Path, inputs: Inputs, policy: Policy) -> Decision:
     reward = (
         None if inputs.reward is None else _read_json(evidence / inputs.reward.path, inputs.reward.sha256)
     )
+    budgets = budget_evidence(inputs.spent, policy)
     items = [
         _finding("integrity", inputs.integrity, policy.integrity.required),
         _finding("data", inputs.data, policy.data.required),
         reward_evidence(reward, inputs.reward, policy),
+        *budgets,
         quality_evidence(outcomes, inputs.outcomes, policy),
         *guard_evidence(outcomes, inputs.outcomes, policy),
     ]
     verdict, reasons = conclude(items)
-    return Decision(outcomes.candidate, outcomes.champion, verdict, reasons, tuple(items), policy, inputs)
+    error = policy.errors.share if all(item.verdict == "PASS" for item in budgets) else 0.0
+    return Decision(
+        outcomes.candidate,
+        outcomes.champion,
+        verdict,
+        reasons,
+        tuple(items),
+        policy,
+        inputs,
+        outcomes.tasks(),
+        error,
+    )
 
 
 def conclude(items: Sequence[Evidence]) -> tuple[Verdict, tuple[str, ...]]:
@@ -151,27 +186,52 @@ def conclude(items: Sequence[Evidence]) -> tuple[Verdict, tuple[str, ...]]:
     return "INCONCLUSIVE", ("There is no evidence.",)
 
 
+def budget_evidence(spent: Spent, policy: Policy) -> list[Evidence]:
+    """Look whether the champion's error budget and the held-out tasks have something left for this decision."""
+    errors, uses = policy.errors, policy.evaluation_set.uses
+    enough = spent.error + errors.share <= errors.alpha + _TINY
+    says = (
+        f"decision {spent.decisions + 1} against this champion errs at most {errors.share:.4g}; "
+        f"{spent.error:.4g} of {errors.alpha:.4g} was spent before"
+        if enough
+        else f"{spent.decisions} decisions against this champion spent {spent.error:.4g} of {errors.alpha:.4g}; "
+        f"raise errors.alpha in the policy to let more candidates try, at the risk that it names"
+    )
+    fresh = spent.uses < uses
+    left = (
+        f"use {spent.uses + 1} of {uses}"
+        if fresh
+        else f"these held-out tasks served {spent.uses} decisions, the policy allows {uses}; "
+        "raise evaluation.rotation by 1 to draw others"
+    )
+    return [
+        Evidence("errors", "PASS" if enough else "INCONCLUSIVE", f"Errors: {says}.", None),
+        Evidence("evaluation set", "PASS" if fresh else "INCONCLUSIVE", f"Evaluation set: {left}.", None),
+    ]
+
+
 def quality_evidence(outcomes: PairedOutcomes, source: FileRef, policy: Policy) -> Evidence:
     """Weigh superiority over all tasks.
 
-    For rewards of 0 and 1 the exact McNemar test must agree: with few tasks on which the agents differ, the t
-    interval is too short.
+    By the t interval, with which the exact McNemar test must agree: that interval is too short where the agents differ on
+    few tasks, or where great losses are rare. By betting nothing else has to agree.
     """
-    rule = policy.superiority
-    gain = outcomes.difference(alpha=rule.alpha, power=rule.power)
+    rule, alpha = policy.superiority, policy.errors.share
+    candidate, champion, clusters = outcomes.rewards()
+    estimate = betting_mean if rule.test == "betting" else clustered_mean
+    gain = estimate(candidate - champion, clusters, alpha=alpha, support=(-1.0, 1.0), power=rule.power)
     verdict = judge(gain.low, gain.high, rule.margin)
     says = f"{_words(gain)}, needed above {rule.margin:.3f}"
-    candidate, champion, _ = outcomes.rewards()
     if gain.clusters < rule.min_tasks:
         verdict, says = (
             "INCONCLUSIVE",
             f"{gain.clusters} tasks are too few, the policy asks for {rule.min_tasks}",
         )
-    elif verdict == "PASS" and is_binary(candidate) and is_binary(champion):
-        p = mcnemar(candidate, champion)
-        if p > rule.alpha:
+    elif verdict == "PASS" and rule.test == "t":
+        p = mcnemar(candidate, champion, outcomes.noise())
+        if p > alpha:
             verdict = "INCONCLUSIVE"
-            says += f"; too few tasks differ to be sure (exact p = {p:.4f}, needed {rule.alpha})"
+            says += f"; too few tasks differ to be sure (exact p = {p:.4f}, needed {alpha:.4g})"
     if verdict == "INCONCLUSIVE" and gain.clusters >= rule.min_tasks:
         says += f"; a true gain of {rule.margin + gain.mde:.3f} would be found {rule.power:.0%} of the time"
     return _measured("quality", verdict, f"Quality: {says}.", source.sha256, gain, rule.margin)
@@ -230,8 +290,13 @@ def read_decision(path: Path) -> Decision:
     Raises:
         NotFound: there is no such record.
         Corrupt: its bytes are not those of the digest that names it.
+        Refused: another version of Forebay wrote it.
     """
     record = _read_json(path, path.stem)
+    if record["schema"] != SCHEMA:
+        raise Refused(
+            f"{path.name} is a {record['schema']}; this version of Forebay recomputes {SCHEMA}, use the one that wrote it."
+        )
     inputs = record["inputs"]
     return Decision(
         Agent(**record["candidate"]),
@@ -245,7 +310,10 @@ def read_decision(path: Path) -> Decision:
             inputs["reward"] and FileRef(**inputs["reward"]),
             _read_finding(inputs["data"]),
             _read_finding(inputs["integrity"]),
+            Spent(**inputs["spent"]),
         ),
+        record["tasks"],
+        record["error"],
     )
 
 

@@ -17,11 +17,34 @@ class Superiority(Section):
     """The candidate's mean reward must exceed the champion's by more than `margin` over all tasks."""
 
     margin: float = Field(default=0.0, ge=0, lt=1, description="mean reward on [0, 1]")
-    alpha: float = Field(default=0.0025, gt=0, lt=0.5, description="false promotions per cycle")
+    test: Literal["t", "betting"] = Field(
+        default="t",
+        description="`t`: Student and McNemar agree; `betting` assumes no law, for finely graded rewards",
+    )
     power: float = Field(
         default=0.8, gt=0.5, lt=1, description="at which the minimum detectable effect is reported"
     )
     min_tasks: int = Field(default=30, ge=2, description="fewer paired tasks are inconclusive")
+
+
+class Errors(Section):
+    """How often a champion may be replaced by an agent that is no better, over all decisions against it together."""
+
+    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="over all decisions against one champion")
+    cycles: int = Field(default=20, ge=1, description="decisions that share it equally; then it is spent")
+
+    @property
+    def share(self) -> float:
+        """The one-sided error of one decision."""
+        return self.alpha / self.cycles
+
+
+class EvaluationSet(Section):
+    """How long one set of held-out tasks can be trusted."""
+
+    uses: int = Field(
+        default=20, ge=1, description="decisions on the same tasks; then change evaluation.rotation"
+    )
 
 
 class Guards(Section):
@@ -55,6 +78,8 @@ class Policy(Section):
 
     version: Literal[1] = 1
     superiority: Superiority = Superiority()
+    errors: Errors = Errors()
+    evaluation_set: EvaluationSet = EvaluationSet()
     guards: Guards = Guards()
     reward_model: RewardModel = RewardModel()
     data: Check = Check()

@@ -12,7 +12,6 @@ from tasks.evaluation.statistics import (
     clopper_pearson,
     clustered_mean,
     holm,
-    is_binary,
     judge,
     mcnemar,
     paired_difference,
@@ -172,9 +171,25 @@ def test_nonsense_is_refused(call):
         call()
 
 
-def test_binary():
-    assert is_binary([0, 1, 1.0])
-    assert not is_binary([0.5])
+def test_graded_differences_are_rounded_with_their_mean_kept():
+    noise = [0.3, 0.5, 0.7, 0.0, 0.2]
+    rounded = mcnemar([0.6, 0.9, 1.0, 0.2, 0.0], [0.0, 0.5, 0.2, 0.2, 1.0], noise)
+    assert rounded == mcnemar([1, 0, 1, 0, 0], [0, 0, 0, 0, 1])  # won, drawn, won, drawn, lost
+    assert mcnemar([1, 0], [0, 0], [0.999, 0.999]) == mcnemar([1, 0], [0, 0])
+
+
+def test_rare_great_losses_deceive_t_and_not_mcnemar():
+    """A gain of 0.05 mostly, a loss of 0.95 one time in twenty: no gain on average."""
+    rng = np.random.default_rng(9)
+    wrong = {"t": 0, "both": 0}
+    for _ in range(2000):
+        difference = np.where(rng.uniform(size=270) < 0.05, -0.95, 0.05)
+        candidate, champion = difference.clip(0, 1), (-difference).clip(0, 1)
+        t = paired_difference(candidate, champion, alpha=0.01).low > 0
+        wrong["t"] += t
+        wrong["both"] += t and mcnemar(candidate, champion, rng.uniform(size=270)) <= 0.01
+    assert wrong["t"] / 2000 > 0.025
+    assert wrong["both"] / 2000 <= 0.01
 
 
 def _equal_agents(rng, clusters, per_cluster):

@@ -85,7 +85,7 @@ def test_a_better_agent_passes(tmp_path):
     assert quality.low > 0
     assert quality.n == 160
     assert [e.name for e in decision.evidence] == [
-        "integrity", "data", "reward model", "quality", "guard/calculator", "guard/sums",
+        "integrity", "data", "reward model", "errors", "evaluation set", "quality", "guard/calculator", "guard/sums",
     ]  # fmt: skip
 
 
