@@ -71,14 +71,11 @@ def promote_agent(context: Context, version: str, reason: str) -> dict[str, Any]
         NotFound: nothing was decided about it.
         Conflict, Refused, Corrupt: see `tasks.promotion.promote.promote`.
     """
-    from tasks.core.heads import require_newest
     from tasks.promotion.attest import read_signature
     from tasks.promotion.promote import promote
 
     made = _newest_decision(context, version)
-    trust = keys.trust(context)
-    keys.service_key(context)  # missing or readable by others: before anything has changed
-    require_newest(context.ledger, context.workspace.heads, trust)
+    trust = keys.ready(context)  # before anything has changed
     context.weights(context.agent(made.subject).payload)  # months may lie between decision and approval
     entry = promote(
         context.ledger,
@@ -123,7 +120,7 @@ def rollback_champion(context: Context, reason: str) -> dict[str, Any]:
     """Put the previous champion back."""
     from tasks.promotion.promote import champion, rollback
 
-    keys.service_key(context)
+    keys.ready(context)
     settle(context)
     now = champion(context.ledger)
     if now is None:

@@ -110,6 +110,7 @@ def record_decision(context: Context, decision: Decision) -> dict[str, Any]:
     from tasks.promotion.attest import sign_decision, signature_of, write_signature
     from tasks.promotion.gate import write_decision
 
+    keys.ready(context)
     key = keys.service_key(context)
     path = write_decision(context.workspace.evidence, decision)
     payload = decision.payload(context.workspace.relative(path))

@@ -12,7 +12,7 @@ from typing import Any
 
 from flows.context import Context
 from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
-from tasks.core.heads import newest_seq, write_head
+from tasks.core.heads import newest_seq, require_newest, write_head
 from tasks.core.keys import (
     NAME,
     PrivateKey,
@@ -71,6 +71,18 @@ def service_key(context: Context) -> PrivateKey:
         f"No trusted service key has its private part in {context.workspace.keys}; "
         "`forebay keys init --name NAME` makes another."
     )
+
+
+def ready(context: Context) -> Trust:
+    """Return the trusted keys after making sure that this workspace can sign and that its ledger is whole.
+
+    Raises:
+        Refused, Corrupt: see `trust`, `service_key` and `tasks.core.heads.require_newest`.
+    """
+    known = trust(context)
+    service_key(context)
+    require_newest(context.ledger, context.workspace.heads, known)
+    return known
 
 
 def approver_key(context: Context, name: str | None = None) -> PrivateKey:

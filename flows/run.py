@@ -8,7 +8,7 @@ from typing import Any
 from flows import progress
 from flows.context import Context
 from flows.cycle import CollectMode, Cycle, Finished, finish, open_cycle, run_stage
-from flows.keys import service_key, sign_head
+from flows.keys import ready, sign_head
 from tasks.core.errors import Conflict, Refused
 from tasks.core.stages import STAGES
 
@@ -33,7 +33,7 @@ def run_retrain(
     """
     from flows.champions import settle
 
-    service_key(context)
+    ready(context)
     with context.exclusive("a cycle"):
         settle(context)
         planned = plan(context, collect, dataset, force)
@@ -56,7 +56,7 @@ def run_stages(context: Context, cycle: Cycle, run: Any = run_stage) -> dict[str
     from flows.training import check_settings
 
     check_settings(context)
-    service_key(context)  # hours of training must not end before a key that is missing
+    ready(context)  # hours of training must not end before a key that is missing
     receipts: dict[str, dict[str, Any]] = {}
     say = progress.current().say
     try:
