@@ -33,7 +33,13 @@ def register_agent(
 
     Returns:
         The version: a whole number from 1.
+
+    Raises:
+        Refused: a file can run code when it is loaded.
     """
+    from tasks.promotion.inert import require_inert
+
+    require_inert(folder, files)
     digest = digest_files(files)
     for entry in context.ledger.entries("agent.registered"):
         if entry.payload["digest"] == digest:

@@ -6,6 +6,7 @@ import base64
 import getpass
 import os
 import re
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tasks.core.keys import (
     write_trust,
 )
 from tasks.core.ledger import Entry
+from tasks.core.locks import file_lock
 
 SERVICE = "service"
 _CHANGES = ("promotion.committed", "rollback.committed", "decision.made")
@@ -154,13 +156,14 @@ def trust_key(
 
 def remove_key(context: Context, name: str) -> dict[str, Any]:
     """Trust a key no longer; what it signed so far stands in the history, and acts no more."""
-    entry_before = context.ledger.last()
-    at = 0 if entry_before is None else entry_before.seq
-    now = trust(context).remove(name, at)
-    key = now.named(name)
-    assert key is not None  # remove() has just found it
-    write_trust(context.workspace.trust, now)
-    context.ledger.append("key.removed", f"key/{name}", {"name": name, "id": key.id, "role": key.role})
+    with _changing(context):
+        last = context.ledger.last()
+        at = 0 if last is None else last.seq
+        now = trust(context).remove(name, at)
+        key = now.named(name)
+        assert key is not None  # remove() has just found it
+        write_trust(context.workspace.trust, now)
+        context.ledger.append("key.removed", f"key/{name}", {"name": name, "id": key.id, "role": key.role})
     return {"name": name, "role": key.role, "id": key.id, "removed": at}
 
 
@@ -195,6 +198,11 @@ def catch_up(context: Context) -> None:
 
 def _trust(context: Context, key: TrustedKey) -> bool:
     """Add a key to the trusted ones and to the ledger; tell whether it was new."""
+    with _changing(context):
+        return _trust_alone(context, key)
+
+
+def _trust_alone(context: Context, key: TrustedKey) -> bool:
     path = context.workspace.trust
     known = read_trust(path) if path.exists() else Trust()
     if not path.exists() and context.ledger.last("key.trusted") is not None:
@@ -213,6 +221,10 @@ def _trust(context: Context, key: TrustedKey) -> bool:
             if key.role == "service":
                 raise
     return new
+
+
+def _changing(context: Context) -> AbstractContextManager[None]:
+    return file_lock(context.workspace.locks / "keys.lock", what="keys.yaml")
 
 
 def _named(name: str) -> str:

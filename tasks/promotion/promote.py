@@ -377,7 +377,9 @@ class _Closed(Exception):
 
 
 def _decision(view: Entries, digest: str) -> Mapping[str, Any]:
-    for entry in view.entries("decision.made"):
+    for entry in reversed(
+        view.entries("decision.made")
+    ):  # one that was signed later comes after the unsigned
         if entry.payload["decision"] == digest:
             return entry.payload
     raise NotFound(
