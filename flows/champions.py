@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flows import progress
+from flows import keys, progress
 from flows.context import Context
 from tasks.core.digest import digest_files
 from tasks.core.errors import NotFound
@@ -33,7 +33,13 @@ def register_agent(
 
     Returns:
         The version: a whole number from 1.
+
+    Raises:
+        Refused: a file can run code when it is loaded.
     """
+    from tasks.promotion.inert import require_inert
+
+    require_inert(folder, files)
     digest = digest_files(files)
     for entry in context.ledger.entries("agent.registered"):
         if entry.payload["digest"] == digest:
@@ -65,49 +71,62 @@ def register_agent(
 
 
 def promote_agent(context: Context, version: str, reason: str) -> dict[str, Any]:
-    """Promote an agent by its newest decision.
+    """Promote an agent by its newest decision, after its signature was verified and its files were hashed.
 
     Raises:
         NotFound: nothing was decided about it.
-        Conflict, Refused: see `tasks.promotion.promote.promote`.
+        Conflict, Refused, Corrupt: see `tasks.promotion.promote.promote`.
     """
+    from tasks.promotion.attest import read_signature
     from tasks.promotion.promote import promote
 
-    subject = f"agent/{context.agent(version).payload['version']}"
-    made = context.ledger.last("decision.made", subject)
-    if made is None:
-        raise NotFound(
-            f"The gate has not decided about {subject} yet; `forebay retrain` evaluates and decides."
-        )
-    context.weights(context.agent(subject).payload)  # months may lie between the decision and an approval
+    made = _newest_decision(context, version)
+    trust = keys.ready(context)  # before anything has changed
+    context.weights(context.agent(made.subject).payload)  # months may lie between decision and approval
     entry = promote(
         context.ledger,
         context.registry,
         made.payload["candidate"]["version"],
         decision=made.payload["decision"],
+        signature=read_signature(context.workspace.root, made.payload),
+        trust=trust,
         expected_champion=made.payload["champion"]["version"],
         by=getpass.getuser(),
         reason=reason,
     )
-    return _change(entry)
+    return _change(context, entry)
 
 
-def approve_agent(context: Context, version: str, reason: str) -> dict[str, Any]:
-    """Record a person's approval of the newest decision about an agent."""
+def approve_agent(context: Context, version: str, reason: str, key: str | None = None) -> dict[str, Any]:
+    """Record a person's approval of the newest decision about an agent, signed with their own key."""
+    from tasks.promotion.attest import read_signature
     from tasks.promotion.promote import approve
 
-    subject = f"agent/{context.agent(version).payload['version']}"
-    made = context.ledger.last("decision.made", subject)
-    if made is None:
-        raise NotFound(f"The gate has not decided about {subject} yet; there is nothing to approve.")
-    entry = approve(context.ledger, made.payload["decision"], by=getpass.getuser(), reason=reason)
-    return {"approved": subject, **entry.payload}
+    made = _newest_decision(context, version)
+    trust = keys.trust(context)
+    signer = keys.approver_key(context, key)
+    signature = read_signature(context.workspace.root, made.payload)
+    entry = approve(
+        context.ledger, made.payload["decision"], signature=signature, key=signer, trust=trust, reason=reason
+    )
+    return {"approved": made.subject, **entry.payload}
+
+
+def reject_agent(context: Context, version: str, reason: str, key: str | None = None) -> dict[str, Any]:
+    """Record that a person does not let the newest decision about an agent act, signed with their own key."""
+    from tasks.promotion.promote import reject
+
+    made = _newest_decision(context, version)
+    trust, signer = keys.trust(context), keys.approver_key(context, key)
+    entry = reject(context.ledger, made.payload["decision"], key=signer, trust=trust, reason=reason)
+    return {"rejected": made.subject, **entry.payload}
 
 
 def rollback_champion(context: Context, reason: str) -> dict[str, Any]:
     """Put the previous champion back."""
     from tasks.promotion.promote import champion, rollback
 
+    keys.ready(context)
     settle(context)
     now = champion(context.ledger)
     if now is None:
@@ -115,7 +134,7 @@ def rollback_champion(context: Context, reason: str) -> dict[str, Any]:
     entry = rollback(
         context.ledger, context.registry, expected_champion=now, reason=reason, by=getpass.getuser()
     )
-    return _change(entry)
+    return _change(context, entry)
 
 
 def settle(context: Context) -> None:
@@ -124,6 +143,7 @@ def settle(context: Context) -> None:
 
     if standing(context.ledger).intent is not None:
         reconcile(context.ledger, context.registry)
+    keys.catch_up(context)
 
 
 def reconcile_registry(context: Context) -> dict[str, Any]:
@@ -131,6 +151,7 @@ def reconcile_registry(context: Context) -> dict[str, Any]:
     from tasks.promotion.promote import reconcile
 
     done = reconcile(context.ledger, context.registry)
+    keys.catch_up(context)
     return {
         "finished": [{"kind": e.kind, "agent": e.subject, "seq": e.seq} for e in done.finished],
         "repairs": [asdict(repair) for repair in done.repairs],
@@ -145,5 +166,16 @@ def verify_ref(context: Context, ref: str) -> dict[str, Any]:
         return asdict(verify(context.ledger, context.workspace, ref, report))
 
 
-def _change(entry: Entry) -> dict[str, Any]:
+def _newest_decision(context: Context, version: str) -> Entry:
+    subject = f"agent/{context.agent(version).payload['version']}"
+    made = context.ledger.last("decision.made", subject)
+    if made is None:
+        raise NotFound(
+            f"The gate has not decided about {subject} yet; `forebay retrain` evaluates and decides."
+        )
+    return made
+
+
+def _change(context: Context, entry: Entry) -> dict[str, Any]:
+    keys.sign_head(context, entry)
     return {"kind": entry.kind, "seq": entry.seq, **entry.payload}

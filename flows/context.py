@@ -96,7 +96,10 @@ class Context:
 
         Raises:
             Corrupt: a file is missing or differs; it is named.
+            Refused: a file can run code when it is loaded (an earlier release registered it).
         """
+        from tasks.promotion.inert import require_inert
+
         folder = self.workspace.root / str(agent["path"])
         found = digest_tree(folder)
         odd = sorted(dict(found.items() ^ agent["files"].items()))
@@ -105,6 +108,7 @@ class Context:
                 f"{folder / odd[0]} is not what agent/{agent['version']} was registered with; "
                 f"`forebay verify agent/{agent['version']}` lists every difference."
             )
+        require_inert(folder, found)
         return folder
 
     def device(self) -> str:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from flows.context import Context
 from flows.init import init_workspace
+from flows.keys import ensure_service_key
 from flows.run import run_retrain
 from flows.show import cycle_report
 from tasks.core.ledger import Ledger
@@ -28,6 +29,7 @@ def demo(folder: Path, overrides: Sequence[str], out: Console) -> None:
     ):
         init_workspace(folder, None, overrides)
     context = Context.open(folder, overrides)
+    ensure_service_key(context)  # a workspace of an earlier release has none
     result = run_retrain(context, "missing", None, force=False)
     out.print(cycle_report(context, result))
     candidate = result.get("candidate")

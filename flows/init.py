@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from flows import progress
+from flows import keys, progress
 from flows.champions import register_agent
 from flows.context import Context
 from tasks.core.digest import digest_files, digest_tree, write_atomic
@@ -44,6 +44,7 @@ def init_workspace(folder: Path, base_model: str | None = None, overrides: Seque
         _prepare_stores(context)
         if not context.ledger.entries("workspace.created"):
             context.ledger.append("workspace.created", workspace.root.name, {"pins": context.pins})
+        keys.ensure_service_key(context)
         _register_base(context)
     return context
 
@@ -113,7 +114,7 @@ def _register_base(context: Context) -> None:
         tokenizer=tokenizer_digest(folder),
         template=template_digest(folder),
     )
-    crown(context.ledger, context.registry, version, by="forebay init")
+    keys.sign_head(context, crown(context.ledger, context.registry, version, by="forebay init"))
     progress.current().say(
         f"agent/{version} is {context.settings.base_model}, digest {digest_files(files)[:12]}."
     )

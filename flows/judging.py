@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from flows import progress
+from flows import keys, progress
 from flows.context import Context
 from flows.experience import intact
 from tasks.core.digest import digest_json
@@ -17,6 +17,7 @@ from tasks.core.stages import derive_seed, once
 if TYPE_CHECKING:
     from tasks.arena.environment import Task
     from tasks.promotion.budget import Spent
+    from tasks.promotion.gate import Decision
     from tasks.promotion.promote import Entries
     from tasks.rollout.rollout import Outcome
 
@@ -90,14 +91,14 @@ def decide_promotion(
     reward: Mapping[str, Any],
     data: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Weigh all evidence under the policy and record the decision; equal evidence gives the same record.
+    """Weigh all evidence under the policy and record the decision, signed; equal evidence gives the same record.
 
     Raises:
         Conflict: another decision took from the same budgets meanwhile.
     """
     from tasks.evaluation.paired import read_outcomes
     from tasks.promotion.budget import asked_before, spent
-    from tasks.promotion.gate import FileRef, Finding, Inputs, decide, write_decision
+    from tasks.promotion.gate import FileRef, Finding, Inputs, decide
 
     evidence = context.workspace.evidence
 
@@ -120,8 +121,6 @@ def decide_promotion(
     known = asked_before(context.ledger.entries("decision.made"), inputs.question(context.policy))
     inputs = replace(inputs, spent=known or before(context.ledger))
     decision = decide(evidence, inputs, context.policy)
-    path = write_decision(evidence, decision)
-    payload = decision.payload(context.workspace.relative(path))
 
     def check(view: LedgerView) -> None:
         if known is None and before(view) != inputs.spent:
@@ -130,25 +129,72 @@ def decide_promotion(
                 "run `forebay stage decide` again."
             )
 
-    subject = f"agent/{candidate}"
+    return record_decision(context, decision, check)
+
+
+def record_decision(
+    context: Context, decision: Decision, check: Callable[[LedgerView], None] | None = None
+) -> dict[str, Any]:
+    """Write the record, its signature beside it and the ledger's entry; the same decision again adds nothing.
+
+    Args:
+        check: refuses the entry by raising, under the ledger's lock.
+    """
+    from tasks.promotion.attest import sign_decision, signature_of, write_signature
+    from tasks.promotion.gate import write_decision
+
+    keys.ready(context)
+    key = keys.service_key(context)
+    path = write_decision(context.workspace.evidence, decision)
+    payload = decision.payload(context.workspace.relative(path))
+    envelope = sign_decision(payload, key)
+    place = context.workspace.relative(write_signature(path, envelope))
+    payload["signature"] = signature_of(place, envelope, key)
+    subject = f"agent/{decision.candidate.version}"
     made = context.ledger.last("decision.made", subject)
-    if made is None or made.payload["decision"] != payload["decision"]:
-        context.ledger.append("decision.made", subject, payload, check)
+    if made is None or any(made.payload.get(name) != payload[name] for name in ("decision", "signature")):
+        keys.sign_head(context, context.ledger.append("decision.made", subject, payload, check))
     return payload
 
 
-def replay_decision(context: Context, version: str) -> dict[str, Any]:
-    """Recompute the newest decision (about `version`) from its evidence files.
+def replay_decision(context: Context, version: str, sign: bool = False) -> dict[str, Any]:
+    """Verify the signature of the newest decision (about `version`) and recompute it from its evidence files.
+
+    Args:
+        sign: a decision without a signature, recomputed to the same bytes, is signed now.
 
     Raises:
         NotFound: nothing was decided, or evidence is gone.
-        Corrupt: evidence was changed, or it leads to another decision.
+        Corrupt: the signature is forged, evidence was changed, or it leads to another decision.
+        Refused: the key that signed is unknown, removed, or not one of the service.
     """
+    from tasks.promotion.attest import Unsigned, check_decision, read_signature
     from tasks.promotion.gate import recompute_decision
 
     entry = newest_decision(context, version)
+    signer = None
+    if entry.payload.get("signature") is not None and not sign:
+        signer = check_decision(
+            entry.payload,
+            read_signature(context.workspace.root, entry.payload),
+            keys.trust(context),
+            entry.seq,
+        ).name
     again = recompute_decision(context.workspace.root / entry.payload["record"]["path"])
-    return {"decision": again.digest, "verdict": again.verdict, "agent": entry.subject}
+    if sign:
+        signer = keys.service_key(context).name
+        record_decision(context, again)
+    elif signer is None and _adopted_before(context, entry):
+        raise Unsigned(
+            f"The decision {again.digest[:12]}… follows from its evidence, but nobody signed it although this "
+            f"workspace had keys; find out who wrote ledger entry {entry.seq}."
+        )
+    return {"decision": again.digest, "verdict": again.verdict, "agent": entry.subject, "signed_by": signer}
+
+
+def _adopted_before(context: Context, entry: Entry) -> bool:
+    first = next(iter(context.ledger.entries("key.trusted")), None)
+    return first is not None and first.seq < entry.seq
 
 
 def newest_decision(context: Context, version: str) -> Entry:

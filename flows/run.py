@@ -8,6 +8,7 @@ from typing import Any
 from flows import progress
 from flows.context import Context
 from flows.cycle import CollectMode, Cycle, Finished, finish, open_cycle, run_stage
+from flows.keys import ready, sign_head
 from tasks.core.errors import Conflict, Refused
 from tasks.core.stages import STAGES
 
@@ -32,6 +33,7 @@ def run_retrain(
     """
     from flows.champions import settle
 
+    ready(context)
     with context.exclusive("a cycle"):
         settle(context)
         planned = plan(context, collect, dataset, force)
@@ -54,6 +56,7 @@ def run_stages(context: Context, cycle: Cycle, run: Any = run_stage) -> dict[str
     from flows.training import check_settings
 
     check_settings(context)
+    ready(context)  # hours of training must not end before a key that is missing
     receipts: dict[str, dict[str, Any]] = {}
     say = progress.current().say
     try:
@@ -89,6 +92,7 @@ def close_cycle(context: Context, cycle: Cycle, receipts: Mapping[str, Mapping[s
     }
     outcome = "promoted" if ended["promoted"] else "held"
     entry = finish(context, cycle.key, outcome, ended["reason"], **details)
+    sign_head(context, entry)
     return {**entry.payload, "found": False}
 
 

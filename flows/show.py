@@ -84,6 +84,15 @@ def decisions_table(entries: Sequence[Mapping[str, Any]]) -> RenderableType:
     return table
 
 
+def keys_table(found: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Draw the trusted keys."""
+    table = _table("name", "role", "key", "", "private key")
+    for key in found:
+        removed = "" if key["removed"] is None else f"removed after entry {key['removed']}"
+        table.add_row(key["name"], key["role"], key["id"][:12], removed, key["private"] or "not here")
+    return table
+
+
 def decision_record(context: Context, path: str, sha256: str) -> dict[str, Any]:
     """Return a stored decision record.
 
@@ -123,11 +132,19 @@ def decision_view(record: Mapping[str, Any]) -> RenderableType:
 
 def verify_view(report: Mapping[str, Any]) -> RenderableType:
     """Draw the result of a verification."""
-    if report["ok"]:
-        return Text(
-            f"verified: {report['checked']} digests agree, {report['bytes'] / 1e6:,.0f} MB read again.",
-            style="green",
+    unsigned = []
+    if report["unsigned"]:
+        n = len(report["unsigned"])
+        since = (
+            "before this workspace had keys" if report["signatures"] else "; `forebay keys init` makes keys"
         )
+        unsigned = [
+            Text(f"unsigned: {n} {'entry' if n == 1 else 'entries'} {since}".replace(" ;", ";"), style="dim")
+        ]
+    if report["ok"]:
+        signed = f" {report['signatures']} signatures hold," if report["signatures"] else ""
+        line = f"verified: {report['checked']} digests agree,{signed} {report['bytes'] / 1e6:,.0f} MB read again."
+        return Group(Text(line, style="green"), *unsigned)
     table = _table("problem", "what", "belongs to", "expected", "found", title="differences")
     for item in report["problems"]:
         table.add_row(
@@ -137,7 +154,7 @@ def verify_view(report: Mapping[str, Any]) -> RenderableType:
             item["expected"][:12],
             (item["found"] or "")[:12],
         )
-    return table
+    return Group(table, *unsigned)
 
 
 def scores_table(evaluation: Mapping[str, Any]) -> RenderableType:

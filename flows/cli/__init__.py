@@ -14,6 +14,7 @@ from rich.text import Text
 import flows.cli.workspace
 import flows.cli.schedule
 import flows.cli.promote
+import flows.cli.keys
 import flows.cli.audit
 import flows.cli.steps  # noqa: F401
 

@@ -25,6 +25,8 @@ app = typer.Typer(
 )
 decision_app = typer.Typer(help="Read and recompute gate decisions.", no_args_is_help=True)
 app.add_typer(decision_app, name="decision", rich_help_panel="Promote")
+keys_app = typer.Typer(help="Make signing keys and choose whom to trust.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys", rich_help_panel="Promote")
 
 out = Console()
 err = Console(stderr=True)

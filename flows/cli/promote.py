@@ -18,6 +18,10 @@ from flows.cli.console import (
     print_json,
 )
 
+Key = Annotated[
+    str | None, typer.Option("--key", metavar="NAME", help="Which of your keys signs, if you have several.")
+]
+
 
 @app.command(rich_help_panel=PROMOTE)
 def promote(
@@ -60,19 +64,38 @@ def rollback(
 def approve(
     version: Annotated[str, typer.Argument(help="Version whose newest decision is approved.")],
     reason: Annotated[str, typer.Option(help="Kept in the ledger.")] = "approved on the command line",
+    key: Key = None,
     workspace: Where = HERE,
     as_json: Json = False,
 ) -> None:
-    """Let a passed decision act, where the policy asks for a person's approval."""
+    """Let a passed decision act, where the policy asks for a person's approval; signed with your own key."""
     from flows.champions import approve_agent
 
-    result = approve_agent(open_context(workspace), version, reason)
+    result = approve_agent(open_context(workspace), version, reason, key)
     if as_json:
         print_json(result)
     else:
         out.print(
             f"{result['approved']} is approved by {result['by']}; now `forebay promote {result['approved']}`."
         )
+
+
+@app.command(rich_help_panel=PROMOTE)
+def reject(
+    version: Annotated[str, typer.Argument(help="Version whose newest decision is rejected.")],
+    reason: Annotated[str, typer.Option(help="Why; kept in the ledger.")],
+    key: Key = None,
+    workspace: Where = HERE,
+    as_json: Json = False,
+) -> None:
+    """Never let a decision act, whatever its verdict; signed with your own key."""
+    from flows.champions import reject_agent
+
+    result = reject_agent(open_context(workspace), version, reason, key)
+    if as_json:
+        print_json(result)
+    else:
+        out.print(f"{result['rejected']} is rejected by {result['by']}; this decision cannot promote it.")
 
 
 @app.command(rich_help_panel=PROMOTE)
@@ -95,17 +118,24 @@ def reconcile(workspace: Where = HERE, as_json: Json = False) -> None:
 @decision_app.command("replay")
 def decision_replay(
     version: Annotated[str, typer.Argument(help="Agent version; default: the newest decision.")] = "",
+    sign: Annotated[
+        bool, typer.Option("--sign", help="Sign a decision that was made before this workspace had keys.")
+    ] = False,
     workspace: Where = HERE,
     as_json: Json = False,
 ) -> None:
-    """Decide again from the stored evidence; it must give the same bytes."""
+    """Verify a decision's signature and decide again from the stored evidence; it must give the same bytes."""
     from flows.judging import replay_decision
 
-    result = replay_decision(open_context(workspace), version)
+    result = replay_decision(open_context(workspace), version, sign)
     if as_json:
         print_json(result)
     else:
-        out.print(f"{result['decision'][:12]}: {result['verdict']} again, the same bytes.", highlight=False)
+        signed = f"signed by {result['signed_by']}" if result["signed_by"] else "not signed"
+        out.print(
+            f"{result['decision'][:12]}: {result['verdict']} again, the same bytes; {signed}.",
+            highlight=False,
+        )
 
 
 @decision_app.command("show")

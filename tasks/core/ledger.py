@@ -158,6 +158,11 @@ class Ledger:
         with self._engine.connect() as connection:
             return LedgerView(connection).last(kind, subject)
 
+    def digest_at(self, seq: int) -> str | None:
+        """Return the digest that entry `seq` carries, None where there is no such entry."""
+        with self._engine.connect() as connection:
+            return connection.execute(sa.select(_table.c.digest).where(_table.c.seq == seq)).scalar()
+
     def head(self) -> str:
         """Return the digest of the newest entry: the one value that pins the whole history."""
         last = self.last()

@@ -150,6 +150,8 @@ def _explain(cls: type[BaseModel], item: Any) -> str:
 
 def _keys_at(cls: type[BaseModel], parents: Sequence[int | str]) -> list[str]:
     for part in parents:
+        if isinstance(part, int):  # of a list, whose name has led to the class of its items
+            continue
         annotation = cls.model_fields[str(part)].annotation
         options = [annotation, *get_args(annotation)]
         cls = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))

@@ -45,6 +45,21 @@ class Workspace:
         return self.root / "policy.yaml"
 
     @property
+    def trust(self) -> Path:
+        """The public keys that may sign; in git."""
+        return self.root / "keys.yaml"
+
+    @property
+    def keys(self) -> Path:
+        """The private keys of the service; never in git."""
+        return self.state / "keys"
+
+    @property
+    def heads(self) -> Path:
+        """Signed heads of the ledger."""
+        return self.state / "heads"
+
+    @property
     def replay(self) -> Path:
         """Sealed shards, their DVC pointers and manifests."""
         return self.root / "data" / "replay"

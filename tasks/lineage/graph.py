@@ -121,7 +121,7 @@ class Records:
     _KINDS = (
         "promotion.committed", "promotion.dropped", "promotion.intent",
         "rollback.committed", "rollback.dropped", "rollback.intent",
-        "approval.granted", "decision.made", "evaluation.done", "agent.registered",
+        "approval.granted", "approval.rejected", "decision.made", "evaluation.done", "agent.registered",
         "run.finished", "run.started", "reward.validated", "dataset.validated", "dataset.sealed",
     )  # fmt: skip
 
@@ -378,10 +378,17 @@ def _evaluation(records: Records, key: str) -> _Found:
 def _decision(records: Records, key: str) -> _Found:
     entry = records.decisions[key]
     p = entry.payload
-    granted = [e for e in records.entries("approval.granted", entry.subject) if e.payload["decision"] == key]
-    approvals = [_pick(e.payload, "by", "reason", time=e.time) for e in granted]
-    facts = _pick(p, "verdict", "reasons", "evidence", approvals=approvals, time=entry.time)
-    node = Node("decision", p["verdict"], key, facts, (_file(p["record"]),))
+
+    def answers(kind: str) -> list[dict[str, Any]]:
+        given = [e for e in records.entries(kind, entry.subject) if e.payload["decision"] == key]
+        return [_pick(e.payload, "by", "reason", time=e.time) for e in given]
+
+    facts = _pick(
+        p, "verdict", "reasons", "evidence",
+        approvals=answers("approval.granted"), rejections=answers("approval.rejected"), time=entry.time,
+    )  # fmt: skip
+    files = [_file(p[name]) for name in ("record", "signature") if name in p]
+    node = Node("decision", p["verdict"], key, facts, tuple(files))
 
     def links() -> Iterator[tuple[Relation, Ref]]:
         yield "under policy", ("policy", p["policy_digest"])

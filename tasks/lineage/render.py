@@ -138,7 +138,9 @@ def _dataset(facts: Mapping[str, Any]) -> str:
 
 
 def _decision(facts: Mapping[str, Any]) -> str:
-    return " · ".join([_day(facts), *(f"approved by {approval['by']}" for approval in facts["approvals"])])
+    answers = [f"approved by {approval['by']}" for approval in facts["approvals"]]
+    answers += [f"rejected by {rejection['by']}" for rejection in facts["rejections"]]
+    return " · ".join([_day(facts), *answers])
 
 
 def _reward(facts: Mapping[str, Any]) -> str:

@@ -1,4 +1,8 @@
-"""Verification: everything behind an agent or a dataset is hashed again. Not even the ledger is trusted."""
+"""Verification: everything behind an agent or a dataset is hashed again. Not even the ledger is trusted.
+
+Signatures are checked too: of the ledger's heads, of the decisions behind the agent, of people's answers to them.
+What was recorded before the workspace had keys is unsigned, which is told and is no fault.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,13 @@ from pathlib import Path
 from typing import Literal
 
 from tasks.core.digest import digest_files, digest_json, digest_tree, sha256_bytes, sha256_file
-from tasks.core.errors import Corrupt, ForebayError
-from tasks.core.ledger import Ledger
+from tasks.core.errors import Corrupt, ForebayError, NotFound, UsageError
+from tasks.core.heads import check_heads
+from tasks.core.keys import Trust, read_trust
+from tasks.core.ledger import Entry, Ledger
 from tasks.core.workspace import Workspace
 from tasks.lineage.graph import File, Kind, Lineage, Node, lineage
+from tasks.promotion.attest import Unsigned, check_answer, check_decision, read_signature
 from tasks.replay.manifest import Manifest, dataset_root
 
 Progress = Callable[[int, int, str], None]
@@ -28,14 +35,15 @@ class Problem:
     """Something that is not what its digest says.
 
     Attributes:
-        problem: "missing", "changed", "unreadable", or "added": in an agent's folder, but never registered.
+        problem: "missing", "changed", "unreadable", or "added": in an agent's folder, but never registered. Of a
+            signature: "unsigned" though the workspace had keys, "forged", or by a "wrong key".
         path: relative to the workspace, or "ledger".
         owner: what it belongs to: "agent/3", "dataset main/v2", ….
         expected: the SHA-256 it must have; empty where there is none.
         found: the SHA-256 it has (for "unreadable" the system's reason); None where it is missing.
     """
 
-    problem: Literal["missing", "changed", "unreadable", "added"]
+    problem: Literal["missing", "changed", "unreadable", "added", "unsigned", "forged", "wrong key"]
     path: str
     owner: str
     expected: str
@@ -55,6 +63,8 @@ class VerifyReport:
         head: the digest of the ledger's last entry, empty where the chain is broken. Whoever keeps it
             elsewhere can tell later whether entries were cut off.
         problems: what differs, sorted by path.
+        signatures: how many were verified: heads of the ledger, decisions, approvals and rejections.
+        unsigned: what was recorded before the workspace had keys.
     """
 
     ref: str
@@ -64,6 +74,8 @@ class VerifyReport:
     entries: int
     head: str
     problems: tuple[Problem, ...]
+    signatures: int = 0
+    unsigned: tuple[str, ...] = ()
 
     @property
     def missing(self) -> tuple[Problem, ...]:
@@ -93,6 +105,11 @@ def verify(
         entries, head = ledger.verify_chain(), ledger.head()
     except Corrupt as error:
         problems.append(Problem("changed", "ledger", str(error), "", None))
+    trust, adopted = _trust(ledger, workspace, problems)
+    signatures, heads = check_heads(ledger, workspace.heads, trust) if trust else (0, [])
+    problems += (Problem(h.problem, "ledger", h.says, h.expected, h.found) for h in heads)
+    if trust and not signatures:
+        problems.append(Problem("missing", workspace.relative(workspace.heads), "signed heads", "", None))
     try:
         found = lineage(ledger, workspace, ref)
     except (ForebayError, ValueError):
@@ -115,6 +132,8 @@ def verify(
         if not node.known
     )
     problems += _added(workspace, found)
+    signed, wrong, unsigned = _signed(ledger, workspace, found, trust, adopted)
+    problems += wrong
     problems.sort(key=lambda problem: (problem.path, problem.owner, problem.problem))
     return VerifyReport(
         ref=ref,
@@ -124,7 +143,73 @@ def verify(
         entries=entries,
         head=head,
         problems=tuple(problems),
+        signatures=signatures + signed,
+        unsigned=tuple(unsigned),
     )
+
+
+def _trust(ledger: Ledger, workspace: Workspace, problems: list[Problem]) -> tuple[Trust | None, int | None]:
+    """Return the trusted keys and the entry with which the workspace adopted keys, None where it has none."""
+    try:
+        first = next(iter(ledger.entries("key.trusted")), None)
+        adopted = None if first is None else first.seq
+    except ValueError:  # a row that is past reading; the chain has named it
+        adopted = 0
+    if not workspace.trust.exists():
+        if adopted is not None:
+            problems.append(Problem("missing", workspace.trust.name, "the trusted keys", "", None))
+        return None, adopted
+    try:
+        return read_trust(workspace.trust), adopted
+    except UsageError as error:
+        problems.append(Problem("unreadable", workspace.trust.name, "the trusted keys", "", str(error)))
+        return None, adopted
+
+
+def _signed(
+    ledger: Ledger, workspace: Workspace, found: Lineage, trust: Trust | None, adopted: int | None
+) -> tuple[int, list[Problem], list[str]]:
+    """Check the signatures of the decisions in `found` and of the answers to them."""
+    wanted = {key for kind, key in found.nodes if kind == "decision"}
+    entries = {e.payload["decision"]: e for e in ledger.entries("decision.made")}  # the newest of each
+    answers = [*ledger.entries("approval.granted"), *ledger.entries("approval.rejected")]
+    behind = [entries[key] for key in sorted(wanted & entries.keys())]
+    behind += [entry for entry in answers if entry.payload["decision"] in wanted]
+    good, problems, unsigned = 0, [], []
+    for entry in sorted(behind, key=lambda e: e.seq):
+        owner = f"{entry.kind.replace('.', ' ')} of {entry.subject} (ledger entry {entry.seq})"
+        path = entry.payload["record"]["path"] if entry.kind == "decision.made" else "ledger"
+        if adopted is None or (entry.seq < adopted and "signature" not in entry.payload):
+            unsigned.append(owner)
+        elif trust is None:
+            continue  # named already: without keys.yaml nothing can be told
+        elif (problem := _check_signature(workspace, entry, trust, path, owner)) is not None:
+            problems.append(problem)
+        else:
+            good += 1
+    return good, problems, unsigned
+
+
+def _check_signature(
+    workspace: Workspace, entry: Entry, trust: Trust, path: str, owner: str
+) -> Problem | None:
+    try:
+        if entry.kind == "decision.made":
+            envelope = read_signature(workspace.root, entry.payload)
+            check_decision(entry.payload, envelope, trust, at=entry.seq)
+        else:
+            check_answer(entry, trust, at=entry.seq)
+    except NotFound:
+        return None  # hashing the file has named it
+    except Unsigned:
+        return Problem("unsigned", path, owner, "", None)
+    except Corrupt as error:
+        if "its bytes are not those" in str(error):
+            return None  # likewise
+        return Problem("forged", path, f"{owner}: {error}", "", None)
+    except ForebayError as error:
+        return Problem("wrong key", path, f"{owner}: {error}", "", None)
+    return None
 
 
 def _claims(workspace: Workspace, found: Lineage) -> tuple[dict[File, str], list[Problem]]:

@@ -13,8 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tasks.core.errors import Conflict, NotFound, Refused, Unavailable
+from tasks.core.errors import Conflict, ForebayError, NotFound, Refused, Unavailable
+from tasks.core.keys import PrivateKey, Trust
 from tasks.core.ledger import Entry, Ledger, LedgerView
+from tasks.promotion.attest import Answer, answer_payload, check_answer, check_decision
 
 _CHANGES = ("promotion", "rollback")
 _ATTEMPTS = 20  # of aligning the aliases while others keep changing the ledger
@@ -148,6 +150,8 @@ def promote(
     version: int,
     *,
     decision: str,
+    signature: bytes | None,
+    trust: Trust,
     expected_champion: int,
     by: str,
     reason: str = "",
@@ -156,12 +160,14 @@ def promote(
 
     Args:
         decision: digest of a decision in the ledger that says PASS for exactly these two agents.
+        signature: the envelope that the decision's entry names.
+        trust: the keys that may sign, as of now.
         by: who asks, as the caller knows them.
 
     Raises:
         Conflict: the champion is another one by now (it is named), a change is under way, or the decision was
-        used. Refused: the decision did not pass, is about other agents, or lacks the approval its policy
-        requires. NotFound: the decision or the version does not exist. Unavailable: the registry cannot be
+        used. Refused: the decision did not pass, is about other agents, is not signed by a trusted service key,
+        was rejected, or lacks the approval its policy requires. Corrupt: its signature is not of this decision. NotFound: the decision or the version does not exist. Unavailable: the registry cannot be
         reached; `reconcile` finishes what has begun.
     """
 
@@ -194,6 +200,7 @@ def promote(
             raise Conflict(
                 f"The decision {decision[:12]}… was used by {_who(used[-1])}; a decision promotes once."
             )
+        check_decision(made, signature, trust)
         if made["verdict"] != "PASS":
             raise Refused(f"The gate said {made['verdict']} to agent/{version}: {' '.join(made['reasons'])}")
         judged = {role: (made[role]["version"], made[role]["digest"]) for role in ("candidate", "champion")}
@@ -203,8 +210,9 @@ def promote(
                     f"The decision {decision[:12]}… is about agent/{judged[role][0]} "
                     f"({judged[role][1][:12]}…) as {role}, not about agent/{asked} as it is registered."
                 )
-        if made["approval"] == "required" and not _approved(view, decision):
-            raise Refused(f"The policy asks for an approval; give it with `forebay approve agent/{version}`.")
+        _refuse_rejected(view, decision, trust)
+        if made["approval"] == "required":
+            _require_approval(view, decision, version, trust)
 
     payload = {"to": version, "from": expected_champion, "decision": decision, "reason": reason, "by": by}
     return _change(ledger, registry, "promotion", version, payload, check)
@@ -241,23 +249,43 @@ def rollback(
     return _change(ledger, registry, "rollback", target, payload, check)
 
 
-def approve(ledger: Ledger, decision: str, *, by: str, reason: str) -> Entry:
-    """Record that a person lets a passed decision act.
+def approve(
+    ledger: Ledger, decision: str, *, signature: bytes | None, key: PrivateKey, trust: Trust, reason: str
+) -> Entry:
+    """Record that a person lets a passed decision act, signed with their key over this decision's digest.
 
     Raises:
         NotFound: no such decision.
-        Refused: it did not pass; an approval cannot overrule the gate.
+        Refused: it did not pass (an approval cannot overrule the gate), it was rejected, it is not signed by a
+        trusted service key, or `key` is none of a trusted approver.
     """
 
     def check(view: LedgerView) -> None:
         made = _decision(view, decision)
+        check_decision(made, signature, trust)
         if made["verdict"] != "PASS":
             raise Refused(f"The gate said {made['verdict']}; an approval cannot overrule it.")
+        _refuse_rejected(view, decision, trust)
 
-    version = _decision(ledger, decision)["candidate"]["version"]
-    return ledger.append(
-        "approval.granted", f"agent/{version}", {"decision": decision, "by": by, "reason": reason}, check
-    )
+    return _answer(ledger, "approval", decision, reason, key, trust, check)
+
+
+def reject(ledger: Ledger, decision: str, *, key: PrivateKey, trust: Trust, reason: str) -> Entry:
+    """Record that a person does not let a decision act; it is final for this decision.
+
+    Raises:
+        NotFound: no such decision. Refused: `key` is none of a trusted approver.
+        Conflict: the decision has promoted already; only a rollback helps.
+    """
+
+    def check(view: LedgerView) -> None:
+        used = [e for e in view.entries("promotion.intent") if e.payload["decision"] == decision]
+        if used:
+            raise Conflict(
+                f"The decision has acted already in {_who(used[-1])}; `forebay rollback` undoes it."
+            )
+
+    return _answer(ledger, "rejection", decision, reason, key, trust, check)
 
 
 def reconcile(ledger: Ledger, registry: Aliases) -> Reconciled:
@@ -349,7 +377,9 @@ class _Closed(Exception):
 
 
 def _decision(view: Entries, digest: str) -> Mapping[str, Any]:
-    for entry in view.entries("decision.made"):
+    for entry in reversed(
+        view.entries("decision.made")
+    ):  # one that was signed later comes after the unsigned
         if entry.payload["decision"] == digest:
             return entry.payload
     raise NotFound(
@@ -372,8 +402,46 @@ def _present(ledger: Ledger, registry: Aliases, version: int) -> None:
         )
 
 
-def _approved(view: Entries, decision: str) -> bool:
-    return any(entry.payload["decision"] == decision for entry in view.entries("approval.granted"))
+def _answer(
+    ledger: Ledger,
+    kind: Answer,
+    decision: str,
+    reason: str,
+    key: PrivateKey,
+    trust: Trust,
+    check: Callable[[LedgerView], None],
+) -> Entry:
+    version = _decision(ledger, decision)["candidate"]["version"]
+    payload = answer_payload(kind, decision, reason, key, trust)
+    word = "approval.granted" if kind == "approval" else "approval.rejected"
+    return ledger.append(word, f"agent/{version}", payload, check)
+
+
+def _refuse_rejected(view: Entries, decision: str, trust: Trust) -> None:
+    """Refuse what anybody rejected. A rejection whose signature is bad holds too: the doubt is on the safe side."""
+    for entry in view.entries("approval.rejected"):
+        if entry.payload["decision"] == decision:
+            try:
+                who = f"`{check_answer(entry, trust, at=entry.seq).name}`"
+            except ForebayError as error:
+                who = f"somebody whose signature does not hold ({error})"
+            raise Refused(
+                f"The decision {decision[:12]}… was rejected by {who} (ledger entry {entry.seq}): "
+                f"{entry.payload['reason']}"
+            )
+
+
+def _require_approval(view: Entries, decision: str, version: int, trust: Trust) -> None:
+    found = ""
+    for entry in view.entries("approval.granted", f"agent/{version}"):
+        if entry.payload["decision"] != decision:
+            continue
+        try:
+            check_answer(entry, trust)
+            return
+        except ForebayError as error:
+            found = f" The one in ledger entry {entry.seq} does not count: {error}"
+    raise Refused(f"The policy asks for an approval; give it with `forebay approve agent/{version}`.{found}")
 
 
 def _who(intent: Entry) -> str:

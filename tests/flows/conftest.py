@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,10 +17,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flows.champions import register_agent
 from flows.context import Context
 from flows.init import init_workspace
 from flows.settings import Settings
 from tasks.arena.environment import get
+from tasks.core.digest import digest_tree
 from tests.tiny import make_tiny_model, teach
 
 ENVIRONMENT = "reasoning_gym/gcd"
@@ -56,6 +59,26 @@ def lay_workspace(folder: Path, base: Path) -> Context:
 @pytest.fixture
 def context(tmp_path: Path, tiny_base: Path) -> Context:
     return lay_workspace(tmp_path / "ws", tiny_base)
+
+
+def register_rival(context: Context) -> dict:
+    """Register a copy of the base model with one file changed as agent/3; return {version, digest}."""
+    base = context.agent("1").payload
+    folder = context.workspace.models / "rival"
+    shutil.copytree(context.workspace.root / base["path"], folder)
+    (folder / "NOTICE").write_text("a rival")
+    version = register_agent(
+        context,
+        folder,
+        digest_tree(folder),
+        origin="trained",
+        parents=base["parents"],
+        source={"name": "rival"},
+        metrics={},
+        tokenizer=base["tokenizer_digest"],
+        template=base["template_digest"],
+    )
+    return {"version": version, "digest": context.agent(str(version)).payload["digest"]}
 
 
 def forebay(folder: Path, *words: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,18 +10,18 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flows.champions import register_agent
 from flows.context import Context
 from flows.cycle import Cycle, Finished, open_cycle, run_stage
 from flows.experience import collect_into_segment, seal_dataset, validate_dataset
 from flows.judging import replay_decision
+from flows.keys import service_key
 from flows.run import run_stages
 from flows.status import status
-from tasks.core.digest import digest_tree
 from tasks.core.errors import Conflict, Corrupt, Refused
 from tasks.core.stages import STAGES
+from tasks.promotion.attest import sign_decision, signature_of, write_signature
 from tasks.replay.segments import take
-from tests.flows.conftest import ENVIRONMENT, PROJECT, forebay, lay_workspace, loads
+from tests.flows.conftest import ENVIRONMENT, PROJECT, forebay, lay_workspace, loads, register_rival
 
 
 @pytest.fixture(scope="module")
@@ -189,10 +188,15 @@ def test_a_candidate_compared_with_a_deposed_champion_is_refused(tmp_path: Path,
     assert isinstance(cycle, Cycle)
     for stage in STAGES[:-1]:
         run_stage(context, cycle, stage)
-    rival = _register_rival(context)
+    rival = register_rival(context)
     passed = cycle.receipt("decide")
     rival_decision = {**passed, "decision": "f" * 64, "candidate": rival}
-    context.ledger.append("decision.made", f"agent/{rival['version']}", rival_decision)
+    subject = f"agent/{rival['version']}"
+    context.ledger.append("decision.made", subject, rival_decision)
+    borrowed = forebay(root, "promote", subject, "--json")  # with the signature of the decision about agent/2
+    assert borrowed.returncode == Corrupt.exit_code
+    assert "is about the decision" in json.loads(borrowed.stdout)["error"]
+    context.ledger.append("decision.made", subject, _signed(context, rival_decision))
     loads(forebay(root, "promote", f"agent/{rival['version']}", "--json"))
     late = forebay(root, "promote", "agent/2", "--json")
     assert late.returncode == Conflict.exit_code
@@ -207,24 +211,12 @@ def test_a_candidate_compared_with_a_deposed_champion_is_refused(tmp_path: Path,
     assert context.registry.aliases() == {"champion": 2, "previous": 1, "candidate": 3}
 
 
-def _register_rival(context: Context) -> dict:
-    """Register a copy of the base model with one file changed as agent/3; return {version, digest}."""
-    base = context.agent("1").payload
-    folder = context.workspace.models / "rival"
-    shutil.copytree(context.workspace.root / base["path"], folder)
-    (folder / "NOTICE").write_text("a rival")
-    version = register_agent(
-        context,
-        folder,
-        digest_tree(folder),
-        origin="trained",
-        parents=base["parents"],
-        source={"name": "rival"},
-        metrics={},
-        tokenizer=base["tokenizer_digest"],
-        template=base["template_digest"],
-    )
-    return {"version": version, "digest": context.agent(str(version)).payload["digest"]}
+def _signed(context: Context, decision: dict) -> dict:
+    """Sign a decision as the gate does."""
+    key = service_key(context)
+    envelope = sign_decision(decision, key)
+    path = write_signature(context.workspace.evidence / "decisions" / decision["decision"], envelope)
+    return {**decision, "signature": signature_of(context.workspace.relative(path), envelope, key)}
 
 
 def test_a_seal_that_was_cut_short_is_finished_and_not_passed_over(tmp_path: Path, tiny_base: Path):

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from tasks.core.digest import sha256_bytes, write_atomic
+from tasks.core.keys import PrivateKey, Trust, trusted
 from tasks.core.ledger import Ledger
+from tasks.promotion.attest import sign_decision, signature_of
+
+
+def make_key(name: str) -> PrivateKey:
+    """A key that is the same in every process of a test."""
+    return PrivateKey(name, Ed25519PrivateKey.from_private_bytes(bytes.fromhex(sha256_bytes(name.encode()))))
+
+
+SERVICE, LEE, EVE = make_key("service"), make_key("lee"), make_key("eve")
+TRUST = Trust((trusted(SERVICE, "service"), trusted(LEE, "approver")))
 
 
 class FileAliases:
@@ -54,14 +67,27 @@ def record_agent(ledger: Ledger, version: int, digest: str) -> None:
 
 def add_decision(ledger: Ledger, candidate: int, champion: int, verdict: str = "PASS", /, **changes) -> str:
     """Record a decision as the gate would, and return its digest."""
-    payload = {
+    payload = decision_payload(candidate, champion, verdict, **changes)
+    payload["signature"] = signature_of("beside", sign_decision(payload, SERVICE), SERVICE)
+    ledger.append("decision.made", f"agent/{candidate}", payload)
+    return payload["decision"]
+
+
+def envelope(ledger: Ledger, decision: str) -> bytes:
+    """Return the service's signature of a decision."""
+    (entry,) = [e for e in ledger.entries("decision.made") if e.payload["decision"] == decision]
+    return sign_decision(entry.payload, SERVICE)
+
+
+def decision_payload(candidate: int, champion: int, verdict: str = "PASS", /, **changes) -> dict:
+    """The payload that the gate would record, not signed."""
+    return {
         "decision": sha256_bytes(f"{candidate} over {champion}: {verdict} {changes}".encode()),
         "verdict": verdict,
         "reasons": ["Quality: as told."],
         "approval": "none",
+        "policy_digest": "0" * 64,
         "candidate": {"version": candidate, "digest": files_digest(candidate)},
         "champion": {"version": champion, "digest": files_digest(champion)},
         **changes,
     }
-    ledger.append("decision.made", f"agent/{candidate}", payload)
-    return payload["decision"]

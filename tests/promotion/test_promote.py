@@ -12,7 +12,15 @@ import pytest
 
 from tasks.core.errors import Conflict, ForebayError, NotFound, Refused, Unavailable
 from tasks.promotion.promote import approve, champion, crown, previous, promote, reconcile, rollback, standing
-from tests.promotion.support import FileAliases, add_agent, add_decision, open_ledger
+from tests.promotion.support import (
+    LEE,
+    TRUST,
+    FileAliases,
+    add_agent,
+    add_decision,
+    envelope,
+    open_ledger,
+)
 
 fork = multiprocessing.get_context("fork")
 
@@ -33,15 +41,23 @@ def decision_for(ledger, version):
     return ledger.last("decision.made", f"agent/{version}").payload["decision"]
 
 
-def go(ledger, registry, version, expected=1):
+def go(ledger, registry, version, expected=1, decision=None, trust=TRUST, signature=None):
+    decision = decision or decision_for(ledger, version)
     return promote(
         ledger,
         registry,
         version,
-        decision=decision_for(ledger, version),
+        decision=decision,
+        signature=signature or envelope(ledger, decision),
+        trust=trust,
         expected_champion=expected,
         by="kim",
     )
+
+
+def yes(ledger, decision, key=LEE, trust=TRUST):
+    signature = envelope(ledger, decision)
+    return approve(ledger, decision, signature=signature, key=key, trust=trust, reason="looks right")
 
 
 def test_promotion_moves_ledger_and_aliases_together(world):
@@ -82,13 +98,13 @@ def test_a_decision_must_be_about_these_very_agents(world):
     ledger, registry = world
     other = add_decision(ledger, 2, 1, champion={"version": 1, "digest": "0" * 64})
     with pytest.raises(Refused, match="not about agent/1 as it is registered"):
-        promote(ledger, registry, 2, decision=other, expected_champion=1, by="kim")
+        go(ledger, registry, 2, decision=other)
     with pytest.raises(Refused, match="not about agent/3"):
-        promote(ledger, registry, 3, decision=decision_for(ledger, 2), expected_champion=1, by="kim")
+        go(ledger, registry, 3, decision=decision_for(ledger, 2))
     with pytest.raises(NotFound, match="no decision"):
-        promote(ledger, registry, 2, decision="f" * 64, expected_champion=1, by="kim")
+        go(ledger, registry, 2, decision="f" * 64, signature=b"none")
     with pytest.raises(NotFound, match="agent/9"):
-        promote(ledger, registry, 9, decision=decision_for(ledger, 2), expected_champion=1, by="kim")
+        go(ledger, registry, 9, decision=decision_for(ledger, 2))
 
 
 def test_what_is_not_in_the_registry_is_not_promoted(world):
@@ -114,11 +130,11 @@ def test_an_approval_is_asked_for_and_cannot_overrule_the_gate(world):
     decision = add_decision(ledger, 2, 1, approval="required")
     with pytest.raises(Refused, match="asks for an approval"):
         go(ledger, registry, 2)
-    approve(ledger, decision, by="lee", reason="looks right")
+    yes(ledger, decision)
     go(ledger, registry, 2)
     failed = add_decision(ledger, 3, 2, "FAIL", approval="required")
     with pytest.raises(Refused, match="cannot overrule"):
-        approve(ledger, failed, by="lee", reason="please")
+        yes(ledger, failed)
 
 
 def test_rollback_walks_back_along_the_line_of_champions(world):

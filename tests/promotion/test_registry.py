@@ -18,7 +18,7 @@ from tasks.core.errors import NotFound, Unavailable
 from tasks.promotion.promote import champion, crown, promote, reconcile, rollback
 from tasks.promotion.registry import DatasetRef, Registered, Registry
 from tests.promotion.conftest import open_registry
-from tests.promotion.support import add_decision, files_digest, open_ledger, record_agent
+from tests.promotion.support import TRUST, add_decision, envelope, files_digest, open_ledger, record_agent
 
 DATA = DatasetRef("main/v1", "a" * 64, "data/replay/main", "0123abc", "d41d8.dir")
 REPOSITORY = Path(__file__).parents[2]
@@ -202,7 +202,9 @@ def test_promotion_rollback_and_repair_on_the_real_registry(registry, tiny, tmp_
     assert registry.aliases() == {}
     crown(ledger, registry, 1, by="kim")
     assert registry.aliases() == {"champion": 1, "candidate": 2}
-    promote(ledger, registry, 2, decision=add_decision(ledger, 2, 1), expected_champion=1, by="kim")
+    decision = add_decision(ledger, 2, 1)
+    signed = {"decision": decision, "signature": envelope(ledger, decision), "trust": TRUST}
+    promote(ledger, registry, 2, **signed, expected_champion=1, by="kim")
     assert registry.aliases() == {"champion": 2, "previous": 1}
     registry.delete_alias("champion")
     assert [r.wrote for r in reconcile(ledger, registry).repairs] == [2]

@@ -1,0 +1,141 @@
+"""Signed heads: after each decision and change of champion the service signs the digest of the ledger's newest entry.
+
+An entry's digest pins everything before it, so a signed head that the ledger does not contain means that the end of
+the ledger was cut off or written anew. Heads are files outside the database: whoever can only write the one is found
+by the other, and a copy of the newest head kept elsewhere (a few hundred bytes) finds whoever can write both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tasks.core.digest import write_atomic
+from tasks.core.dsse import Predicate, open_envelope, sign
+from tasks.core.errors import Corrupt, ForebayError, Refused
+from tasks.core.keys import PrivateKey, Trust
+from tasks.core.ledger import Entry, Ledger
+
+_KINDS: Mapping[str, Predicate] = {
+    "promotion.committed": "promotion",
+    "rollback.committed": "rollback",
+}
+
+
+@dataclass(frozen=True)
+class HeadProblem:
+    """A signed head that the ledger contradicts, or one that is not validly signed.
+
+    Attributes:
+        problem: "missing": the ledger ends before it; "changed": the entry has another digest; "forged"; "wrong key".
+        seq: the entry it is about.
+        says: what is wrong, in words.
+        expected, found: the digest that was signed, and the one the ledger has.
+    """
+
+    problem: Literal["missing", "changed", "forged", "wrong key"]
+    seq: int
+    says: str
+    expected: str = ""
+    found: str | None = None
+
+
+def write_head(
+    ledger: Ledger,
+    folder: Path,
+    entry: Entry,
+    key: PrivateKey,
+    trust: Trust,
+    subjects: Mapping[str, str] | None = None,
+) -> Path:
+    """Sign that `entry` is in the ledger after everything before it, and keep the envelope in `folder`.
+
+    Args:
+        subjects: what else the statement is about, for example the agent that was promoted: {name: SHA-256}.
+
+    Raises:
+        Corrupt: the ledger does not hold what was signed before; nothing is signed on top of that.
+        Refused: `key` is not a trusted service key.
+    """
+    trust.check(key.id, "service")
+    require_newest(ledger, folder, trust)
+    kind = _KINDS.get(entry.kind, "ledger-head")
+    facts: dict[str, Any] = {
+        "seq": entry.seq,
+        "entry": entry.kind,
+        "about": entry.subject,
+        "time": entry.time,
+    }
+    if kind != "ledger-head":
+        names = ("to", "from", "decision", "reason", "by")
+        facts |= {name: entry.payload[name] for name in names}
+    path = folder / f"{entry.seq:08d}.json"
+    write_atomic(path, sign(kind, {"ledger": entry.digest, **(subjects or {})}, facts, key))
+    return path
+
+
+def newest_seq(folder: Path) -> int:
+    """Return the number of the newest entry with a signed head, 0 where there is none."""
+    return max((int(path.stem) for path in _files(folder)), default=0)
+
+
+def require_newest(ledger: Ledger, folder: Path, trust: Trust) -> None:
+    """Refuse to act on a ledger that does not hold what was signed last.
+
+    Raises:
+        Corrupt: its end was cut off or written anew, or the head is forged.
+    """
+    files = _files(folder)
+    problem = _check(ledger, files[-1], trust) if files else None
+    if problem is not None:
+        raise Corrupt(f"{problem.says}; `forebay verify` lists what else differs.")
+
+
+def check_heads(ledger: Ledger, folder: Path, trust: Trust) -> tuple[int, list[HeadProblem]]:
+    """Return how many signed heads there are, and those that are wrong or that the ledger contradicts."""
+    files = _files(folder)
+    found = (_check(ledger, path, trust) for path in files)
+    return len(files), [problem for problem in found if problem is not None]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.json") if path.stem.isdigit())
+
+
+def _check(ledger: Ledger, path: Path, trust: Trust) -> HeadProblem | None:
+    seq = int(path.stem)
+    wrong: ForebayError | None = None
+    for kind in ("ledger-head", "promotion", "rollback"):
+        try:
+            said = open_envelope(path.read_bytes(), kind, trust, "service", at=seq)
+            break
+        except Refused as error:
+            return HeadProblem("wrong key", seq, f"The signed head {path.name} of the ledger: {error}")
+        except Corrupt as error:
+            wrong = wrong if wrong is not None and "forged" in str(wrong) else error
+    else:
+        return HeadProblem("forged", seq, f"The signed head {path.name} of the ledger: {wrong}")
+    digest = said.subjects.get("ledger", "")
+    if said.predicate.get("seq") != seq:
+        return HeadProblem(
+            "forged", seq, f"The signed head {path.name} is about entry {said.predicate.get('seq')}", digest
+        )
+    found = ledger.digest_at(seq)
+    if found == digest:
+        return None
+    if found is None:
+        return HeadProblem(
+            "missing",
+            seq,
+            f"The ledger was cut off: `{said.key.name}` signed entry {seq}, and it is gone",
+            digest,
+        )
+    return HeadProblem(
+        "changed",
+        seq,
+        f"The ledger was written anew: entry {seq} is not the one that `{said.key.name}` signed",
+        digest,
+        found,
+    )

@@ -1,0 +1,154 @@
+"""What is signed about promotions: the gate's decision by the service, the answer of a person by their own key.
+
+The decision's record stays as it is; its signature is an envelope beside it, and the ledger's entry names both. The
+signed statement repeats what the entry says, so that a row put into the ledger cannot say more than the gate did.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
+from tasks.core.dsse import open_envelope, sign
+from tasks.core.errors import Corrupt, NotFound, Refused
+from tasks.core.keys import PrivateKey, Trust, TrustedKey
+from tasks.core.ledger import Entry
+
+Answer = Literal["approval", "rejection"]
+SUFFIX = ".dsse.json"
+_CLAIMS = ("verdict", "approval", "policy_digest", "candidate", "champion")
+_KINDS: Mapping[str, Answer] = {"approval.granted": "approval", "approval.rejected": "rejection"}
+
+
+class Unsigned(Refused):
+    """Something was recorded before the workspace had keys, or without one."""
+
+
+def sign_decision(payload: Mapping[str, Any], key: PrivateKey) -> bytes:
+    """Return the signed statement that the gate made this decision (`payload` of `decision.made`)."""
+    return sign("gate-decision", {"decision": payload["decision"]}, _claims(payload), key)
+
+
+def write_signature(record: Path, envelope: bytes) -> Path:
+    """Keep the envelope beside the decision's record and return its path."""
+    path = record.with_name(f"{record.stem}{SUFFIX}")
+    write_atomic(path, envelope)
+    return path
+
+
+def signature_of(path: str, envelope: bytes, key: PrivateKey) -> dict[str, str]:
+    """Return what the ledger's entry says of a signature; `path` is relative to the workspace."""
+    return {"path": path, "sha256": sha256_bytes(envelope), "key": key.id}
+
+
+def read_signature(root: Path, payload: Mapping[str, Any]) -> bytes | None:
+    """Return the envelope that a `decision.made` names, None where it names none.
+
+    Raises:
+        NotFound: the file is gone.
+    """
+    named = payload.get("signature")
+    if named is None:
+        return None
+    try:
+        path: Path = root / named["path"]
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise NotFound(
+            f"The signature {named['path']} of the decision {payload['decision'][:12]}… is gone; restore it from "
+            f"a backup, or `forebay decision replay agent/{payload['candidate']['version']} --sign`."
+        ) from None
+
+
+def check_decision(
+    payload: Mapping[str, Any], envelope: bytes | None, trust: Trust, at: int | None = None
+) -> TrustedKey:
+    """Return the service key that signed exactly this decision.
+
+    Args:
+        payload: of the entry `decision.made`.
+        at: the entry's number to judge the key as of then; None: as of now.
+
+    Raises:
+        Unsigned: there is no signature. Corrupt: it is forged, changed, or of another decision.
+        Refused: the key is unknown, removed, or not one of the service.
+    """
+    short, agent = payload["decision"][:12], f"agent/{payload['candidate']['version']}"
+    named = payload.get("signature")
+    if named is None or envelope is None:
+        raise Unsigned(
+            f"The decision {short}… is not signed, as none was before this workspace had keys; `forebay decision "
+            f"replay {agent} --sign` decides again from the evidence and signs."
+        )
+    if sha256_bytes(envelope) != named["sha256"]:
+        raise Corrupt(f"The signature {named['path']} was changed: its bytes are not those in the ledger.")
+    said = open_envelope(envelope, "gate-decision", trust, "service", at)
+    if said.key.id != named["key"]:
+        raise Corrupt(
+            f"The ledger says that another key than `{said.key.name}` signed the decision {short}…."
+        )
+    about = said.subjects.get("decision")
+    if about != payload["decision"]:
+        raise Corrupt(
+            f"The signature in {named['path']} is about the decision {str(about)[:12]}…, not {short}…."
+        )
+    odd = [name for name, value in _claims(payload).items() if said.predicate.get(name) != value]
+    if odd:
+        raise Corrupt(
+            f"The ledger's entry of the decision {short}… was altered: `{said.key.name}` signed another {odd[0]}."
+        )
+    return said.key
+
+
+def answer_payload(kind: Answer, decision: str, reason: str, key: PrivateKey, trust: Trust) -> dict[str, Any]:
+    """Return the ledger's payload of a signed approval or rejection.
+
+    Raises:
+        Refused: the key may not approve; it is named.
+    """
+    who = trust.check(key.id, "approver")
+    envelope = sign(kind, {"decision": decision}, {"reason": reason}, key)
+    return {
+        "decision": decision,
+        "by": who.name,
+        "reason": reason,
+        "key": key.id,
+        "signature": base64.b64encode(envelope).decode(),
+    }
+
+
+def check_answer(entry: Entry, trust: Trust, at: int | None = None) -> TrustedKey:
+    """Return the approver's key that signed exactly this approval or rejection.
+
+    Raises:
+        Unsigned: nobody did. Corrupt: the signature is forged, or of another decision or reason.
+        Refused: the key is unknown, removed, or none of an approver.
+    """
+    p, kind = entry.payload, _KINDS[entry.kind]
+    if "signature" not in p:
+        raise Unsigned(f"The {kind} by {p['by']} (ledger entry {entry.seq}) is not signed.")
+    try:
+        envelope = base64.b64decode(p["signature"], validate=True)
+    except ValueError:
+        raise Corrupt(f"The {kind} in ledger entry {entry.seq} has no readable signature.") from None
+    said = open_envelope(envelope, kind, trust, "approver", at)
+    about = said.subjects.get("decision")
+    if about != p["decision"]:
+        raise Corrupt(
+            f"The {kind} in ledger entry {entry.seq} was given by `{said.key.name}` to the decision "
+            f"{str(about)[:12]}…, not to {p['decision'][:12]}…."
+        )
+    if (said.predicate.get("reason"), said.key.name, said.key.id) != (p["reason"], p["by"], p["key"]):
+        raise Corrupt(
+            f"The {kind} in ledger entry {entry.seq} says other words than `{said.key.name}` signed."
+        )
+    return said.key
+
+
+def _claims(payload: Mapping[str, Any]) -> dict[str, Any]:
+    claims: dict[str, Any] = json.loads(canonical_json({name: payload[name] for name in _CLAIMS}))
+    return claims
