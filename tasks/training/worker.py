@@ -82,7 +82,8 @@ def main(path: Path) -> None:
 
 
 def _say(values: Mapping[str, Any]) -> None:
-    print(json.dumps(values), flush=True)
+    # One write a line: all processes share the pipe, and two of them may fail at once.
+    os.write(sys.stdout.fileno(), f"{json.dumps(values)}\n".encode())
 
 
 def _follow(running: subprocess.Popen[str], on_metrics: OnMetrics) -> ForebayError | None:

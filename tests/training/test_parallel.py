@@ -204,7 +204,7 @@ def test_a_run_of_two_processes_is_started_followed_and_checked(tmp_path, tiny):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
 
 
-def test_a_process_tells_its_error_in_a_line(tmp_path, capsys):
+def test_a_process_tells_its_error_in_a_line(tmp_path, capfd):
     job = tmp_path / "job.json"
     job.write_text(
         json.dumps(
@@ -222,7 +222,7 @@ def test_a_process_tells_its_error_in_a_line(tmp_path, capsys):
     )
     with pytest.raises(SystemExit, match="2"):
         worker.main(job)
-    told = json.loads(capsys.readouterr().out)
+    told = json.loads(capfd.readouterr().out)
     assert told["error"] == "UsageError"
     assert "nothing cannot be read" in told["message"]
 
