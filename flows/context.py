@@ -20,7 +20,7 @@ from tasks.promotion.policy import Policy, load_policy
 if TYPE_CHECKING:
     from tasks.promotion.registry import Registry
 
-# Settings that say where things run, not what is computed: they leave every result the same.
+# Settings that say where things run, not what is computed: they change no result by more than rounding.
 _PLACEMENT: Any = {"stores": True, "servers": True, "compute": {"threads", "processes"}}
 
 

@@ -228,7 +228,7 @@ def _changing(context: Context) -> AbstractContextManager[None]:
 
 
 def _named(name: str) -> str:
-    if re.fullmatch(NAME.strip("^$"), name) is None:
+    if re.fullmatch(NAME, name) is None:
         raise UsageError(f"`{name}` is no name for a key; use small letters, digits, dots and dashes.")
     return name
 

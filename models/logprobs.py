@@ -69,8 +69,8 @@ def tied_embedding(ids: Tensor, weight: Tensor, tied: list[Tensor], padding: int
     """weight[ids], [..., D], for a model whose head has the same weight [V, D].
 
     Of the two gradients of the weight the head's is there first. It is left in the list `tied`, empty at the start,
-    and the look-up adds its few rows to it, instead of one more [V, D] tensor of which almost all is zero. The row `padding` gets nothing from the look-up, as with
-    `torch.nn.Embedding(padding_idx=...)`.
+    and the look-up adds its few rows to it, instead of one more [V, D] tensor of which almost all is zero. The row `padding` gets nothing from the look-up, as
+    with `torch.nn.Embedding(padding_idx=...)`.
     """
     return _TiedEmbedding.apply(ids, weight, tied, padding)  # type: ignore[no-untyped-call]
 

@@ -235,7 +235,8 @@ def _checked(model: PreTrainedModel, batch: MicroBatch, ways: Sequence[Way]) -> 
         with torch.compiler.set_stance("force_eager"):
             with torch.autocast(probe.input_ids.device.type, enabled=False):
                 exact = _measured(_plain_way, model, probe)
-            rounding = _errors(_measured(_plain_way, model, probe), exact)
+            low = torch.is_autocast_enabled(probe.input_ids.device.type)
+            rounding = _errors(_measured(_plain_way, model, probe) if low else exact, exact)
         least = 1e-3 if torch.finfo(model.dtype).bits >= 32 else 0.25  # such weights have no exact passes
         for way in ways:
             try:

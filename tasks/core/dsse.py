@@ -59,18 +59,19 @@ def sign(
 
 
 def open_envelope(
-    envelope: bytes, kind: Predicate, trust: Trust, role: Role, at: int | None = None
+    envelope: bytes, kinds: tuple[Predicate, ...], trust: Trust, role: Role, at: int | None = None
 ) -> Statement:
     """Verify an envelope and return its statement.
 
     Args:
-        kind: the predicate it must hold.
+        kinds: the predicates of which it must hold one; the first names it in errors.
         at: ledger entry that carries it; see `Trust.check`.
 
     Raises:
         Corrupt: it is no envelope, no signature in it is genuine, or it states something of another kind.
         Refused: the key is unknown, removed, or has another role; it is named.
     """
+    kind = kinds[0]
     try:
         outer = json.loads(envelope)
         payload, payload_type = _bytes(outer["payload"]), outer["payloadType"]
@@ -88,19 +89,16 @@ def open_envelope(
         except ForebayError as error:
             wrong = error
             continue
-        return _statement(payload, str(payload_type), kind, key)
+        return _statement(payload, str(payload_type), kinds, key)
     raise wrong
 
 
-def _statement(payload: bytes, payload_type: str, kind: Predicate, key: TrustedKey) -> Statement:
+def _statement(payload: bytes, payload_type: str, kinds: tuple[Predicate, ...], key: TrustedKey) -> Statement:
     try:
         value = json.loads(payload)
-        if (payload_type, value["_type"], value["predicateType"]) != (
-            PAYLOAD_TYPE,
-            STATEMENT,
-            predicate_type(kind),
-        ):
-            raise Corrupt(f"What `{key.name}` signed is a {value['predicateType']}, not a {kind}.")
+        plain = (payload_type, value["_type"]) == (PAYLOAD_TYPE, STATEMENT)
+        if not plain or value["predicateType"] not in map(predicate_type, kinds):
+            raise Corrupt(f"What `{key.name}` signed is a {value['predicateType']}, not a {kinds[0]}.")
         subjects = {item["name"]: item["digest"]["sha256"] for item in value["subject"]}
         return Statement(subjects, dict(value["predicate"]), key)
     except (ValueError, KeyError, TypeError):

@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 from tasks.core.digest import write_atomic
 from tasks.core.dsse import Predicate, open_envelope, sign
-from tasks.core.errors import Corrupt, ForebayError, Refused
+from tasks.core.errors import Corrupt, Refused
 from tasks.core.keys import PrivateKey, Trust
 from tasks.core.ledger import Entry, Ledger
 
+_HEAD: Predicate = "ledger-head"
 _KINDS: Mapping[str, Predicate] = {
     "promotion.committed": "promotion",
     "rollback.committed": "rollback",
@@ -61,14 +62,14 @@ def write_head(
     """
     trust.check(key.id, "service")
     require_newest(ledger, folder, trust)
-    kind = _KINDS.get(entry.kind, "ledger-head")
+    kind = _KINDS.get(entry.kind, _HEAD)
     facts: dict[str, Any] = {
         "seq": entry.seq,
         "entry": entry.kind,
         "about": entry.subject,
         "time": entry.time,
     }
-    if kind != "ledger-head":
+    if kind != _HEAD:
         names = ("to", "from", "decision", "reason", "by")
         facts |= {name: entry.payload[name] for name in names}
     path = folder / f"{entry.seq:08d}.json"
@@ -106,17 +107,12 @@ def _files(folder: Path) -> list[Path]:
 
 def _check(ledger: Ledger, path: Path, trust: Trust) -> HeadProblem | None:
     seq = int(path.stem)
-    wrong: ForebayError | None = None
-    for kind in ("ledger-head", "promotion", "rollback"):
-        try:
-            said = open_envelope(path.read_bytes(), kind, trust, "service", at=seq)
-            break
-        except Refused as error:
-            return HeadProblem("wrong key", seq, f"The signed head {path.name} of the ledger: {error}")
-        except Corrupt as error:
-            wrong = wrong if wrong is not None and "forged" in str(wrong) else error
-    else:
-        return HeadProblem("forged", seq, f"The signed head {path.name} of the ledger: {wrong}")
+    try:
+        said = open_envelope(path.read_bytes(), (_HEAD, *_KINDS.values()), trust, "service", at=seq)
+    except Refused as error:
+        return HeadProblem("wrong key", seq, f"The signed head {path.name} of the ledger: {error}")
+    except Corrupt as error:
+        return HeadProblem("forged", seq, f"The signed head {path.name} of the ledger: {error}")
     digest = said.subjects.get("ledger", "")
     if said.predicate.get("seq") != seq:
         return HeadProblem(

@@ -10,13 +10,13 @@ from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
-import torch
 from transformers import PreTrainedModel
 
-from models.packing import Sample, pack, packed_logprobs
+from models.packing import Sample
 from tasks.core.errors import Refused
 from tasks.evaluation.off_policy import Evidence, Floats, Log, Rule, compare, evaluate
 from tasks.replay.schema import Episode
+from tasks.training.parallel import World, score, split
 
 TOKEN_BUDGET = 1024
 """Tokens of a packed row; a longer episode has a row of its own."""
@@ -114,17 +114,9 @@ def log_ratios(
     turn = _trained((e.turn_ids for e in episodes), written).astype(np.int64)
     episode = np.repeat(np.arange(len(episodes)), [mask.sum() for mask in written])
     found = np.zeros((len(episodes), max(map(_turns, episodes), default=0)))
-    np.add.at(found, (episode, turn), _score(policy, samples, len(turn), token_budget) - behaviour)
-    return found
-
-
-def _score(policy: PreTrainedModel, samples: Sequence[Sample], tokens: int, token_budget: int) -> Floats:
-    """[N] log-probabilities of all trained tokens, in their order."""
-    found = np.zeros(tokens)
-    with torch.no_grad():
-        for row in pack(samples, token_budget):
-            logprobs, _ = packed_logprobs(policy, row.to(policy.device))
-            found[row.index.numpy()] = logprobs.double().cpu().numpy()
+    alone = World(policy.device)
+    scored, _ = score(split(policy, alone), samples, token_budget, None, alone)
+    np.add.at(found, (episode, turn), scored.double().cpu().numpy() - behaviour)
     return found
 
 

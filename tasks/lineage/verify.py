@@ -21,7 +21,7 @@ from tasks.core.keys import Trust, read_trust
 from tasks.core.ledger import Entry, Ledger
 from tasks.core.workspace import Workspace
 from tasks.lineage.graph import File, Kind, Lineage, Node, lineage
-from tasks.promotion.attest import Unsigned, check_answer, check_decision, read_signature
+from tasks.promotion.attest import Changed, Unsigned, check_answer, check_decision, read_signature
 from tasks.replay.manifest import Manifest, dataset_root
 
 Progress = Callable[[int, int, str], None]
@@ -199,13 +199,11 @@ def _check_signature(
             check_decision(entry.payload, envelope, trust, at=entry.seq)
         else:
             check_answer(entry, trust, at=entry.seq)
-    except NotFound:
+    except (NotFound, Changed):
         return None  # hashing the file has named it
     except Unsigned:
         return Problem("unsigned", path, owner, "", None)
     except Corrupt as error:
-        if "its bytes are not those" in str(error):
-            return None  # likewise
         return Problem("forged", path, f"{owner}: {error}", "", None)
     except ForebayError as error:
         return Problem("wrong key", path, f"{owner}: {error}", "", None)

@@ -28,6 +28,10 @@ class Unsigned(Refused):
     """Something was recorded before the workspace had keys, or without one."""
 
 
+class Changed(Corrupt):
+    """The file of a signature is not the one that the ledger names."""
+
+
 def sign_decision(payload: Mapping[str, Any], key: PrivateKey) -> bytes:
     """Return the signed statement that the gate made this decision (`payload` of `decision.made`)."""
     return sign("gate-decision", {"decision": payload["decision"]}, _claims(payload), key)
@@ -85,8 +89,8 @@ def check_decision(
             f"replay {agent} --sign` decides again from the evidence and signs."
         )
     if sha256_bytes(envelope) != named["sha256"]:
-        raise Corrupt(f"The signature {named['path']} was changed: its bytes are not those in the ledger.")
-    said = open_envelope(envelope, "gate-decision", trust, "service", at)
+        raise Changed(f"The signature {named['path']} was changed: its bytes are not those in the ledger.")
+    said = open_envelope(envelope, ("gate-decision",), trust, "service", at)
     if said.key.id != named["key"]:
         raise Corrupt(
             f"The ledger says that another key than `{said.key.name}` signed the decision {short}…."
@@ -135,7 +139,7 @@ def check_answer(entry: Entry, trust: Trust, at: int | None = None) -> TrustedKe
         envelope = base64.b64decode(p["signature"], validate=True)
     except ValueError:
         raise Corrupt(f"The {kind} in ledger entry {entry.seq} has no readable signature.") from None
-    said = open_envelope(envelope, kind, trust, "approver", at)
+    said = open_envelope(envelope, (kind,), trust, "approver", at)
     about = said.subjects.get("decision")
     if about != p["decision"]:
         raise Corrupt(

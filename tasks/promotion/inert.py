@@ -8,42 +8,21 @@ from pathlib import Path
 
 from tasks.core.errors import Refused
 
-_RUNS = frozenset(
-    [
-        ".bin",
-        ".ckpt",
-        ".dill",
-        ".dll",
-        ".dylib",
-        ".h5",
-        ".joblib",
-        ".keras",
-        ".msgpack",
-        ".npy",
-        ".npz",
-        ".pickle",
-        ".pkl",
-        ".pt",
-        ".pth",
-        ".py",
-        ".pyc",
-        ".pyd",
-        ".so",
-    ]
-)  # formats that are, or may hold, a pickle; code; and libraries
+_DATA = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model"})
+"""Weights, configuration, chat templates, word lists and SentencePiece models: formats that only ever hold data."""
 
 
 def require_inert(folder: Path, names: Iterable[str]) -> None:
     """Accept weights as safetensors, text and JSON only, and no configuration that names code to import.
 
     Raises:
-        Refused: a file can run code when it is loaded; it is named.
+        Refused: a file is, or may be, something else; it is named.
     """
     for name in sorted(names):
-        if Path(name).suffix.lower() in _RUNS:
+        if Path(name).suffix.lower() not in _DATA:
             raise Refused(
-                f"{folder / name} can run code when it is loaded; agents are safetensors and JSON only: save the "
-                "model with `save_pretrained(safe_serialization=True)` and leave other files out."
+                f"{folder / name} may run code when it is loaded; agents are safetensors, JSON and text only: save "
+                "the model with `save_pretrained(safe_serialization=True)` and leave other files out."
             )
         if name.endswith("config.json") and _names_code(folder / name):
             raise Refused(

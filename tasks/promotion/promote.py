@@ -167,8 +167,9 @@ def promote(
     Raises:
         Conflict: the champion is another one by now (it is named), a change is under way, or the decision was
         used. Refused: the decision did not pass, is about other agents, is not signed by a trusted service key,
-        was rejected, or lacks the approval its policy requires. Corrupt: its signature is not of this decision. NotFound: the decision or the version does not exist. Unavailable: the registry cannot be
-        reached; `reconcile` finishes what has begun.
+        was rejected, or lacks the approval its policy requires. Corrupt: its signature is not of this decision.
+        NotFound: the decision or the version does not exist. Unavailable: the registry cannot be reached;
+        `reconcile` finishes what has begun.
     """
 
     def check(view: LedgerView) -> None:
@@ -377,9 +378,8 @@ class _Closed(Exception):
 
 
 def _decision(view: Entries, digest: str) -> Mapping[str, Any]:
-    for entry in reversed(
-        view.entries("decision.made")
-    ):  # one that was signed later comes after the unsigned
+    # The newest first: one that was signed later comes after the unsigned.
+    for entry in reversed(view.entries("decision.made")):
         if entry.payload["decision"] == digest:
             return entry.payload
     raise NotFound(

@@ -179,9 +179,9 @@ def read_replay(
             without log-probabilities are passed over by objectives that need them.
         oldest_behaviour: rows of agents registered before this version are passed over; a growing dataset always
             holds some.
-        cache: folder of the decoded shards, shared by all runs that are given it; what belongs to other shards is
-            removed from it. By default they are decoded to
-            files without a name, whose space is free again when the replay is not used any more.
+        cache: folder of the decoded shards, shared by all runs that are given it; those of other datasets are removed
+            when nobody has opened them for a day. By default they are decoded to files without a name, whose space is
+            free again when the replay is not used any more.
         mask_truncated: of answers that were cut off at their limit no token is trained; their reward still counts
             in their group.
 

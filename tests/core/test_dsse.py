@@ -37,7 +37,7 @@ def test_an_envelope_is_a_statement_that_other_tools_read():
         "predicate": {"verdict": "PASS"},
     }
     assert envelope() == envelope()
-    said = open_(envelope(), "gate-decision", TRUST, "service")
+    said = open_(envelope(), ("gate-decision",), TRUST, "service")
     assert (said.subjects, said.predicate, said.key.name) == (
         {"decision": DIGEST},
         {"verdict": "PASS"},
@@ -68,18 +68,18 @@ SIGNATURE = json.loads(envelope())["signatures"][0]
 )
 def test_what_is_not_genuine_is_corrupt(data: bytes, message: str):
     with pytest.raises(Corrupt, match=message):
-        open_(data, "gate-decision", TRUST, "service")
+        open_(data, ("gate-decision",), TRUST, "service")
 
 
 def test_whose_key_it_is_decides():
     with pytest.raises(Refused, match=r"not in keys.yaml"):
-        open_(envelope(EVE), "gate-decision", TRUST, "service")
+        open_(envelope(EVE), ("gate-decision",), TRUST, "service")
     with pytest.raises(Refused, match=r"`lee` .* is the key of an approver"):
-        open_(envelope(LEE), "gate-decision", TRUST, "service")
+        open_(envelope(LEE), ("gate-decision",), TRUST, "service")
     with pytest.raises(Refused, match=r"`service` .* was removed"):
-        open_(envelope(), "gate-decision", TRUST.remove("service", 3), "service")
+        open_(envelope(), ("gate-decision",), TRUST.remove("service", 3), "service")
 
 
 def test_one_good_signature_among_several_is_enough():
     both = [{**SIGNATURE, "keyid": EVE.id}, SIGNATURE]
-    assert open_(changed("signatures", both), "gate-decision", TRUST, "service").key.name == "service"
+    assert open_(changed("signatures", both), ("gate-decision",), TRUST, "service").key.name == "service"

@@ -66,7 +66,7 @@ def register_rival(context: Context) -> dict:
     base = context.agent("1").payload
     folder = context.workspace.models / "rival"
     shutil.copytree(context.workspace.root / base["path"], folder)
-    (folder / "NOTICE").write_text("a rival")
+    (folder / "NOTICE.txt").write_text("a rival")
     version = register_agent(
         context,
         folder,

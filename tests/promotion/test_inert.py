@@ -12,13 +12,22 @@ from tasks.promotion.inert import require_inert
 
 
 @pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "optimizer.pt", "a/head.PKL", "modeling_own.py", "kernel.so"]
+    "name",
+    [
+        "pytorch_model.bin",
+        "optimizer.pt",
+        "a/head.PKL",
+        "modeling_own.py",
+        "kernel.so",
+        "weights.of_tomorrow",
+        "run",
+    ],
 )
 def test_a_file_that_can_run_code_is_refused(tmp_path: Path, name: str):
     (tmp_path / "a").mkdir()
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(Refused, match="can run code when it is loaded"):
+    with pytest.raises(Refused, match="may run code when it is loaded"):
         require_inert(tmp_path, digest_tree(tmp_path))
 
 
