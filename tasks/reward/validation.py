@@ -10,56 +10,63 @@ from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
 from tasks.core.workspace import Workspace
 from tasks.promotion.policy import RewardModel as Rule
 from tasks.reward.metrics import Bin, calibration_error, judge_reward, pair_accuracy, reliability
-from tasks.reward.model import TrainedReward
+from tasks.reward.source import Preference, RewardSource
 
 SCHEMA = "forebay.reward/1"
 _DECIMALS = 6  # of a margin in the evidence: nats, far below what any verdict rests on
 
 
 def validate_reward_model(
-    trained: TrainedReward, rule: Rule, workspace: Workspace, dataset: str
+    source: RewardSource,
+    heldout: Sequence[Preference],
+    rule: Rule,
+    workspace: Workspace,
+    *,
+    dataset: str,
+    path: str,
 ) -> dict[str, Any]:
     """Keep the evidence (held-out pairs with margins, a reliability diagram); return the ledger's payload.
 
     Args:
         dataset: root of the dataset the pairs come from.
+        path: of the source's folder, relative to the workspace.
 
     Returns:
         {digest, dataset, verdict, reasons, accuracy: {estimate, low, high, n}, ece, slices: {env: accuracy},
         evidence: {path, sha256}, plot: {path, sha256}, path}; paths relative to the workspace.
     """
-    pairs = trained.split.heldout
-    margins = [round(margin, _DECIMALS) for margin in trained.margins]
-    groups = [pair.group_id for pair in pairs]
+    scores = source.score([answer for pair in heldout for answer in (pair.better, pair.worse)])
+    margins = [round(a - b, _DECIMALS) for a, b in zip(scores[::2], scores[1::2], strict=True)]
+    groups = [pair.group for pair in heldout]
+    pairs = heldout
     accuracy = pair_accuracy(margins, groups, alpha=rule.alpha)
     bars = reliability(margins)
     ece = calibration_error(bars)
     verdict = judge_reward(accuracy, ece, min_accuracy=rule.min_accuracy, max_ece=rule.max_ece)
     slices = {}
-    for env in sorted({pair.env for pair in pairs}):
-        of_env = [i for i, pair in enumerate(pairs) if pair.env == env]
+    for env in sorted({pair.slice for pair in pairs}):
+        of_env = [i for i, pair in enumerate(pairs) if pair.slice == env]
         part = pair_accuracy([margins[i] for i in of_env], [groups[i] for i in of_env], alpha=rule.alpha)
         slices[env] = {"estimate": part.estimate, "low": part.low, "high": part.high, "n": part.n}
     report = {
         "schema": SCHEMA,
-        "reward_model": trained.model.digest,
-        "backbone": trained.model.backbone,
+        "reward_model": source.digest,
         "dataset": dataset,
         "pairs": [
             {
-                "group_id": pair.group_id,
-                "env": pair.env,
-                "better": pair.better.episode_id,
-                "worse": pair.worse.episode_id,
-                "source": pair.better.source,
-                "licence": pair.better.licence,
+                "group_id": pair.group,
+                "env": pair.slice,
+                "better": pair.chosen_id,
+                "worse": pair.rejected_id,
+                "source": pair.source,
+                "licence": pair.licence,
                 "margin": margin,
             }
             for pair, margin in zip(pairs, margins, strict=True)
         ],
     }
     return {
-        "digest": trained.model.digest,
+        "digest": source.digest,
         "dataset": dataset,
         "verdict": verdict,
         "reasons": [
@@ -77,7 +84,7 @@ def validate_reward_model(
         "slices": slices,
         "evidence": _keep(workspace, canonical_json(report), "json"),
         "plot": _keep(workspace, reliability_plot(bars), "png"),
-        "path": workspace.relative(trained.model.path),
+        "path": path,
     }
 
 
