@@ -13,6 +13,7 @@ from models.causal_lm import ModelError
 from models.reward_classifier import (
     Encoded,
     Fit,
+    _update,
     batches,
     bradley_terry,
     encode,
@@ -159,11 +160,6 @@ def test_it_learns_and_the_same_seed_gives_the_same_bits(encoder):
 
 
 def test_accumulated_parts_give_the_gradient_of_the_whole_batch(encoder):
-    whole, parts = tuned(encoder, epochs=1)[0], tuned(encoder, epochs=1, token_budget=40)[0]
-    # dropout draws other noise in parts, so compare without it
-    assert whole.head.weight.shape == parts.head.weight.shape
-    from models.reward_classifier import _update
-
     found = []
     for budget in (10_000, 40):
         scorer = load_base(str(encoder), seed=0).eval()
