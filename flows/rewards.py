@@ -221,7 +221,7 @@ def train_reward(
 
     def stands(outputs: Mapping[str, Any]) -> bool:
         folder = context.workspace.root / outputs["path"]
-        return folder.is_dir() and digest_files(digest_tree(folder)) == outputs["digest"]
+        return folder.is_dir() and digest_files(digest_tree(folder)) == str(outputs["digest"])
 
     outputs, _ = once(context.ledger, "train reward", inputs, work, stands)
     return outputs
