@@ -26,7 +26,7 @@ from tasks.reward.validation import Material, Sample, Training
 Floats = NDArray[np.float64]
 
 _NUMBER = re.compile(r"\d+")
-_NOISE = 1.5  # how badly a model adds, in units of the sum
+_NOISE = 0.6  # how badly a model adds, in units of the sum
 _RAMBLES = 0.03  # share of the policy's answers that go on and on
 _LICENCE = "CC0-1.0"
 
@@ -65,7 +65,7 @@ def write(rng: np.random.Generator, prompt: str, right: float, rambles: float = 
 
 
 def _wrong(rng: np.random.Generator, total: int) -> int:
-    error = int(rng.choice([1, 2, 3, 5, 9, 10, 20, 30], p=[0.08, 0.1, 0.12, 0.15, 0.15, 0.2, 0.1, 0.1]))
+    error = int(rng.choice([2, 3, 5, 9, 10, 20, 30], p=[0.1, 0.15, 0.15, 0.15, 0.2, 0.15, 0.1]))
     return total + error if rng.random() < 0.5 or error > total else total - error
 
 

@@ -95,6 +95,7 @@ class RewardModel(Section):
             "calibration",
             "ranking",
             "best of n",
+            "length",
             "edits",
             "probes",
             "support",
