@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -78,30 +77,6 @@ def judge_report(report: Report, rule: Rule) -> tuple[Verdict, tuple[Check, ...]
 def reasons(verdict: Verdict, checks: Sequence[Check]) -> tuple[str, ...]:
     """Return the sentences of the checks that made the verdict."""
     return tuple(check.says for check in checks if check.counts and check.verdict == verdict)
-
-
-def expired(payload: Mapping[str, Any], now: datetime, policy_version: int, rule: Rule) -> str | None:
-    """Return why a recorded verdict no longer holds, or None.
-
-    Args:
-        payload: of a `reward.validated` entry.
-        now: with a time zone.
-        policy_version: registry version of the agent in office, whose answers the reward model is to judge.
-    """
-    days = (now - datetime.fromisoformat(payload["time"])).total_seconds() / 86400
-    if days > rule.expires.days:
-        return (
-            f"the reward model {payload['digest'][:12]} was validated {days:.0f} days ago, its verdict holds "
-            f"{rule.expires.days:g}; run `forebay reward validate`"
-        )
-    lag = policy_version - payload["policy"]["version"] if payload["policy"] else 0
-    if lag > rule.expires.versions:
-        return (
-            f"the reward model {payload['digest'][:12]} was validated on answers of agent/{payload['policy']['version']}, "
-            f"{lag} versions before agent/{policy_version}, and its verdict holds for {rule.expires.versions}; "
-            "run `forebay reward validate` on new answers"
-        )
-    return None
 
 
 # ------------------------------------------------------------------------------------------------- preferences

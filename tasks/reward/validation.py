@@ -55,6 +55,33 @@ class Training:
     edge: float | None = None
     distance: Callable[[Sequence[Answer]], Sequence[float]] | None = None
 
+    @classmethod
+    def of(cls, source: Any, folder: Path) -> Training | None:
+        """Read what the trained source in `folder` remembers; None for a verifier or a judge.
+
+        Args:
+            source: with `features(answers)`, as heads and classifiers have it.
+
+        Raises:
+            Corrupt: its list of prompts was changed.
+        """
+        from safetensors.torch import load_file
+
+        from models.reward_support import distances
+        from tasks.reward.folder import SUPPORT, training_prompts
+
+        if source.kind in ("verifier", "judge"):
+            return None
+        support = load_file(folder / SUPPORT)
+
+        def distance(answers: Sequence[Answer]) -> list[float]:
+            found: list[float] = distances(support, source.features(answers)).tolist()
+            return found
+
+        # Quantiles in steps of one per cent.
+        scores, edge = tuple(support["scores"].tolist()), float(support["distances"][99])
+        return cls(training_prompts(folder), scores, edge, distance)
+
 
 @dataclass(frozen=True)
 class Material:
