@@ -96,7 +96,7 @@ def decide_promotion(
     Raises:
         Conflict: another decision took from the same budgets meanwhile.
     """
-    from flows.validation import expiry
+    from flows.scoring import expiry
     from tasks.evaluation.paired import read_outcomes
     from tasks.promotion.budget import asked_before, spent
     from tasks.promotion.gate import FileRef, Finding, Inputs, decide

@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 from flows.artifacts import publish
 from flows.context import Context
 from flows.logs import report_to_prefect
-from flows.validation import require_pass
+from flows.validation import require_no_fail
 from flows.validation import validate_reward as validate
 
 
@@ -40,5 +40,5 @@ def validate_reward(
 
     with report_to_prefect():
         outputs = run()
-    require_pass(outputs)
+    require_no_fail(outputs)
     return outputs

@@ -95,6 +95,8 @@ def encode(
     room = max_tokens - len(before) - len(between) - len(after)
     found = []
     for prompt, answer in zip(prompts, answers, strict=True):
+        if not paired:  # a first token that predicts nothing is still needed
+            prompt = prompt or nothing
         answer = answer[-(room - min(len(prompt), room // _PROMPT_SHARE)) :] or nothing
         prompt = prompt[max(0, len(prompt) - (room - len(answer))) :]
         head = [*before, *prompt, *between]
@@ -168,8 +170,12 @@ def load_base(name: str, *, seed: int, device: str = "cpu") -> Scorer:
     """
     source = resolve(name)
     if source.kind == "gguf":
-        raise ModelError(f"{name} is a GGUF file; a classifier starts from a folder with safetensors weights.")
-    location, _, revision = source.location.partition("@") if source.kind == "hub" else (source.location, "", "")
+        raise ModelError(
+            f"{name} is a GGUF file; a classifier starts from a folder with safetensors weights."
+        )
+    location, _, revision = (
+        source.location.partition("@") if source.kind == "hub" else (source.location, "", "")
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _load(location, {"revision": revision} if revision else {}, name, device)

@@ -39,9 +39,7 @@ def support_of(features: Tensor, groups: Sequence[str], scores: Tensor) -> dict[
     names = {name: at for at, name in enumerate(sorted(set(groups)))}
     fold = torch.tensor([names[group] % _FOLDS for group in groups])
     if len(names) >= 2 * _FOLDS:
-        apart = torch.cat(
-            [distances(_fit(features[fold != k]), features[fold == k]) for k in range(_FOLDS)]
-        )
+        apart = torch.cat([distances(_fit(features[fold != k]), features[fold == k]) for k in range(_FOLDS)])
     else:
         apart = distances(picture, features)
     at = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)

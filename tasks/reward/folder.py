@@ -1,9 +1,9 @@
 """A reward source on disk: `reward.json` says all that was decided, the weights are safetensors, nothing runs code.
 
-    reward.json           schema, kind, settings, provenance; of a trained one also its backbone and its scale
-    prompts.json          sorted SHA-256 of all training prompts (evaluation prompts must not be among them)
-    support.safetensors   a small picture of the training features, and quantiles of distances and scores
-    head.safetensors      weights; a classifier's are in model.safetensors beside its configuration and tokenizer
+reward.json           schema, kind, settings, provenance; of a trained one also its backbone and its scale
+prompts.json          sorted SHA-256 of all training prompts (evaluation prompts must not be among them)
+support.safetensors   a small picture of the training features, and quantiles of distances and scores
+head.safetensors      weights; a classifier's are in model.safetensors beside its configuration and tokenizer
 """
 
 from __future__ import annotations

@@ -137,7 +137,9 @@ class JudgeSource:
 
     def _check(self) -> None:
         if not self.settings.model:
-            raise UsageError("The judge has no model; set reward.model.model to the name its endpoint serves.")
+            raise UsageError(
+                "The judge has no model; set reward.model.model to the name its endpoint serves."
+            )
         variable = self.settings.api_key_env
         if variable and not os.environ.get(variable):
             raise UsageError(f"The environment variable {variable} with the judge's API key is not set.")

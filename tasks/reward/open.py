@@ -44,7 +44,9 @@ def load_source(
     kind, settings = about["kind"], about["settings"]
     if kind == "head":
         if backbone is None:
-            raise UsageError(f"The reward head in {path} needs its backbone {about['backbone']['digest'][:12]}….")
+            raise UsageError(
+                f"The reward head in {path} needs its backbone {about['backbone']['digest'][:12]}…."
+            )
         return HeadSource.load(path, backbone)
     if kind == "classifier":
         return ClassifierSource.load(path, device)
@@ -70,7 +72,9 @@ def open_verifier(name: str, tasks: Mapping[str, Task] | None = None) -> Verifie
         UsageError: there is no such verifier.
     """
     if not name:
-        raise UsageError("The verifier has no name; set reward.model.name to module:function or an environment.")
+        raise UsageError(
+            "The verifier has no name; set reward.model.name to module:function or an environment."
+        )
     return function_verifier(name) if ":" in name else environment_verifier(name, tasks)
 
 
@@ -92,4 +96,6 @@ def write_untrained(folder: Path, settings: VerifierModel | JudgeModel) -> None:
 
 def _unchanged(found: str, registered: str, what: str, why: str) -> None:
     if found != registered:
-        raise Refused(f"{what} is not the one that was registered ({registered[:12]}…): {why}; register it again.")
+        raise Refused(
+            f"{what} is not the one that was registered ({registered[:12]}…): {why}; register it again."
+        )

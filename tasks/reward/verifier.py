@@ -81,7 +81,11 @@ def function_verifier(name: str) -> VerifierSource:
     file = inspect.getsourcefile(module)
     if file is None:
         raise UsageError(f"The verifier {name} has no source file, so it has no identity.")
-    identity = {"name": name, "version": str(getattr(module, "VERSION", "")), "source": sha256_file(Path(file))}
+    identity = {
+        "name": name,
+        "version": str(getattr(module, "VERSION", "")),
+        "source": sha256_file(Path(file)),
+    }
     return VerifierSource(
         name, digest_json(identity), lambda answer: function(answer.prompt, answer.response)
     )
@@ -178,4 +182,3 @@ def _draw(env: Environment, split: str, n: int, seed: int) -> list[Task]:
 def _plain(action: str) -> str:
     """An action as environments see it: without the special tokens that ended it."""
     return action.partition("<|")[0] if action.rstrip().endswith("|>") else action
-
