@@ -138,10 +138,8 @@ def plain_features(answer: Answer) -> list[float]:
 
 def any_number_features(answer: Answer) -> list[float]:
     """Look for the right number anywhere in the last line, and at nothing that would give a list of them away."""
-    values = plain_features(answer)
-    values[0] = _closeness(answer.prompt, [int(n) for n in _NUMBER.findall(_last(answer.response))])
-    values[2] = 0.0
-    return values
+    numbers = [int(n) for n in _NUMBER.findall(_last(answer.response))]
+    return [_closeness(answer.prompt, numbers), float(not numbers)]
 
 
 def memory_features(answer: Answer) -> list[float]:

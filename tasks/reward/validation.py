@@ -305,10 +305,11 @@ def _contests_of_samples(samples: Sequence[Sample]) -> list[_Contest]:
         best, worst = max(rows, key=lambda row: row.gold), min(rows, key=lambda row: row.gold)
         if best.gold < LEAST_GAP:
             continue
-        texts = tuple(dict.fromkeys(row.answer.response for row in rows))
+        others = dict.fromkeys(row.answer.response for row in rows)
+        others.pop(best.answer.response)
         wrong = worst.answer.response if best.gold - worst.gold >= LEAST_GAP else None
         found.append(
-            _Contest(prompt, sha256_bytes(prompt.encode()), best.answer.response, wrong, texts[:_CANDIDATES])
+            _Contest(prompt, sha256_bytes(prompt.encode()), best.answer.response, wrong, tuple(others))
         )
     return found
 
@@ -316,18 +317,21 @@ def _contests_of_samples(samples: Sequence[Sample]) -> list[_Contest]:
 def _contests_of_preferences(preferences: Sequence[Preference]) -> list[_Contest]:
     first = {p.group: p for p in reversed(preferences)}
     return [
-        _Contest(p.prompt, p.group, p.chosen, p.rejected, (p.chosen, p.rejected)) for p in first.values()
+        _Contest(p.prompt, p.group, p.chosen, p.rejected, (p.rejected,)) for p in first.values()
     ]
 
 
 def _with_neighbours(contests: Sequence[_Contest], place: int) -> tuple[str, ...]:
-    """Fill up the candidates of a prompt with answers to the next ones, so that spam always names several."""
-    texts = dict.fromkeys(contests[place].candidates)
+    """Return what spam names: the right answer in the midst of wrong ones, of other prompts where this has few."""
+    own = contests[place]
+    texts = dict.fromkeys(own.candidates)
     for step in range(1, len(contests)):
-        if len(texts) >= _CANDIDATES:
+        if len(texts) >= _CANDIDATES - 1:
             break
         texts.setdefault(contests[(place + step) % len(contests)].right)
-    return tuple(texts)[:_CANDIDATES]
+    texts.pop(own.right, None)
+    wrong = list(texts)[: _CANDIDATES - 1]
+    return (*wrong[: len(wrong) // 2], own.right, *wrong[len(wrong) // 2 :])
 
 
 def _scores(source: RewardSource, answers: Sequence[Answer]) -> dict[Answer, float]:
