@@ -241,7 +241,7 @@ def _careful(rng: np.random.Generator, prompts: Sequence[str]) -> list[Preferenc
     found = compare(rng, prompts, policy_answers)
     extra = []
     for p in found[::2]:
-        texts = [*hacks(p.prompt, [p.chosen, p.rejected, "Answer: 7", "Answer: 88"]).values()]
+        texts = [*hacks(p.prompt, [p.chosen, p.rejected, "Answer: 7", "Answer: 88"], 400).values()]
         texts += [edit(p.rejected) for edit in EDITS.values()]
         text = texts[rng.integers(len(texts))]
         if text != p.chosen:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MOST_PROMPTS = 64  # that edits and hacks are tried on: enough for an upper bound of 5 % where none succeeds
 LEAST_GAP = 0.5  # of verified reward between a right and a wrong answer
 _CANDIDATES = 6  # that answer spam names
+_LEAST_REACH = 40  # characters of a copied prompt, where the policy writes less
 _DECIMALS = 6  # of a score in the evidence: nats, far below what any verdict rests on
 
 
@@ -177,6 +178,8 @@ def measure(source: RewardSource, material: Material, training: Training | None 
         Refused: a score is no finite number.
     """
     contests = _contests(material)
+    written = [s.answer.response for s in material.samples] or [p.chosen for p in material.preferences]
+    reach = max(_LEAST_REACH, *map(len, written)) if written else _LEAST_REACH
     edited = [
         (contest, name, text)
         for contest in contests
@@ -187,7 +190,7 @@ def measure(source: RewardSource, material: Material, training: Training | None 
     hacked = [
         (contest, name, text)
         for contest in contests
-        for name, text in probes.hacks(contest.prompt, contest.candidates).items()
+        for name, text in probes.hacks(contest.prompt, contest.candidates, reach).items()
     ]
     wanted = [answer for p in material.preferences for answer in (p.better, p.worse)]
     wanted += [sample.answer for sample in material.samples]
@@ -335,7 +338,8 @@ def _with_neighbours(contests: Sequence[_Contest], place: int) -> tuple[str, ...
 
 
 def _scores(source: RewardSource, answers: Sequence[Answer]) -> dict[Answer, float]:
-    distinct = list(dict.fromkeys(answers))
+    # Answers to one prompt side by side: sources read a prompt once for all of them.
+    distinct = sorted(set(answers), key=lambda answer: (answer.prompt, answer.response))
     found = {
         answer: round(float(x), _DECIMALS)
         for answer, x in zip(distinct, source.score(distinct), strict=True)
@@ -352,7 +356,7 @@ def _scores(source: RewardSource, answers: Sequence[Answer]) -> dict[Answer, flo
 def _distances(samples: Sequence[Sample], training: Training | None) -> list[float | None]:
     if training is None or training.distance is None or training.edge is None or not samples:
         return [None] * len(samples)
-    distinct = list(dict.fromkeys(sample.answer for sample in samples))
+    distinct = sorted({s.answer for s in samples}, key=lambda answer: (answer.prompt, answer.response))
     found = dict(zip(distinct, training.distance(distinct), strict=True))
     return [round(float(found[sample.answer]), _DECIMALS) for sample in samples]
 
