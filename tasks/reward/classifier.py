@@ -23,6 +23,7 @@ from tasks.reward.preferences import fraction
 from tasks.reward.source import Answer, Preference
 
 Report = Callable[[int, int, str], None]
+_PICTURED = 1024  # answers that draw the picture of the training data
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,16 @@ def train_classifier(
         settings.batch_pairs,
     )
     try:
-        scale = fine_tune(scorer, pairs(fitted), pairs(aside), fit, seed=seed, report=report)
+        scale = fine_tune(
+            scorer, pairs(fitted), [p.group for p in fitted], pairs(aside), fit, seed=seed, report=report
+        )
     except ValueError as error:
         raise UsageError(f"reward.model: {error}.") from None
-    answers = list(rows)
-    raw, features = score_rows(scorer, list(rows.values()))
-    place = {answer: row for row, answer in enumerate(answers)}
-    sides = [place[answer] for p in train for answer in (p.better, p.worse)]
-    centre = float(raw[sides].mean())
     group_of = {answer: p.group for p in train for answer in (p.better, p.worse)}
-    support = support_of(features, [group_of[answer] for answer in answers], scale * (raw - centre))
+    pictured = list(rows)[:_PICTURED]  # sets are in the order of hashes, so these are as good as any
+    raw, features = score_rows(scorer, [rows[answer] for answer in pictured])
+    centre = float(raw.mean())
+    support = support_of(features, [group_of[answer] for answer in pictured], scale * (raw - centre))
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
