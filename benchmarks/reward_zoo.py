@@ -165,7 +165,11 @@ class Fitted:
         return np.array([self.features_of(answer) for answer in answers], dtype=np.float64) / self.scale
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
-        return (self.features(answers) @ self.weight).tolist() if answers else []
+        return self.read(answers)[0] if answers else []
+
+    def read(self, answers: Sequence[Answer]) -> tuple[list[float], Floats]:
+        features = self.features(answers)
+        return (features @ self.weight).tolist(), features
 
 
 @dataclass(frozen=True)
@@ -190,8 +194,8 @@ def fit(
     groups = [p.group for p in preferences for _ in range(2)]
     support = support_of(features, groups, features @ torch.from_numpy(weight))
 
-    def distance(asked: Sequence[Answer]) -> list[float]:
-        return distances(support, torch.from_numpy(source.features(asked))).tolist()
+    def distance(asked: Floats) -> list[float]:
+        return distances(support, torch.from_numpy(asked)).tolist()
 
     return Trained(
         source,
