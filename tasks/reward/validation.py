@@ -212,6 +212,7 @@ def measure(source: RewardSource, material: Material, training: Training | None 
                 "chosen": p.chosen_id or sha256_bytes(p.chosen.encode()),
                 "rejected": p.rejected_id or sha256_bytes(p.rejected.encode()),
                 "margin": round(score[p.better] - score[p.worse], _DECIMALS),
+                "longer": round(math.log1p(len(p.chosen)) - math.log1p(len(p.rejected)), _DECIMALS),
             }
             for p in material.preferences
         ],
