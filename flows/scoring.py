@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from flows import progress
@@ -64,7 +65,7 @@ def score_dataset(context: Context, ref: str, dataset: str, into: str) -> dict[s
     waiting = [
         sorted(rows, key=lambda e: e.sample_index) for name, rows in groups.items() if name not in known
     ]
-    source = open_source(context, registered, _tasks(context, registered, waiting))
+    source = open_source(context, registered, tasks_for(context, registered, waiting))
     before: list[float] = []
     after: list[float] = []
     with (
@@ -152,8 +153,6 @@ def require_valid_reward(context: Context, root: str) -> None:
     Raises:
         Refused: a model was never validated, did not pass, or its verdict has expired; it is named.
     """
-    from tasks.reward.expiry import expired
-
     for model in resting_on(context, root):
         name = f"reward/{model['version']}"
         verdict = newest_verdict(context, model["digest"])
@@ -164,11 +163,17 @@ def require_valid_reward(context: Context, root: str) -> None:
             raise Refused(
                 f"{rests}, whose validation says {verdict['verdict']}: {'; '.join(verdict['reasons'])}."
             )
-        reason = expired(verdict)
+        reason = expiry(context, verdict)
         if reason:
-            raise Refused(
-                f"{rests}, whose verdict has expired: {reason}; run `forebay reward validate {name}`."
-            )
+            raise Refused(f"{rests}, whose verdict has expired: {reason}.")
+
+
+def expiry(context: Context, verdict: Mapping[str, Any]) -> str | None:
+    """Return why a recorded verdict holds no more under the present champion and policy, or None."""
+    from tasks.reward.expiry import expired
+
+    champion = context.agent("champion").payload["version"]
+    return expired(verdict, datetime.now(UTC), champion, context.policy.reward_model)
 
 
 def _require_alone(context: Context, into: str, digest: str) -> None:
@@ -195,7 +200,7 @@ def _left_by(context: Context, into: str, digest: str) -> bool:
     return newest(context.ledger, into) is None and ours
 
 
-def _tasks(context: Context, registered: Mapping[str, Any], groups: Sequence[Sequence[Episode]]) -> Any:
+def tasks_for(context: Context, registered: Mapping[str, Any], groups: Sequence[Sequence[Episode]]) -> Any:
     """Return the tasks that an environment's verifier is asked about, None for every other source."""
     from tasks.reward.folder import read_about
     from tasks.reward.verifier import tasks_of

@@ -198,41 +198,16 @@ def train_and_validate_reward_model(
     context: Context, dataset: Mapping[str, Any], champion: int
 ) -> dict[str, Any]:
     """Train the reward source of the settings on preferences of the dataset and judge it on prompts it has not seen."""
-    from flows.rewards import heldout, open_source, read_set, replay_set, train_reward
+    from flows.rewards import replay_set, train_reward
     from flows.scoring import resting_on
+    from flows.validation import validate_registered
 
-    agent = f"agent/{champion}"
-    preferences = replay_set(context, dataset, agent)
     # Where a registered model gave the rewards it is the one to be judged; another trained on them would echo it.
-    registered = next(iter(resting_on(context, dataset["root"])), None) or train_reward(
-        context, preferences, agent
-    )
-    inputs = {
-        "reward": registered["digest"],
-        "preferences": preferences["digest"],
-        "policy": context.policy.reward_model.model_dump(mode="json"),
-    }
-
-    def work(key: str) -> dict[str, Any]:
-        from tasks.reward.validation import validate_reward_model
-
-        unseen = heldout(context, registered) or read_set(context, preferences)
-        outputs = validate_reward_model(
-            open_source(context, registered),
-            unseen,
-            context.policy.reward_model,
-            context.workspace,
-            dataset=dataset["root"],
-            path=registered["path"],
-        )
-        context.ledger.append("reward.validated", outputs["digest"], outputs)
-        return outputs
-
-    def stands(outputs: Mapping[str, Any]) -> bool:
-        return intact(context, outputs["evidence"])
-
-    outputs, _ = once(context.ledger, "reward", inputs, work, stands)
-    return outputs
+    registered = next(iter(resting_on(context, dataset["root"])), None)
+    if registered is None:
+        agent = f"agent/{champion}"
+        registered = train_reward(context, replay_set(context, dataset, agent), agent)
+    return validate_registered(context, registered, dataset)
 
 
 def dataset_ref(dataset: Mapping[str, Any]) -> DatasetRef:

@@ -16,7 +16,7 @@ from tasks.evaluation.sequential import betting_mean
 from tasks.evaluation.statistics import Estimate, Verdict, clustered_mean, holm, judge, mcnemar
 from tasks.promotion.budget import Spent
 from tasks.promotion.policy import Policy
-from tasks.reward.metrics import calibration_error, judge_reward, pair_accuracy, reliability
+from tasks.reward.checks import judge_report, reasons
 
 SCHEMA = "forebay.decision/2"
 _TINY = 1e-9  # of an error: twenty shares of a twentieth are the whole, however they round
@@ -50,6 +50,7 @@ class Inputs:
     data: Finding | None = None
     integrity: Finding | None = None
     spent: Spent = field(default_factory=Spent)
+    reward_expired: str = ""  # why the reward model's verdict holds no more; the gate has no clock of its own
 
     def question(self, policy: Policy) -> str:
         """Return the digest of all evidence and the policy, whatever was spent before."""
@@ -153,7 +154,7 @@ def decide(evidence: Path, inputs: Inputs, policy: Policy) -> Decision:
     items = [
         _finding("integrity", inputs.integrity, policy.integrity.required),
         _finding("data", inputs.data, policy.data.required),
-        reward_evidence(reward, inputs.reward, policy),
+        reward_evidence(reward, inputs.reward, policy, inputs.reward_expired),
         *budgets,
         quality_evidence(outcomes, inputs.outcomes, policy),
         *guard_evidence(outcomes, inputs.outcomes, policy),
@@ -255,26 +256,37 @@ def guard_evidence(outcomes: PairedOutcomes, source: FileRef, policy: Policy) ->
     return items
 
 
-def reward_evidence(report: Mapping[str, Any] | None, source: FileRef | None, policy: Policy) -> Evidence:
-    """Weigh the reward model by its stored margins on held-out pairs."""
+def reward_evidence(
+    report: Mapping[str, Any] | None, source: FileRef | None, policy: Policy, expired: str = ""
+) -> Evidence:
+    """Weigh the reward model by its stored report, judged again; a verdict that has expired is a veto.
+
+    The numbers are the accuracy on held-out pairs; what the other checks found is in the sentence.
+    """
     rule = policy.reward_model
     if report is None or source is None:
         says = "Reward model: none was validated."
         return Evidence("reward model", "INCONCLUSIVE", says, None, rule.required)
-    pairs = report["pairs"]
-    if not pairs:
-        says = "Reward model: there was no held-out pair to validate it on."
-        return Evidence("reward model", "INCONCLUSIVE", says, source.sha256, rule.required)
-    margins = [pair["margin"] for pair in pairs]
-    accuracy = pair_accuracy(margins, [pair["group_id"] for pair in pairs], alpha=rule.alpha)
-    ece = calibration_error(reliability(margins))
-    verdict = judge_reward(accuracy, ece, min_accuracy=rule.min_accuracy, max_ece=rule.max_ece)
-    says = (
-        f"Reward model: right on {accuracy.estimate:.3f} of {accuracy.n} held-out pairs "
-        f"[{accuracy.low:.3f}, {accuracy.high:.3f}], needed above {rule.min_accuracy:.2f}; "
-        f"calibration error {ece:.3f}, allowed {rule.max_ece:.2f}."
+    verdict, checks = judge_report(report, rule)
+    accuracy, counted = checks[0], [check for check in checks if check.counts]
+    said = reasons(verdict, checks)
+    if verdict == "PASS":
+        said = (accuracy.says, f"All {len(counted)} checks pass.")
+    if expired:
+        verdict, said = "FAIL", (f"The verdict has expired: {expired}.", *said)
+    return Evidence(
+        "reward model",
+        verdict,
+        f"Reward model: {' '.join(said)}",
+        source.sha256,
+        rule.required,
+        accuracy.estimate,
+        accuracy.low,
+        accuracy.high,
+        accuracy.n,
+        None,
+        accuracy.limit,
     )
-    return _measured("reward model", verdict, says, source.sha256, accuracy, rule.min_accuracy, rule.required)
 
 
 def write_decision(evidence: Path, decision: Decision) -> Path:
@@ -311,6 +323,7 @@ def read_decision(path: Path) -> Decision:
             _read_finding(inputs["data"]),
             _read_finding(inputs["integrity"]),
             Spent(**inputs["spent"]),
+            inputs["reward_expired"],
         ),
         record["tasks"],
         record["error"],

@@ -55,17 +55,18 @@ class ClassifierSource:
 
     def features(self, answers: Sequence[Answer]) -> Tensor:
         """Return [n, D] float64: the mean last states over the tokens of each answer."""
-        return self._read(answers)[1]
+        return self.read(answers)[1]
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
         """Return nats; differences within one prompt are what means something."""
-        if not answers:
-            return []
-        found: list[float] = (self.scale * (self._read(answers)[0] - self.centre)).tolist()
-        return found
+        return self.read(answers)[0] if answers else []
 
-    def _read(self, answers: Sequence[Answer]) -> tuple[Tensor, Tensor]:
-        return score_rows(self.scorer, self.scorer.encode([_pair(a) for a in answers], self.max_tokens))
+    def read(self, answers: Sequence[Answer]) -> tuple[list[float], Tensor]:
+        """Return scores and features of at least one answer, from one pass."""
+        rows = self.scorer.encode([_pair(a) for a in answers], self.max_tokens)
+        raw, features = score_rows(self.scorer, rows)
+        scores: list[float] = (self.scale * (raw - self.centre)).tolist()
+        return scores, features
 
 
 def train_classifier(

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
+from tasks.promotion.policy import RewardModel as Rule
 
-def expired(verdict: Mapping[str, Any], now: datetime | None = None) -> str:
-    """Return why a verdict holds no more, "" where it holds.
+
+def expired(payload: Mapping[str, Any], now: datetime, policy_version: int, rule: Rule) -> str | None:
+    """Return why a recorded verdict holds no more, or None where it holds.
 
     Args:
-        verdict: payload of `reward.validated`; `expires` (ISO-8601, UTC) is when it ends, where it says so.
+        payload: of a `reward.validated` entry.
+        now: with a time zone.
+        policy_version: registry version of the agent in office, whose answers the reward model is to judge.
     """
-    until = verdict.get("expires")
-    if not until or (now or datetime.now(UTC)) < datetime.fromisoformat(until):
-        return ""
-    return f"it held until {until}"
+    name = f"the reward model {payload['digest'][:12]}"
+    days = (now - datetime.fromisoformat(payload["time"])).total_seconds() / 86400
+    if days > rule.expires.days:
+        return (
+            f"{name} was validated {days:.0f} days ago and its verdict holds {rule.expires.days:g}; "
+            "run `forebay reward validate`"
+        )
+    policy = payload["policy"]
+    lag = policy_version - policy["version"] if policy else 0
+    if lag > rule.expires.versions:
+        return (
+            f"{name} was validated on answers of agent/{policy['version']}, {lag} versions before "
+            f"agent/{policy_version}, and its verdict holds for {rule.expires.versions}; "
+            "run `forebay reward validate` on newer answers"
+        )
+    return None
