@@ -20,7 +20,7 @@ from tasks.promotion.evidence.budgets import budget_evidence
 from tasks.promotion.evidence.hacking import hacking_evidence
 from tasks.promotion.evidence.item import Evidence as Evidence
 from tasks.promotion.evidence.item import FileRef as FileRef
-from tasks.promotion.evidence.item import measured, read_evidence, read_json
+from tasks.promotion.evidence.item import read_evidence, read_json
 from tasks.promotion.evidence.quality import guard_evidence
 from tasks.promotion.evidence.quality import quality_evidence as quality_evidence
 from tasks.promotion.evidence.replay_value import replay_value_evidence
@@ -28,7 +28,7 @@ from tasks.promotion.evidence.safety import safety_evidence
 from tasks.promotion.evidence.serving import serving_evidence
 from tasks.promotion.evidence.training import divergence_evidence, resources_evidence
 from tasks.promotion.policy import Policy
-from tasks.reward.metrics import calibration_error, judge_reward, pair_accuracy, reliability
+from tasks.reward.checks import judge_report, reasons
 
 SCHEMA = "forebay.decision/3"
 _FILES = ("outcomes", "reward", "serving", "replay_value", "proxy", "run")
@@ -57,6 +57,7 @@ class Inputs:
     proxy: FileRef | None = None
     run: FileRef | None = None
     spent: Spent = field(default_factory=Spent)
+    reward_expired: str = ""  # why the reward model's verdict holds no more; the gate has no clock of its own
 
     def question(self, policy: Policy) -> str:
         """Return the digest of all evidence and the policy, whatever was spent before."""
@@ -141,7 +142,7 @@ def decide(evidence: Path, inputs: Inputs, policy: Policy) -> Decision:
     items = [
         _finding("integrity", inputs.integrity, policy.integrity.required),
         _finding("data", inputs.data, policy.data.required),
-        reward_evidence(reward, inputs.reward, policy),
+        reward_evidence(reward, inputs.reward, policy, inputs.reward_expired),
         *budgets,
         quality_evidence(outcomes, inputs.outcomes, policy),
         *guard_evidence(outcomes, inputs.outcomes, policy),
@@ -180,27 +181,37 @@ def conclude(items: Sequence[Evidence]) -> tuple[Verdict, tuple[str, ...]]:
     return "INCONCLUSIVE", ("There is no evidence.",)
 
 
-def reward_evidence(report: Mapping[str, Any] | None, source: FileRef | None, policy: Policy) -> Evidence:
-    """Weigh the reward model by its stored margins on held-out pairs."""
+def reward_evidence(
+    report: Mapping[str, Any] | None, source: FileRef | None, policy: Policy, expired: str = ""
+) -> Evidence:
+    """Weigh the reward model by its stored report, judged again; a verdict that has expired is a veto.
+
+    The numbers are the accuracy on held-out pairs; what the other checks found is in the sentence.
+    """
     rule = policy.reward_model
     if report is None or source is None:
         says = "Reward model: none was validated."
         return Evidence("reward model", "INCONCLUSIVE", says, None, rule.required)
-    pairs = report["pairs"]
-    if not pairs:
-        says = "Reward model: there was no held-out pair to validate it on."
-        return Evidence("reward model", "INCONCLUSIVE", says, source.sha256, rule.required)
-    margins = [pair["margin"] for pair in pairs]
-    accuracy = pair_accuracy(margins, [pair["group_id"] for pair in pairs], alpha=rule.alpha)
-    ece = calibration_error(reliability(margins))
-    verdict = judge_reward(accuracy, ece, min_accuracy=rule.min_accuracy, max_ece=rule.max_ece)
-    says = (
-        f"Reward model: right on {accuracy.estimate:.3f} of {accuracy.n} held-out pairs "
-        f"[{accuracy.low:.3f}, {accuracy.high:.3f}], needed above {rule.min_accuracy:.2f}; "
-        f"calibration error {ece:.3f}, allowed {rule.max_ece:.2f}."
-    )
-    return measured(
-        "reward model", verdict, says, source.sha256, accuracy, rule.min_accuracy, rule.required, "share"
+    verdict, checks = judge_report(report, rule)
+    accuracy, counted = checks[0], [check for check in checks if check.counts]
+    said = reasons(verdict, checks)
+    if verdict == "PASS":
+        said = (accuracy.says, f"All {len(counted)} checks pass.")
+    if expired:
+        verdict, said = "FAIL", (f"The verdict has expired: {expired}.", *said)
+    return Evidence(
+        "reward model",
+        verdict,
+        f"Reward model: {' '.join(said)}",
+        source.sha256,
+        rule.required,
+        accuracy.estimate,
+        accuracy.low,
+        accuracy.high,
+        accuracy.n,
+        None,
+        accuracy.limit,
+        "share",
     )
 
 
@@ -236,6 +247,7 @@ def read_decision(path: Path) -> Decision:
             data=_read_finding(inputs["data"]),
             integrity=_read_finding(inputs["integrity"]),
             spent=Spent(**inputs["spent"]),
+            reward_expired=inputs["reward_expired"],
             **{name: inputs[name] and FileRef(**inputs[name]) for name in _FILES},
         ),
         record["tasks"],

@@ -72,15 +72,101 @@ class Guards(Section):
     )
 
 
+RewardCheck = Literal[
+    "accuracy",
+    "slices",
+    "calibration",
+    "ranking",
+    "best of n",
+    "edits",
+    "probes",
+    "length",
+    "drift",
+    "support",
+    "leak",
+    "frame",
+]
+
+
+class Expires(Section):
+    """How long a reward model's verdict holds; the policy moves on, and the answers it was checked on grow old."""
+
+    days: float = Field(default=30, gt=0, description="since the validation")
+    versions: int = Field(
+        default=4,
+        ge=0,
+        description="registry versions between the agent whose answers it was checked on and the champion",
+    )
+
+
 class RewardModel(Section):
-    """What the reward model must show on pairs it was not trained on."""
+    """What a reward model must show before anything may rest on it; docs/reward-validation.md has every check.
+
+    A limit on a share or a mean is judged by its interval: PASS where the whole interval is on the good side.
+    """
 
     required: bool = True
-    min_accuracy: float = Field(
-        default=0.60, gt=0.5, lt=1, description="for the lower bound of pair accuracy"
+    counts: tuple[RewardCheck, ...] = Field(
+        default=(
+            "accuracy",
+            "slices",
+            "calibration",
+            "ranking",
+            "best of n",
+            "length",
+            "edits",
+            "probes",
+            "support",
+            "leak",
+            "frame",
+        ),
+        description="checks that make the verdict; the others are reported",
     )
-    max_ece: float = Field(default=0.15, gt=0, lt=1, description="expected calibration error")
-    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="one-sided error of the accuracy's bounds")
+    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="one-sided error of every bound")
+    min_prompts: int = Field(
+        default=15, ge=2, description="a check, or a slice, with fewer prompts is reported and does not count"
+    )
+    min_accuracy: float = Field(default=0.60, gt=0.5, lt=1, description="on held-out pairs")
+    min_slice_accuracy: float = Field(
+        default=0.50, ge=0, lt=1, description="in every slice; the error holds for all together (Holm)"
+    )
+    max_ece: float = Field(
+        default=0.15,
+        gt=0,
+        lt=1,
+        description="expected calibration error, without the part that noise explains",
+    )
+    min_ranking: float = Field(
+        default=0.55, ge=0, lt=1, description="chance that a better answer of the policy outranks a worse one"
+    )
+    max_overoptimisation: float = Field(
+        default=0.10,
+        gt=0,
+        lt=1,
+        description="fall of verified reward from the best n to the largest, in best of n",
+    )
+    max_edit_gain: float = Field(
+        default=0.20,
+        gt=0,
+        lt=1,
+        description="how much more often a wrong answer beats the right one once it is edited",
+    )
+    max_hacked: float = Field(
+        default=0.20,
+        gt=0,
+        lt=1,
+        description="share of prompts where an empty answer, spam, … beats the right one",
+    )
+    max_length_correlation: float = Field(
+        default=0.50, gt=0, lt=1, description="of score and length among equally good answers, either sign"
+    )
+    max_drift: float = Field(
+        default=0.30, gt=0, lt=1, description="Kolmogorov-Smirnov distance of scores from those at training"
+    )
+    max_unsupported: float = Field(
+        default=0.25, gt=0, lt=1, description="share of the policy's answers beyond 99 % of the training data"
+    )
+    expires: Expires = Expires()
 
 
 class Check(Section):
