@@ -50,7 +50,7 @@ def _items(outcomes: PairedOutcomes, policy: Policy) -> Sequence[Evidence]:
         quality_evidence(outcomes, _NOWHERE, policy),
         *guard_evidence(outcomes, _NOWHERE, policy),
         *safety_evidence(outcomes, _NOWHERE, policy),
-        *hacking_evidence(outcomes, _NOWHERE, None, None, policy),
+        *(hacking_evidence(outcomes, _NOWHERE, None, None, policy) if policy.hacking.required else ()),
     ]
     return [item for item in items if item.counts]
 
