@@ -112,9 +112,13 @@ class Reconciled:
     repairs: tuple[Repair, ...]
 
 
-def standing(ledger: Entries, office: Office = "agent") -> Standing:
-    """Read from the ledger who is champion, who was, and what is under way."""
-    changes = _changes(ledger, office)
+def standing(ledger: Entries, office: Office = "agent", without: int | None = None) -> Standing:
+    """Read from the ledger who is champion, who was, and what is under way.
+
+    Args:
+        without: entry of an intent that is left out: how things stood before it.
+    """
+    changes = [entry for entry in _changes(ledger, office) if entry.seq != without]
     closed = {e.payload["intent_seq"] for word in _CHANGES for e in ledger.entries(f"{word}.committed")}
     dropped = {e.payload["intent_seq"] for word in _CHANGES for e in ledger.entries(f"{word}.dropped")}
     line: list[int] = []
@@ -166,7 +170,7 @@ def crown(ledger: Ledger, registry: Aliases, version: int, *, by: str) -> Entry:
     office = registry.office
 
     payload = {"to": version, "from": None, "decision": None, "reason": "first champion", "by": by}
-    return _change(ledger, registry, "promotion", version, payload, check)
+    return change(ledger, registry, "promotion", version, payload, check)
 
 
 def promote(
@@ -240,13 +244,23 @@ def promote(
 
     office = registry.office
     payload = {"to": version, "from": expected_champion, "decision": decision, "reason": reason, "by": by}
-    return _change(ledger, registry, "promotion", version, payload, check)
+    return change(ledger, registry, "promotion", version, payload, check)
 
 
 def rollback(
-    ledger: Ledger, registry: Aliases, *, expected_champion: int, reason: str, by: str, to: int | None = None
+    ledger: Ledger,
+    registry: Aliases,
+    *,
+    expected_champion: int,
+    reason: str,
+    by: str,
+    to: int | None = None,
+    evidence: Mapping[str, str] | None = None,
 ) -> Entry:
     """Put an earlier champion back in office (by default the predecessor); return the committed entry.
+
+    Args:
+        evidence: the file {path, sha256} that led to it, where it was not a person.
 
     Raises:
         Conflict: the champion is not `expected_champion`, or a change is under way.
@@ -271,8 +285,16 @@ def rollback(
                 "look at `forebay status` and decide again."
             )
 
-    payload = {"to": target, "from": expected_champion, "decision": None, "reason": reason, "by": by}
-    return _change(ledger, registry, "rollback", target, payload, check)
+    payload: dict[str, Any] = {
+        "to": target,
+        "from": expected_champion,
+        "decision": None,
+        "reason": reason,
+        "by": by,
+    }
+    if evidence is not None:
+        payload["evidence"] = dict(evidence)
+    return change(ledger, registry, "rollback", target, payload, check)
 
 
 def approve(
@@ -341,14 +363,19 @@ def reconcile(ledger: Ledger, registry: Aliases) -> Reconciled:
     )
 
 
-def _change(
+def change(
     ledger: Ledger,
     registry: Aliases,
-    word: str,
+    word: Literal["promotion", "rollback"],
     version: int,
     payload: Mapping[str, Any],
     check: Callable[[LedgerView], None],
 ) -> Entry:
+    """Put `version` in office: intent (if `check` allows it, under the ledger's lock), aliases, committed entry.
+
+    Raises:
+        NotFound: the registry does not have the version as the ledger knows it. Unavailable: as `reconcile`.
+    """
     subject = f"{registry.office}/{version}"
     _present(ledger, registry, version)
     intent = ledger.append(f"{word}.intent", subject, payload, check)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from importlib import import_module
 from importlib.metadata import version as installed
@@ -29,6 +30,7 @@ import yaml
 
 from tasks.core.errors import NotFound, Unavailable
 from tasks.core.locks import file_lock
+from tasks.promotion.drift import Held
 from tasks.promotion.promote import Office
 
 if TYPE_CHECKING:
@@ -214,8 +216,10 @@ class Registry:
             if found is not None:
                 return found
             model = self._logged_model(digest, run_id, params or {}, tags or {})
-            if str(model.status) != "READY":
+            ready = str(model.status) == "READY"
+            if not ready or not self._filled(model):
                 self._fill(model, files)
+            if not ready:
                 if run_id is not None:
                     self._tie(model, run_id, metrics or {}, dataset)
                 self._client.finalize_logged_model(model.model_id, "READY")
@@ -246,6 +250,31 @@ class Registry:
         """Set tags of a version."""
         for name, value in tags.items():
             self._client.set_model_version_tag(self.office, str(version), name, value)
+
+    def versions(self) -> dict[int, Held] | None:
+        """Return all versions, None where the registered model itself is gone."""
+        with _absent_ignored():
+            self._client.get_registered_model(self.office)
+            found: dict[int, Held] = {}
+            token = None
+            while True:
+                page = self._client.search_model_versions(f"name = '{self.office}'", page_token=token)
+                found |= {int(v.version): Held(v.tags.get(DIGEST_TAG), v.source or "") for v in page}
+                token = page.token
+                if not token:
+                    return found
+        return None
+
+    def trace(self) -> dict[str, str]:
+        """Return what MLflow knows of the last change of the registered model: when, and sometimes who."""
+        with _absent_ignored():
+            model = self._client.get_registered_model(self.office)
+            stamp = model.last_updated_timestamp
+            when = datetime.fromtimestamp(stamp / 1000, UTC).isoformat() if stamp else None
+            newest = max(model.latest_versions or [], key=lambda v: v.last_updated_timestamp or 0, default=None)
+            who = None if newest is None else newest.user_id
+            return {name: value for name, value in {"changed": when, "user": who}.items() if value}
+        return {}
 
     def digest(self, version: int) -> str | None:
         """Return the digest of a version's files, None where there is no such version."""
@@ -341,6 +370,13 @@ class Registry:
             params=_texts(params),
             model_type=self.office,
         )
+
+    def _filled(self, model: LoggedModel) -> bool:
+        """Tell whether the files are still there: whoever deletes a version may have cleaned up behind it."""
+        place = urlsplit(model.artifact_location)
+        if place.scheme in ("", "file"):
+            return (Path(url2pathname(place.path)) / "MLmodel").exists()
+        return any(item.path == "MLmodel" for item in self._client.list_logged_model_artifacts(model.model_id))
 
     def _fill(self, model: LoggedModel, files: Path) -> None:
         place = urlsplit(model.artifact_location)
