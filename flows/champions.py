@@ -5,14 +5,19 @@ from __future__ import annotations
 import getpass
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows import keys, progress
 from flows.context import Context
+from flows.registry import settle
 from tasks.core.digest import digest_files
-from tasks.core.errors import NotFound
-from tasks.core.ledger import Entry
+from tasks.core.errors import Conflict, NotFound
+from tasks.core.ledger import Entry, LedgerView
+
+if TYPE_CHECKING:
+    from tasks.promotion.promote import Entries
 
 
 def register_agent(
@@ -47,27 +52,42 @@ def register_agent(
     registered = context.registry.register(
         folder, digest, run_id=run_id, metrics=metrics, tags={"forebay.origin": origin}, dataset=dataset
     )
-    context.ledger.append(
-        "agent.registered",
-        f"agent/{registered.version}",
-        {
-            "version": registered.version,
-            "digest": digest,
-            "files": dict(files),
-            "origin": origin,
-            "path": context.workspace.relative(folder),
-            "mlflow": {
-                "model_id": registered.model_id,
-                "run_id": registered.run_id,
-                "version": registered.version,
-            },
-            "parents": dict(parents),
-            "tokenizer_digest": tokenizer,
-            "template_digest": template,
-            "source": dict(source),
-        },
-    )
-    return int(registered.version)
+    while True:
+        version = _free_number(context.ledger, registered.version)
+        try:
+            context.ledger.append(
+                "agent.registered",
+                f"agent/{version}",
+                {
+                    "version": version,
+                    "digest": digest,
+                    "files": dict(files),
+                    "origin": origin,
+                    "path": context.workspace.relative(folder),
+                    "mlflow": asdict(registered),
+                    "parents": dict(parents),
+                    "tokenizer_digest": tokenizer,
+                    "template_digest": template,
+                    "source": dict(source),
+                },
+                partial(_require_free, number=version),
+            )
+            break
+        except Conflict:  # another process registered an agent in between
+            continue
+    context.registry.tag(registered.version, {"forebay.agent": f"agent/{version}"})
+    return version
+
+
+def _free_number(ledger: Entries, place: int) -> int:
+    """Return the number of a new agent: MLflow's, unless that gave out small numbers anew after a deletion."""
+    known = [entry.payload["version"] for entry in ledger.entries("agent.registered")]
+    return place if place > max(known, default=0) else max(known) + 1
+
+
+def _require_free(view: LedgerView, number: int) -> None:
+    if view.last("agent.registered", f"agent/{number}") is not None:
+        raise Conflict(f"agent/{number} was registered meanwhile.")
 
 
 def promote_agent(context: Context, version: str, reason: str) -> dict[str, Any]:
@@ -135,34 +155,6 @@ def rollback_champion(context: Context, reason: str) -> dict[str, Any]:
         context.ledger, context.registry, expected_champion=now, reason=reason, by=getpass.getuser()
     )
     return _change(context, entry)
-
-
-def settle(context: Context) -> None:
-    """Finish a promotion or rollback whose process died; costs one look at the ledger where there is none."""
-    from tasks.promotion.promote import OFFICES, reconcile, standing
-
-    for office in OFFICES:
-        if standing(context.ledger, office).intent is not None:
-            reconcile(context.ledger, context.registry.for_office(office))
-    keys.catch_up(context)
-
-
-def reconcile_registry(context: Context) -> dict[str, Any]:
-    """Make the registry's aliases say what the ledger says, and finish what a crash left open."""
-    from tasks.promotion.promote import OFFICES, reconcile
-
-    done = [
-        reconcile(context.ledger, context.registry.for_office(office))
-        for office in OFFICES
-        if context.ledger.last(f"{office}.registered") is not None
-    ]
-    keys.catch_up(context)
-    return {
-        "finished": [
-            {"kind": e.kind, "agent": e.subject, "seq": e.seq} for each in done for e in each.finished
-        ],
-        "repairs": [asdict(repair) for each in done for repair in each.repairs],
-    }
 
 
 def verify_ref(context: Context, ref: str) -> dict[str, Any]:

@@ -182,10 +182,9 @@ def sign_head(context: Context, entry: Entry) -> None:
     """Sign the ledger up to `entry`, and say of a change of champion which files it put in office."""
     subjects = {}
     if entry.kind.endswith(".committed"):
-        office = entry.subject.partition("/")[0]
-        registered = context.ledger.last(f"{office}.registered", entry.subject)
+        registered = context.registration(entry.subject)
         assert registered is not None  # nothing is put in office that is not registered
-        subjects = {entry.subject: registered.payload["digest"]}
+        subjects = {entry.subject: registered["digest"]}
     write_head(context.ledger, context.workspace.heads, entry, service_key(context), trust(context), subjects)
 
 

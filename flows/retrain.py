@@ -14,6 +14,7 @@ from flows.artifacts import publish
 from flows.context import Context
 from flows.cycle import Cycle, run_stage
 from flows.logs import report_to_prefect
+from flows.registry import settle
 from flows.run import plan, run_stages
 from tasks.core.errors import Unavailable
 
@@ -62,6 +63,7 @@ def retrain(
     """
     context = Context.open(Path(workspace), overrides or ())
     with report_to_prefect(), context.exclusive("a cycle"):
+        settle(context)
         planned = plan(context, collect, dataset)
         if isinstance(planned, dict):
             progress.current().say(f"Nothing to do: {planned['reason']}")

@@ -9,6 +9,7 @@ from flows import progress
 from flows.context import Context
 from flows.cycle import CollectMode, Cycle, Finished, finish, open_cycle, run_stage
 from flows.keys import ready, sign_head
+from flows.registry import reconcile_registry
 from tasks.core.errors import Conflict, Refused
 from tasks.core.stages import STAGES
 
@@ -31,7 +32,7 @@ def run_retrain(
     Raises:
         Conflict: another process runs a cycle in this workspace.
     """
-    from flows.champions import settle
+    from flows.registry import settle
 
     ready(context)
     with context.exclusive("a cycle"):
@@ -56,6 +57,7 @@ def run_stages(context: Context, cycle: Cycle, run: Any = run_stage) -> dict[str
     from flows.training import check_settings
 
     check_settings(context)
+    reconcile_registry(context)  # what was changed in MLflow by hand is recorded before a cycle writes there
     ready(context)  # hours of training must not end before a key that is missing
     receipts: dict[str, dict[str, Any]] = {}
     say = progress.current().say

@@ -31,6 +31,7 @@ def status(context: Context) -> dict[str, Any]:
         "candidate": _agent(context, now.candidate),
         "previous": _agent(context, now.previous),
         "budget": _budget(context, now.champion),
+        "drift": _drift(context),
         "dataset": None if dataset is None else {k: dataset[k] for k in ("name", "version", "rows", "root")},
         "waiting_groups": waiting_groups(context),
         "last_cycle": None if last is None else {"time": last.time, **last.payload},
@@ -73,6 +74,15 @@ def _budget(context: Context, champion: int | None) -> dict[str, Any] | None:
         "uses_left": max(0, uses - taken.uses),
         "uses": uses,
     }
+
+
+def _drift(context: Context) -> dict[str, Any] | None:
+    """Return the last thing that somebody changed in MLflow by hand, as `forebay reconcile` found it."""
+    last = context.ledger.last("registry.drift")
+    if last is None:
+        return None
+    says = [item["says"] for item in last.payload["found"]]
+    return {"time": last.time, "found": says, "policy": last.payload["policy"]}
 
 
 def _stale(context: Context, last: Any, dataset: Any) -> list[str]:
@@ -122,6 +132,9 @@ def status_table(value: dict[str, Any]) -> RenderableType:
             f"error {budget['error_left']:.4g} of {budget['error']:.4g} left against the champion, "
             f"{budget['uses_left']} of {budget['uses']} uses of the held-out tasks left",
         )
+    drift = value["drift"]
+    if drift:
+        table.add_row("registry", f"{drift['time'][:19]}  {'; '.join(drift['found'])} ({drift['policy']})")
     data = value["dataset"]
     table.add_row(
         "dataset",

@@ -99,19 +99,32 @@ def reject(
 
 
 @app.command(rich_help_panel=PROMOTE)
-def reconcile(workspace: Where = HERE, as_json: Json = False) -> None:
-    """Finish what a crash left open and make MLflow's aliases say what the ledger says."""
-    from flows.champions import reconcile_registry
+def reconcile(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only look; nothing is written.")] = False,
+    workspace: Where = HERE,
+    as_json: Json = False,
+) -> None:
+    """Finish what a crash left open, and deal with what somebody changed in MLflow by hand, as the policy says.
 
-    result = reconcile_registry(open_context(workspace))
+    Examples: `forebay reconcile` · `forebay reconcile --dry-run` · `forebay schedule reconcile --interval 10m`
+    """
+    from flows.registry import reconcile_registry
+
+    result = reconcile_registry(open_context(workspace), dry_run)
     if as_json:
         print_json(result)
         return
+    for drift in result["drift"]:
+        out.print(f"drift: {drift['says']}", highlight=False)
+    for line in result["did"]:
+        out.print(line, highlight=False)
+    if result["drift"] and (dry_run or result["policy"] == "report"):
+        out.print(f"Nothing was changed; the policy is registry.on_drift: {result['policy']}.")
     for change in result["finished"]:
         out.print(f"finished: {change['kind']} of {change['agent']}", highlight=False)
     for repair in result["repairs"]:
         out.print(f"alias {repair['alias']}: {repair['found']} → {repair['wrote']}", highlight=False)
-    if not (result["finished"] or result["repairs"]):
+    if not (result["drift"] or result["finished"] or result["repairs"]):
         out.print("The registry says what the ledger says.")
 
 

@@ -96,7 +96,7 @@ def look(ledger: Entries, registry: Versions) -> list[Drift]:
     wanted = sorted({v for view in offices for v in view.aliases().values() if v is not None})
     for version in wanted:
         at, there = place[version], held.get(place[version])
-        if there is None or not _same(there, registered[version]):
+        if there is None or not is_same(there, registered[version]):
             found.append(Drift("version deleted", office, version, place=at))
         elif there.digest != registered[version]["digest"]:
             found.append(Drift("digest changed", office, version, place=at, found=there.digest))
@@ -118,7 +118,7 @@ def look(ledger: Entries, registry: Versions) -> list[Drift]:
 def record(
     ledger: Ledger, found: Sequence[Drift], did: str, trace: Mapping[str, str], by: str
 ) -> Entry | None:
-    """Write what was found and what is done about it; None where the newest entry says exactly that already.
+    """Write what was found and what is done about it; None where it is only reported, and was already.
 
     Args:
         did: the policy: "restore", "adopt" or "report".
@@ -127,8 +127,7 @@ def record(
     facts = [{**asdict(drift), "says": drift.says} for drift in found]
     key = digest_json([facts, did, dict(trace)])
     last = ledger.last("registry.drift", found[0].office)
-    settled = ledger.last("registry.settled", found[0].office)
-    if last is not None and last.payload["key"] == key and (settled is None or settled.seq < last.seq):
+    if did == "report" and last is not None and last.payload["key"] == key:
         return None
     payload = {"key": key, "found": facts, "policy": did, "trace": dict(trace), "by": by}
     return ledger.append("registry.drift", found[0].office, payload)
@@ -171,8 +170,8 @@ def _registered(ledger: Entries, office: Office) -> dict[int, Mapping[str, Any]]
     return found
 
 
-def _same(there: Held, registered: Mapping[str, Any]) -> bool:
-    """Tell whether a version serves the logged model that was registered; numbers are given out again."""
+def is_same(there: Held, registered: Mapping[str, Any]) -> bool:
+    """Tell whether a version serves the logged model that was registered: after a deletion numbers come again."""
     return str(registered.get("mlflow", {}).get("model_id", "")) in there.source
 
 
@@ -186,6 +185,6 @@ def _known(
     for version, where in place.items():
         there = held.get(at)
         if where == at and there is not None:
-            same = _same(there, registered[version]) and there.digest == registered[version]["digest"]
+            same = is_same(there, registered[version]) and there.digest == registered[version]["digest"]
             return version if same else None
     return None

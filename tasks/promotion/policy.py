@@ -73,6 +73,32 @@ class Check(Section):
     required: bool = True
 
 
+class Canary(Section):
+    """What is done when the new champion's rewards in service fall behind its predecessor's."""
+
+    alpha: float = Field(
+        default=0.05, gt=0, lt=0.5, description="one-sided error over all looks at one promotion together"
+    )
+    margin: float = Field(default=0.0, ge=0, lt=1, description="mean reward it may lose; on [0, 1]")
+    min_groups: int = Field(default=30, ge=1, description="of each agent; fewer lead to nothing")
+    on_harm: Literal["rollback", "report"] = "rollback"
+    baseline: Literal["concurrent", "before"] = Field(
+        default="concurrent",
+        description="`concurrent`: the predecessor's episodes since the promotion; `before`: also earlier ones, which is "
+        "biased where the questions have changed",
+    )
+
+
+class Registry(Section):
+    """What is done when somebody changes the registry without Forebay."""
+
+    on_drift: Literal["restore", "adopt", "report"] = Field(
+        default="restore",
+        description="`restore`: what the ledger says; `adopt`: a known agent that was given the alias `champion` becomes "
+        "champion without a decision; `report`: nothing",
+    )
+
+
 class Policy(Section):
     """A whole policy file; every field has a default. `digest()` identifies it by content."""
 
@@ -84,6 +110,8 @@ class Policy(Section):
     reward_model: RewardModel = RewardModel()
     data: Check = Check()
     integrity: Check = Check()
+    canary: Canary = Canary()
+    registry: Registry = Registry()
     approval: Literal["none", "required"] = "none"
 
 

@@ -28,6 +28,7 @@ from urllib.request import url2pathname
 
 import yaml
 
+from tasks.core.digest import digest_files, digest_tree
 from tasks.core.errors import NotFound, Unavailable
 from tasks.core.locks import file_lock
 from tasks.promotion.drift import Held
@@ -265,13 +266,23 @@ class Registry:
                     return found
         return None
 
+    def served(self, version: int) -> str | None:
+        """Return the digest of the files that a version really serves; None on a server, which keeps them itself."""
+        with _absent_ignored():
+            place = urlsplit(self._client.get_model_version(self.office, str(version)).source or "")
+            if place.scheme in ("", "file"):
+                return digest_files(digest_tree(Path(url2pathname(place.path)) / "model"))
+        return None
+
     def trace(self) -> dict[str, str]:
         """Return what MLflow knows of the last change of the registered model: when, and sometimes who."""
         with _absent_ignored():
             model = self._client.get_registered_model(self.office)
             stamp = model.last_updated_timestamp
             when = datetime.fromtimestamp(stamp / 1000, UTC).isoformat() if stamp else None
-            newest = max(model.latest_versions or [], key=lambda v: v.last_updated_timestamp or 0, default=None)
+            newest = max(
+                model.latest_versions or [], key=lambda v: v.last_updated_timestamp or 0, default=None
+            )
             who = None if newest is None else newest.user_id
             return {name: value for name, value in {"changed": when, "user": who}.items() if value}
         return {}
@@ -376,7 +387,9 @@ class Registry:
         place = urlsplit(model.artifact_location)
         if place.scheme in ("", "file"):
             return (Path(url2pathname(place.path)) / "MLmodel").exists()
-        return any(item.path == "MLmodel" for item in self._client.list_logged_model_artifacts(model.model_id))
+        return any(
+            item.path == "MLmodel" for item in self._client.list_logged_model_artifacts(model.model_id)
+        )
 
     def _fill(self, model: LoggedModel, files: Path) -> None:
         place = urlsplit(model.artifact_location)

@@ -1,0 +1,1 @@
+"""The canary in service."""
