@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flows import keys, progress
 from flows.context import Context
 from flows.registry import settle
+from flows.service import start_canary
 from tasks.core.digest import digest_files
 from tasks.core.errors import Conflict, NotFound
 from tasks.core.ledger import Entry, LedgerView
@@ -114,7 +116,9 @@ def promote_agent(context: Context, version: str, reason: str) -> dict[str, Any]
         by=getpass.getuser(),
         reason=reason,
     )
-    return _change(context, entry)
+    change = _change(context, entry)
+    start_canary(context)
+    return change
 
 
 def approve_agent(context: Context, version: str, reason: str, key: str | None = None) -> dict[str, Any]:
@@ -143,9 +147,10 @@ def reject_agent(context: Context, version: str, reason: str, key: str | None = 
 
 
 def rollback_champion(context: Context, reason: str) -> dict[str, Any]:
-    """Put the previous champion back."""
+    """Put the previous champion back, its bytes verified first; `seconds` is how long it took."""
     from tasks.promotion.promote import champion, rollback
 
+    started = time.perf_counter()
     keys.ready(context)
     settle(context)
     now = champion(context.ledger)
@@ -154,7 +159,7 @@ def rollback_champion(context: Context, reason: str) -> dict[str, Any]:
     entry = rollback(
         context.ledger, context.registry, expected_champion=now, reason=reason, by=getpass.getuser()
     )
-    return _change(context, entry)
+    return {**_change(context, entry), "seconds": round(time.perf_counter() - started, 3)}
 
 
 def verify_ref(context: Context, ref: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from flows.context import Context
 from flows.cycle import CollectMode, Cycle, Finished, finish, open_cycle, run_stage
 from flows.keys import ready, sign_head
 from flows.registry import reconcile_registry
+from flows.service import rehearse
 from tasks.core.errors import Conflict, Refused
 from tasks.core.stages import STAGES
 
@@ -93,9 +94,23 @@ def close_cycle(context: Context, cycle: Cycle, receipts: Mapping[str, Mapping[s
         "run": receipts["train"]["key"],
     }
     outcome = "promoted" if ended["promoted"] else "held"
+    _rehearse(context, receipts["train"]["mlflow_run"])
     entry = finish(context, cycle.key, outcome, ended["reason"], **details)
     sign_head(context, entry)
     return {**entry.payload, "found": False}
+
+
+def _rehearse(context: Context, run_id: str | None) -> None:
+    """Try out the way back; what comes of it is shown, and is no reason to lose a cycle."""
+    found = rehearse(context, always=False)
+    if found["agent"] is None:
+        return
+    times = {name: found[name] for name in ("load_seconds", "answer_seconds", "total_seconds")}
+    if run_id is not None:
+        values = {"ok": float(found["ok"]), **times}
+        context.registry.note(run_id, {f"rollback/{name}": value for name, value in values.items()})
+    ready_in = f"would serve after {found['total_seconds']:.1f} s" if found["ok"] else found["problem"]
+    progress.current().say(f"    a rollback to {found['agent']} {ready_in}")
 
 
 def summary(stage: str, outputs: dict[str, Any]) -> str:

@@ -56,7 +56,9 @@ def rollback(
         print_json(result)
     else:
         out.print(
-            f"agent/{result['to']} is the champion again (was agent/{result['from']}).", highlight=False
+            f"agent/{result['to']} is the champion again (was agent/{result['from']}), "
+            f"after {result['seconds']:.1f} s.",
+            highlight=False,
         )
 
 
@@ -126,6 +128,65 @@ def reconcile(
         out.print(f"alias {repair['alias']}: {repair['found']} → {repair['wrote']}", highlight=False)
     if not (result["drift"] or result["finished"] or result["repairs"]):
         out.print("The registry says what the ledger says.")
+
+
+@app.command(rich_help_panel=PROMOTE)
+def canary(workspace: Where = HERE, as_json: Json = False) -> None:
+    """Compare the new champion with its predecessor on what both did in service; roll back if it is worse.
+
+    The predecessor has to have traffic too: `forebay collect --version previous`, or imported with --written-by.
+
+    Examples: `forebay canary` · `forebay schedule canary --on dataset.sealed`
+    """
+    from flows.registry import settle
+    from flows.service import watch_canary
+
+    context = open_context(workspace)
+    settle(context)
+    result = watch_canary(context)
+    if as_json:
+        print_json(result)
+        return
+    if not result["running"]:
+        out.print(result["says"], highlight=False)
+        return
+    out.print(
+        f"{result['verdict']}: {result['agent']} against {result['against']}, {result['new']} and {result['old']} "
+        f"groups; {result['says']}.",
+        highlight=False,
+    )
+    if result["rolled_back"]:
+        out.print(f"agent/{result['rolled_back']['to']} is the champion again.", highlight=False)
+
+
+@app.command(rich_help_panel=PROMOTE)
+def rehearse(workspace: Where = HERE, as_json: Json = False) -> None:
+    """Try out the way back: verify the predecessor's files, load it in a clean process, let it answer.
+
+    Exit code 5 if it does not serve. Every cycle does this by itself, once a day at most.
+
+    Examples: `forebay rehearse` · `forebay schedule rehearse --cron "0 6 * * *"`
+    """
+    from flows.registry import settle
+    from flows.service import rehearse as act
+
+    context = open_context(workspace)
+    settle(context)
+    result = act(context)
+    if as_json:
+        print_json(result)
+    elif result["agent"] is None:
+        out.print(result["says"])
+    elif result["ok"]:
+        out.print(
+            f"{result['agent']} would serve after {result['total_seconds']:.1f} s: loaded in "
+            f"{result['load_seconds']:.1f} s, answers in {result['answer_seconds']:.2f} s.",
+            highlight=False,
+        )
+    else:
+        out.print(f"{result['agent']} does not serve: {result['problem']}", highlight=False)
+    if result["agent"] is not None and not result["ok"]:
+        raise typer.Exit(5)
 
 
 @decision_app.command("replay")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tasks.core.settings import Section, load_section
 
@@ -82,11 +82,22 @@ class Canary(Section):
     margin: float = Field(default=0.0, ge=0, lt=1, description="mean reward it may lose; on [0, 1]")
     min_groups: int = Field(default=30, ge=1, description="of each agent; fewer lead to nothing")
     on_harm: Literal["rollback", "report"] = "rollback"
+    weights: dict[str, float] = Field(
+        default_factory=dict,
+        description="of each environment; by default the shares of the tasks in evaluation.tasks. Others do not count",
+    )
     baseline: Literal["concurrent", "before"] = Field(
         default="concurrent",
         description="`concurrent`: the predecessor's episodes since the promotion; `before`: also earlier ones, which is "
         "biased where the questions have changed",
     )
+
+    @field_validator("weights")
+    @classmethod
+    def _positive(cls, value: dict[str, float]) -> dict[str, float]:
+        if any(not 0 < weight < float("inf") for weight in value.values()):
+            raise ValueError("weights are positive numbers")
+        return value
 
 
 class Registry(Section):

@@ -247,6 +247,13 @@ class Registry:
         first = min(versions, key=lambda v: int(v.version))
         return Registered(int(first.version), first.tags["forebay.model"], first.run_id or None)
 
+    def note(self, run_id: str, metrics: Mapping[str, float]) -> None:
+        """Add single values to a run, ended or not."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(run_id, metrics=[Metric(k, float(v), now, 0) for k, v in metrics.items()])
+
     def tag(self, version: int, tags: Mapping[str, str]) -> None:
         """Set tags of a version."""
         for name, value in tags.items():
