@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -20,6 +21,14 @@ from flows.cli.console import (
 
 Key = Annotated[
     str | None, typer.Option("--key", metavar="NAME", help="Which of your keys signs, if you have several.")
+]
+
+Answered = Annotated[
+    str, typer.Argument(help="Version whose newest decision is meant, or the digest of a decision.")
+]
+Print = Annotated[
+    bool,
+    typer.Option("--print", help="Only print the signed statement, for `forebay answer` or the run's page."),
 ]
 
 
@@ -64,15 +73,22 @@ def rollback(
 
 @app.command(rich_help_panel=PROMOTE)
 def approve(
-    version: Annotated[str, typer.Argument(help="Version whose newest decision is approved.")],
+    version: Answered,
     reason: Annotated[str, typer.Option(help="Kept in the ledger.")] = "approved on the command line",
     key: Key = None,
+    only_print: Print = False,
     workspace: Where = HERE,
     as_json: Json = False,
 ) -> None:
-    """Let a passed decision act, where the policy asks for a person's approval; signed with your own key."""
-    from flows.champions import approve_agent
+    """Let a passed decision act, where the policy asks for a person's approval; signed with your own key.
 
+    Examples: `forebay approve agent/3 --reason "read 40 answers"` · `forebay approve DIGEST --print --key kim`
+    """
+    from flows.champions import approve_agent, statement_of
+
+    if only_print:
+        sys.stdout.write(statement_of(workspace, "approval", version, reason, key) + "\n")
+        return
     result = approve_agent(open_context(workspace), version, reason, key)
     if as_json:
         print_json(result)
@@ -84,20 +100,57 @@ def approve(
 
 @app.command(rich_help_panel=PROMOTE)
 def reject(
-    version: Annotated[str, typer.Argument(help="Version whose newest decision is rejected.")],
+    version: Answered,
     reason: Annotated[str, typer.Option(help="Why; kept in the ledger.")],
     key: Key = None,
+    only_print: Print = False,
     workspace: Where = HERE,
     as_json: Json = False,
 ) -> None:
-    """Never let a decision act, whatever its verdict; signed with your own key."""
-    from flows.champions import reject_agent
+    """Never let a decision act, whatever its verdict; signed with your own key.
 
+    Examples: `forebay reject agent/3 --reason "answers too long"` · `forebay reject DIGEST --reason "…" --print`
+    """
+    from flows.champions import reject_agent, statement_of
+
+    if only_print:
+        sys.stdout.write(statement_of(workspace, "rejection", version, reason, key) + "\n")
+        return
     result = reject_agent(open_context(workspace), version, reason, key)
     if as_json:
         print_json(result)
     else:
         out.print(f"{result['rejected']} is rejected by {result['by']}; this decision cannot promote it.")
+
+
+@app.command(rich_help_panel=PROMOTE)
+def answer(
+    statement: Annotated[
+        str, typer.Argument(help="The line that `approve --print` or `reject --print` gave.")
+    ],
+    workspace: Where = HERE,
+    as_json: Json = False,
+) -> None:
+    """Record a signed answer that was made elsewhere; an approval of a passed decision promotes.
+
+    Example: `forebay answer "$(forebay approve DIGEST --print --key kim)"`
+    """
+    from flows.champions import answer_decision
+
+    result = answer_decision(open_context(workspace), statement)
+    if as_json:
+        print_json(result)
+    elif result["promoted"]:
+        out.print(
+            f"{result['agent']} is approved by {result['by']} and is the champion (was agent/"
+            f"{result['promoted']['from']}).",
+            highlight=False,
+        )
+    else:
+        out.print(
+            f"{result['agent']} is rejected by {result['by']}; this decision cannot promote it.",
+            highlight=False,
+        )
 
 
 @app.command(rich_help_panel=PROMOTE)

@@ -26,6 +26,7 @@ from tasks.promotion.attest import Answer, answer_payload, check_answer, check_d
 Office = Literal["agent", "reward"]
 OFFICES: tuple[Office, ...] = ("agent", "reward")
 _CHANGES = ("promotion", "rollback")
+_WORDS: Mapping[Answer, str] = {"approval": "approval.granted", "rejection": "approval.rejected"}
 _ATTEMPTS = 20  # of aligning the aliases while others keep changing the ledger
 
 
@@ -302,38 +303,74 @@ def approve(
 ) -> Entry:
     """Record that a person lets a passed decision act, signed with their key over this decision's digest.
 
+    The same approval again adds nothing.
+
+    Raises:
+        NotFound, Refused: as `record_answer`.
+    """
+    payload = answer_payload("approval", decision, reason, key, trust)
+    _refuse_rejected(ledger, decision, trust)
+    return _recorded(ledger, payload) or record_answer(
+        ledger, "approval", payload, signature=signature, trust=trust
+    )
+
+
+def reject(ledger: Ledger, decision: str, *, key: PrivateKey, trust: Trust, reason: str) -> Entry:
+    """Record that a person does not let a decision act; it is final for this decision. Again: adds nothing.
+
+    Raises:
+        NotFound, Refused, Conflict: as `record_answer`.
+    """
+    payload = answer_payload("rejection", decision, reason, key, trust)
+    return _recorded(ledger, payload) or record_answer(
+        ledger, "rejection", payload, signature=None, trust=trust
+    )
+
+
+def record_answer(
+    ledger: Ledger, kind: Answer, payload: Mapping[str, Any], *, signature: bytes | None, trust: Trust
+) -> Entry:
+    """Record a person's answer to a decision, however it came here.
+
+    Args:
+        payload: from `tasks.promotion.attest.read_statement` or `answer_payload`: the signature is verified.
+        signature: the service's, of the decision; for an approval.
+
     Raises:
         NotFound: no such decision.
-        Refused: it did not pass (an approval cannot overrule the gate), it was rejected, it is not signed by a
-        trusted service key, or `key` is none of a trusted approver.
+        Refused: an approval of what did not pass (it cannot overrule the gate), was rejected, or is not signed by a
+        trusted service key.
+        Conflict: this very statement was recorded before, or the decision to be rejected has promoted already; only
+        a rollback helps.
     """
+    decision = payload["decision"]
+    subject = _decision(ledger, decision).subject
 
     def check(view: LedgerView) -> None:
+        known = _recorded(view, payload)
+        if known is not None:
+            raise Conflict(
+                f"This {kind} by `{payload['by']}` is in the ledger already (entry {known.seq}); a statement counts once."
+            )
+        if kind == "rejection":
+            used = [e for e in view.entries("promotion.intent") if e.payload["decision"] == decision]
+            if used:
+                raise Conflict(
+                    f"The decision has acted already in {_who(used[-1])}; `forebay rollback` undoes it."
+                )
+            return
         made = _decision(view, decision).payload
         check_decision(made, signature, trust)
         if made["verdict"] != "PASS":
             raise Refused(f"The gate said {made['verdict']}; an approval cannot overrule it.")
         _refuse_rejected(view, decision, trust)
 
-    return _answer(ledger, "approval", decision, reason, key, trust, check)
+    return ledger.append(_WORDS[kind], subject, payload, check)
 
 
-def reject(ledger: Ledger, decision: str, *, key: PrivateKey, trust: Trust, reason: str) -> Entry:
-    """Record that a person does not let a decision act; it is final for this decision.
-
-    Raises:
-        NotFound: no such decision. Refused: `key` is none of a trusted approver.
-        Conflict: the decision has promoted already; only a rollback helps.
-    """
-
-    def check(view: LedgerView) -> None:
-        used = [e for e in view.entries("promotion.intent") if e.payload["decision"] == decision]
-        if used:
-            raise Conflict(
-                f"The decision has acted already in {_who(used[-1])}; `forebay rollback` undoes it."
-            )
-
-    return _answer(ledger, "rejection", decision, reason, key, trust, check)
+def _recorded(view: Entries, payload: Mapping[str, Any]) -> Entry | None:
+    answers = (e for word in _WORDS.values() for e in view.entries(word))
+    return next((e for e in answers if e.payload.get("signature") == payload["signature"]), None)
 
 
 def reconcile(ledger: Ledger, registry: Aliases) -> Reconciled:
@@ -464,21 +501,6 @@ def _present(ledger: Ledger, registry: Aliases, version: int) -> None:
         raise NotFound(
             f"{registry.office}/{version} is not in the registry as the ledger knows it; register its files again."
         )
-
-
-def _answer(
-    ledger: Ledger,
-    kind: Answer,
-    decision: str,
-    reason: str,
-    key: PrivateKey,
-    trust: Trust,
-    check: Callable[[LedgerView], None],
-) -> Entry:
-    subject = _decision(ledger, decision).subject
-    payload = answer_payload(kind, decision, reason, key, trust)
-    word = "approval.granted" if kind == "approval" else "approval.rejected"
-    return ledger.append(word, subject, payload, check)
 
 
 def _refuse_rejected(view: Entries, decision: str, trust: Trust) -> None:
