@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -107,27 +108,34 @@ def decision_record(context: Context, path: str, sha256: str) -> dict[str, Any]:
     return dict(json.loads(file.read_text()))
 
 
-def decision_view(record: Mapping[str, Any]) -> RenderableType:
-    """Draw a decision: evidence by evidence."""
-    table = _table("evidence", "estimate:n", "interval", "n:n", "detectable:n", "verdict", "")
+def decision_view(record: Mapping[str, Any], page: Path | None = None) -> RenderableType:
+    """Draw a decision: evidence by evidence in the gate's order, and where its page is. It fits 100 columns."""
+    table = _table("evidence", "verdict", "estimate:n", "interval", "margin:n", "n:n", "detectable:n")
     for item in record["evidence"]:
         low, high = item.get("low"), item.get("high")
-        interval = f"[{low:+.3f}, {high:+.3f}]" if low is not None and high is not None else ""
+        name = Text(item["name"]) if item["counts"] else Text(f"{item['name']} (not required)", style="dim")
         table.add_row(
-            item["name"],
-            "" if item.get("estimate") is None else f"{item['estimate']:+.3f}",
-            interval,
-            "" if item.get("n") is None else str(item["n"]),
-            "" if item.get("mde") is None else f"{item['mde']:.3f}",
+            name,
             verdict(item["verdict"]),
-            "" if item["counts"] else "not required",
+            _number(item.get("estimate")),
+            "" if low is None and high is None else f"[{_number(low) or '-∞'}, {_number(high) or '∞'}]",
+            _number(item.get("margin")),
+            "" if item.get("n") is None else f"{item['n']:,}",
+            _number(item.get("mde")),
         )
     lines: list[RenderableType] = [table]
     lines += [Text(f"· {reason}") for reason in record["reasons"]]
+    if page is not None and page.exists():
+        lines.append(Text(f"page: {page}", style="dim", overflow="fold"))
     pair = f"agent/{record['candidate']['version']} against agent/{record['champion']['version']}"
     title = f"{pair}: {record['verdict']}"
     style = _COLOURS.get(record["verdict"], "default")
     return Panel(Group(*lines), title=title, border_style=style, title_align="left")
+
+
+def _number(value: float | None) -> str:
+    """Write a number in about six characters, whatever its unit."""
+    return "" if value is None else f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3f}"
 
 
 def verify_view(report: Mapping[str, Any]) -> RenderableType:
@@ -180,7 +188,9 @@ def cycle_report(context: Context, result: Mapping[str, Any]) -> RenderableType:
     if result.get("evaluation"):
         parts += [Text(), scores_table(result["evaluation"]), Text()]
     if result.get("decision_record"):
-        parts.append(decision_view(decision_record(context, **result["decision_record"])))
+        place = result["decision_record"]
+        page = (context.workspace.root / place["path"]).with_suffix(".html")
+        parts.append(decision_view(decision_record(context, **place), page))
     if not result["found"]:
         parts.append(Text(result["reason"], style="bold"))
     return Group(*parts)

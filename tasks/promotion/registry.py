@@ -20,6 +20,7 @@ from functools import cached_property, lru_cache
 from importlib import import_module
 from importlib.metadata import version as installed
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 AGENT = "agent"
 DIGEST_TAG = "forebay.digest"
 KEY_TAG = "forebay.key"
+_DECISIONS = "decision"  # folder of a run's artifacts
+_OURS = "Gate:"  # how a description that Forebay wrote begins
 _FLUSH_SECONDS = 5.0
 _FLUSH_METRICS = 500  # MLflow takes at most 1000 in one batch
 
@@ -238,6 +241,47 @@ class Registry:
         """Set tags of a version."""
         for name, value in tags.items():
             self._client.set_model_version_tag(AGENT, str(version), name, value)
+
+    def show_decision(
+        self, version: int, page: Path, *, decision: str, verdict: str, says: str
+    ) -> str | None:
+        """Keep the page of a decision with the run that made a version, and say the verdict at the version; safe to repeat.
+
+        A description that somebody wrote at the version stays as it is.
+
+        Args:
+            page: HTML file; its name in MLflow is decision/<decision>.html.
+
+        Returns:
+            The page's route in MLflow's UI, None where the version has no run (a base model).
+        """
+        found = self._client.get_model_version(AGENT, str(version))
+        route = self._route(found.run_id, decision)
+        if route is not None:
+            with TemporaryDirectory() as folder:
+                named = Path(folder) / f"{decision}.html"
+                shutil.copyfile(page, named)
+                self._client.log_artifact(found.run_id, str(named), _DECISIONS)
+        self.tag(version, {"forebay.verdict": verdict, "forebay.decision": decision})
+        link = f" [The decision]({route})" if route else ""
+        if not found.description or found.description.startswith(_OURS):
+            self._client.update_model_version(AGENT, str(version), f"{_OURS} **{verdict}**. {says}{link}")
+        return route
+
+    def decision_route(self, version: int, decision: str) -> str | None:
+        """Return the route of a kept page in MLflow's UI, None where the version has no run or the run has no such page."""
+        with _absent_ignored():
+            run_id = self._client.get_model_version(AGENT, str(version)).run_id
+            kept = self._client.list_artifacts(run_id, _DECISIONS) if run_id else []
+            if any(file.path == f"{_DECISIONS}/{decision}.html" for file in kept):
+                return self._route(run_id, decision)
+        return None
+
+    def _route(self, run_id: str | None, decision: str) -> str | None:
+        if not run_id:
+            return None
+        experiment = self._client.get_run(run_id).info.experiment_id
+        return f"#/experiments/{experiment}/runs/{run_id}/artifacts/{_DECISIONS}/{decision}.html"
 
     def digest(self, version: int) -> str | None:
         """Return the digest of a version's files, None where there is no such version."""
