@@ -37,7 +37,7 @@ svg .bar { stroke: currentColor; stroke-width: 2; } svg .fill { fill: currentCol
 svg .grid { stroke: var(--line); stroke-width: 1; shape-rendering: crispEdges; }
 svg .zero { stroke: var(--soft); stroke-width: 1; shape-rendering: crispEdges; }
 svg .margin { stroke: var(--ink); stroke-width: 1.5; stroke-dasharray: 3 2; }
-svg .faint { opacity: 0.5; }
+svg .margin.baseline { stroke: currentColor; } svg .faint { opacity: 0.5; }
 """
 _SHAPES = {
     "circle": "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0Z",
@@ -194,7 +194,6 @@ def means(
     picture.extend(_grid(axis, 0, height))
     if baseline is not None:
         picture.append(_line(axis.at(baseline), 2, axis.at(baseline), height - 2, "margin baseline"))
-        picture[-1].set("stroke", "currentColor")
     for value, y, tone, shape in ((candidate, 11, "candidate", "mark"), (champion, 25, "champion", "hollow")):
         if value.low is not None and value.high is not None:
             picture.append(_line(axis.at(value.low), y, axis.at(value.high), y, f"bar {tone}"))

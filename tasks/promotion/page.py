@@ -78,6 +78,7 @@ def render(record: bytes, evidence: Path, recorded: Recorded | None = None) -> s
         mark=figures.verdict_mark,
         headline=headline(decision),
         lead=_lead(decision),
+        score=None if outcomes is None else _score(outcomes),
         steps=next_steps(decision),
         forest=forest(decision["evidence"]),
         slices=None if outcomes is None else _slices(outcomes, decision["policy"]),
@@ -162,7 +163,7 @@ def forest_picture(items: Sequence[Mapping[str, Any]]) -> str:
     """Return the forest plot as one SVG file with its own colours, for places that show a picture only."""
     return figures.forest(
         [
-            (_unit_title(unit), _axis(unit, members), _ends(unit), [_item(unit, item) for item in members])
+            (_unit_title(unit), _axis(members), _ends(unit), [_item(unit, item) for item in members])
             for unit, members in _by_unit(items).items()
         ]
     )
@@ -177,13 +178,13 @@ def _by_unit(items: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
     return dict(sorted(groups.items(), key=lambda group: group[0] != "mean reward"))  # what it is about comes first
 
 
-def _axis(unit: str, items: Sequence[Mapping[str, Any]]) -> Axis:
-    ends = [item.get(name) for item in items for name in ("estimate", "low", "high", "margin")]
-    return Axis.over([*ends, 0.0] if unit == "mean reward" else ends)
+def _axis(items: Sequence[Mapping[str, Any]]) -> Axis:
+    """Return one axis for all items of a unit; it holds zero, so that lengths can be compared."""
+    return Axis.over([0.0, *(item.get(x) for item in items for x in ("estimate", "low", "high", "margin"))])
 
 
 def _group(unit: str, items: Sequence[Mapping[str, Any]]) -> Group:
-    axis, signed = _axis(unit, items), unit == "mean reward"
+    axis, signed = _axis(items), unit == "mean reward"
     left, right = _ends(unit)
     rows = []
     for item in items:
@@ -227,8 +228,9 @@ def _interval(item: Mapping[str, Any], unit: str) -> str:
     estimate, low, high = (item.get(name) for name in ("estimate", "low", "high"))
     if low is None and high is None:
         return number(estimate, unit)
-    bounds = ("−∞" if low is None else number(low, unit), "∞" if high is None else number(high, unit))
-    return f"{number(estimate, unit)} [{bounds[0]}, {bounds[1]}]"
+    if low is None or high is None:
+        return f"{number(estimate, unit)} [{'≤' if low is None else '≥'} {number(high if low is None else low, unit)}]"
+    return f"{number(estimate, unit)} [{number(low, unit)}, {number(high, unit)}]"
 
 
 def number(value: float | None, unit: str = "", *, signed: bool | None = None) -> str:
@@ -245,6 +247,16 @@ def _lead(decision: Mapping[str, Any]) -> list[str]:
     if decision["verdict"] != "PASS":
         return list(decision["reasons"])
     return [item["says"] for item in decision["evidence"] if item["name"] == "quality"] or decision["reasons"][:1]
+
+
+def _score(outcomes: PairedOutcomes) -> str:
+    candidate, champion, _ = outcomes.rewards()
+    constant = _mean_baseline(outcomes)
+    beside = "" if constant is None else f", the best constant answers {constant:.3f}"
+    return (
+        f"On {len(candidate):,} held-out tasks the candidate earns {candidate.mean():.3f} of 1, "
+        f"the champion {champion.mean():.3f}{beside}."
+    )
 
 
 # ------------------------------------------------------------------------------------------- the outcomes
