@@ -139,22 +139,29 @@ def rollback_champion(context: Context, reason: str) -> dict[str, Any]:
 
 def settle(context: Context) -> None:
     """Finish a promotion or rollback whose process died; costs one look at the ledger where there is none."""
-    from tasks.promotion.promote import reconcile, standing
+    from tasks.promotion.promote import OFFICES, reconcile, standing
 
-    if standing(context.ledger).intent is not None:
-        reconcile(context.ledger, context.registry)
+    for office in OFFICES:
+        if standing(context.ledger, office).intent is not None:
+            reconcile(context.ledger, context.registry.for_office(office))
     keys.catch_up(context)
 
 
 def reconcile_registry(context: Context) -> dict[str, Any]:
     """Make the registry's aliases say what the ledger says, and finish what a crash left open."""
-    from tasks.promotion.promote import reconcile
+    from tasks.promotion.promote import OFFICES, reconcile
 
-    done = reconcile(context.ledger, context.registry)
+    done = [
+        reconcile(context.ledger, context.registry.for_office(office))
+        for office in OFFICES
+        if context.ledger.last(f"{office}.registered") is not None
+    ]
     keys.catch_up(context)
     return {
-        "finished": [{"kind": e.kind, "agent": e.subject, "seq": e.seq} for e in done.finished],
-        "repairs": [asdict(repair) for repair in done.repairs],
+        "finished": [
+            {"kind": e.kind, "agent": e.subject, "seq": e.seq} for each in done for e in each.finished
+        ],
+        "repairs": [asdict(repair) for each in done for repair in each.repairs],
     }
 
 

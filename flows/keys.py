@@ -182,7 +182,10 @@ def sign_head(context: Context, entry: Entry) -> None:
     """Sign the ledger up to `entry`, and say of a change of champion which files it put in office."""
     subjects = {}
     if entry.kind.endswith(".committed"):
-        subjects = {entry.subject: context.agent(entry.subject).payload["digest"]}
+        office = entry.subject.partition("/")[0]
+        registered = context.ledger.last(f"{office}.registered", entry.subject)
+        assert registered is not None  # nothing is put in office that is not registered
+        subjects = {entry.subject: registered.payload["digest"]}
     write_head(context.ledger, context.workspace.heads, entry, service_key(context), trust(context), subjects)
 
 

@@ -1,5 +1,10 @@
 """Who is champion: decided in the ledger by compare-and-set, then shown in the registry's aliases.
 
+There is one champion for each office: the agent in production, and the reward model that gives rewards. What is said
+of one holds for the other; `registry.office` and the subjects of the ledger (`agent/3`, `reward/2`) tell them apart.
+A version's number is the ledger's; where the registry has it under another number (it was registered again after
+somebody deleted it), the ledger knows that number as its place.
+
 The ledger's intent row is the point of no return. It is written only if, under the ledger's lock, everything
 still holds: the champion is the one the candidate was compared with, the decision passed, nobody else is
 under way. After that the change will happen: its writer sets the aliases, reads them back and commits, and if
@@ -11,19 +16,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from tasks.core.errors import Conflict, ForebayError, NotFound, Refused, Unavailable
 from tasks.core.keys import PrivateKey, Trust
 from tasks.core.ledger import Entry, Ledger, LedgerView
 from tasks.promotion.attest import Answer, answer_payload, check_answer, check_decision
 
+Office = Literal["agent", "reward"]
+OFFICES: tuple[Office, ...] = ("agent", "reward")
 _CHANGES = ("promotion", "rollback")
 _ATTEMPTS = 20  # of aligning the aliases while others keep changing the ledger
 
 
 class Aliases(Protocol):
-    """What promotion needs of a registry; `tasks.promotion.registry.Registry` has it."""
+    """What promotion needs of a registry; `tasks.promotion.registry.Registry` has it. Versions are the registry's."""
+
+    @property
+    def office(self) -> Office:
+        """Whose versions these are."""
 
     def digest(self, version: int) -> str | None:
         """Return the digest of a registered version's files, None where it does not exist."""
@@ -56,11 +67,13 @@ class Standing:
         champions: versions from the first champion to the present one; a rollback takes off the end.
         newest: the newest registered version, None where there is none.
         intent: the change that is not yet committed.
+        office: which office it is.
     """
 
     champions: tuple[int, ...]
     newest: int | None
     intent: Entry | None
+    office: Office = "agent"
 
     @property
     def champion(self) -> int | None:
@@ -99,9 +112,9 @@ class Reconciled:
     repairs: tuple[Repair, ...]
 
 
-def standing(ledger: Entries) -> Standing:
+def standing(ledger: Entries, office: Office = "agent") -> Standing:
     """Read from the ledger who is champion, who was, and what is under way."""
-    changes = sorted((e for word in _CHANGES for e in ledger.entries(f"{word}.intent")), key=lambda e: e.seq)
+    changes = _changes(ledger, office)
     closed = {e.payload["intent_seq"] for word in _CHANGES for e in ledger.entries(f"{word}.committed")}
     dropped = {e.payload["intent_seq"] for word in _CHANGES for e in ledger.entries(f"{word}.dropped")}
     line: list[int] = []
@@ -113,18 +126,26 @@ def standing(ledger: Entries) -> Standing:
         latest_term = len(line) - line[::-1].index(to) if entry.kind == "rollback.intent" else None
         line = [*line, to] if latest_term is None else line[:latest_term]
         intent = None if entry.seq in closed else entry
-    newest = ledger.last("agent.registered")
-    return Standing(tuple(line), None if newest is None else newest.payload["version"], intent)
+    newest = ledger.last(f"{office}.registered")
+    return Standing(tuple(line), None if newest is None else newest.payload["version"], intent, office)
 
 
-def champion(ledger: Entries) -> int | None:
+def champion(ledger: Entries, office: Office = "agent") -> int | None:
     """Return the version in production, by the ledger."""
-    return standing(ledger).champion
+    return standing(ledger, office).champion
 
 
-def previous(ledger: Entries) -> int | None:
+def previous(ledger: Entries, office: Office = "agent") -> int | None:
     """Return the champion's predecessor, by the ledger."""
-    return standing(ledger).previous
+    return standing(ledger, office).previous
+
+
+def places(ledger: Entries, office: Office = "agent") -> dict[int, int]:
+    """Return under which number the registry has each version: its own, unless it was registered again."""
+    known = [*ledger.entries(f"{office}.registered"), *ledger.entries(f"{office}.restored")]
+    return {
+        e.payload["version"]: e.payload.get("mlflow", {}).get("version", e.payload["version"]) for e in known
+    }
 
 
 def crown(ledger: Ledger, registry: Aliases, version: int, *, by: str) -> Entry:
@@ -136,9 +157,13 @@ def crown(ledger: Ledger, registry: Aliases, version: int, *, by: str) -> Entry:
     """
 
     def check(view: LedgerView) -> None:
-        now = standing(view)
+        now = standing(view, office)
         if now.champion is not None:
-            raise Conflict(f"agent/{now.champion} is champion already; agent/{version} has to pass the gate.")
+            raise Conflict(
+                f"{office}/{now.champion} is champion already; {office}/{version} has to pass the gate."
+            )
+
+    office = registry.office
 
     payload = {"to": version, "from": None, "decision": None, "reason": "first champion", "by": by}
     return _change(ledger, registry, "promotion", version, payload, check)
@@ -173,27 +198,23 @@ def promote(
     """
 
     def check(view: LedgerView) -> None:
-        made = _decision(view, decision)
-        now = standing(view)
+        made = _decision(view, decision).payload
+        now = standing(view, office)
         if now.intent is not None:
             raise Conflict(
                 f"{_who(now.intent)} is under way; wait, or run `forebay reconcile` if its process died."
             )
         if now.champion == version:
-            raise Conflict(f"agent/{version} is champion already.")
+            raise Conflict(f"{office}/{version} is champion already.")
         if now.champion != expected_champion:
-            last = max(
-                (e for word in _CHANGES for e in view.entries(f"{word}.intent")),
-                key=lambda e: e.seq,
-                default=None,
-            )
+            changes = _changes(view, office)
             why = (
-                "there is no champion"
-                if last is None
-                else f"the champion is agent/{now.champion} since {_who(last)}"
+                f"the champion is {office}/{now.champion} since {_who(changes[-1])}"
+                if changes
+                else "there is no champion"
             )
             raise Conflict(
-                f"agent/{version} was compared with agent/{expected_champion}, but {why}; "
+                f"{office}/{version} was compared with {office}/{expected_champion}, but {why}; "
                 "evaluate it against the champion again."
             )
         used = [e for e in view.entries("promotion.intent") if e.payload["decision"] == decision]
@@ -203,18 +224,21 @@ def promote(
             )
         check_decision(made, signature, trust)
         if made["verdict"] != "PASS":
-            raise Refused(f"The gate said {made['verdict']} to agent/{version}: {' '.join(made['reasons'])}")
+            raise Refused(
+                f"The gate said {made['verdict']} to {office}/{version}: {' '.join(made['reasons'])}"
+            )
         judged = {role: (made[role]["version"], made[role]["digest"]) for role in ("candidate", "champion")}
         for role, asked in (("candidate", version), ("champion", expected_champion)):
-            if judged[role] != (asked, _registered(view, asked)):
+            if judged[role] != (asked, _registered(view, office, asked)):
                 raise Refused(
-                    f"The decision {decision[:12]}… is about agent/{judged[role][0]} "
-                    f"({judged[role][1][:12]}…) as {role}, not about agent/{asked} as it is registered."
+                    f"The decision {decision[:12]}… is about {office}/{judged[role][0]} "
+                    f"({judged[role][1][:12]}…) as {role}, not about {office}/{asked} as it is registered."
                 )
         _refuse_rejected(view, decision, trust)
         if made["approval"] == "required":
-            _require_approval(view, decision, version, trust)
+            _require_approval(view, decision, f"{office}/{version}", trust)
 
+    office = registry.office
     payload = {"to": version, "from": expected_champion, "decision": decision, "reason": reason, "by": by}
     return _change(ledger, registry, "promotion", version, payload, check)
 
@@ -228,21 +252,22 @@ def rollback(
         Conflict: the champion is not `expected_champion`, or a change is under way.
         NotFound: there is no predecessor, `to` never was champion before it, or it is gone from the registry.
     """
-    before = standing(ledger)
+    office = registry.office
+    before = standing(ledger, office)
     target = before.previous if to is None else to
     if target is None or target not in before.champions[:-1] or target == before.champion:
-        line = ", ".join(f"agent/{v}" for v in before.champions[:-1]) or "none"
+        line = ", ".join(f"{office}/{v}" for v in before.champions[:-1]) or "none"
         raise NotFound(f"There is no such champion to roll back to; earlier champions: {line}.")
 
     def check(view: LedgerView) -> None:
-        now = standing(view)
+        now = standing(view, office)
         if now.intent is not None:
             raise Conflict(
                 f"{_who(now.intent)} is under way; wait, or run `forebay reconcile` if its process died."
             )
         if now.champions != before.champions or now.champion != expected_champion:
             raise Conflict(
-                f"The champion is agent/{now.champion}, not agent/{expected_champion}; "
+                f"The champion is {office}/{now.champion}, not {office}/{expected_champion}; "
                 "look at `forebay status` and decide again."
             )
 
@@ -262,7 +287,7 @@ def approve(
     """
 
     def check(view: LedgerView) -> None:
-        made = _decision(view, decision)
+        made = _decision(view, decision).payload
         check_decision(made, signature, trust)
         if made["verdict"] != "PASS":
             raise Refused(f"The gate said {made['verdict']}; an approval cannot overrule it.")
@@ -301,15 +326,15 @@ def reconcile(ledger: Ledger, registry: Aliases) -> Reconciled:
     finished: list[Entry] = []
     repairs: list[Repair] = []
     for _ in range(_ATTEMPTS):
-        now = standing(ledger)
-        if now.intent is not None and registry.digest(now.intent.payload["to"]) is None:
+        now, place = standing(ledger, registry.office), places(ledger, registry.office)
+        if now.intent is not None and registry.digest(place[now.intent.payload["to"]]) is None:
             finished += _close(ledger, now.intent, "dropped")
             continue
-        wrote = _project(registry, now)
+        wrote = _project(registry, now, place)
         repairs += wrote
         if now.intent is not None:
             finished += _close(ledger, now.intent, "committed")
-        elif not wrote and standing(ledger) == now:
+        elif not wrote and standing(ledger, registry.office) == now:
             return Reconciled(tuple(finished), tuple(repairs))
     raise Unavailable(
         "The registry's aliases do not stay as the ledger wants them; something else is writing them."
@@ -324,37 +349,37 @@ def _change(
     payload: Mapping[str, Any],
     check: Callable[[LedgerView], None],
 ) -> Entry:
+    subject = f"{registry.office}/{version}"
     _present(ledger, registry, version)
-    intent = ledger.append(f"{word}.intent", f"agent/{version}", payload, check)
+    intent = ledger.append(f"{word}.intent", subject, payload, check)
     reconcile(ledger, registry)
-    for entry in ledger.entries(f"{word}.committed", f"agent/{version}"):
+    for entry in ledger.entries(f"{word}.committed", subject):
         if entry.payload["intent_seq"] == intent.seq:
             return entry
-    raise NotFound(
-        f"agent/{version} vanished from the registry while it was put in office; nothing has changed."
-    )
+    raise NotFound(f"{subject} vanished from the registry while it was put in office; nothing has changed.")
 
 
-def _project(registry: Aliases, now: Standing) -> list[Repair]:
+def _project(registry: Aliases, now: Standing, place: Mapping[int, int]) -> list[Repair]:
     found = registry.aliases()
     repairs = []
     for alias, version in now.aliases().items():
-        if found.get(alias) == version:
+        at = None if version is None else place[version]
+        if found.get(alias) == at:
             continue
-        if version is not None and registry.digest(version) is None:
+        if at is not None and registry.digest(at) is None:
             if alias == "champion":
                 raise NotFound(
-                    f"agent/{version} is champion by the ledger but gone from the registry; roll back to "
-                    f"{'an earlier champion' if now.previous is None else f'agent/{now.previous}'}."
+                    f"{now.office}/{version} is champion by the ledger but gone from the registry; roll back to "
+                    f"{'an earlier champion' if now.previous is None else f'{now.office}/{now.previous}'}."
                 )
-            version = None  # nothing to point at; an office may be vacant, except the champion's
-        if version is not None:
-            registry.set_alias(alias, version)
+            at = None  # nothing to point at; an office may be vacant, except the champion's
+        if at is not None:
+            registry.set_alias(alias, at)
         elif alias in found:
             registry.delete_alias(alias)
         else:
             continue
-        repairs.append(Repair(alias, found.get(alias), version))
+        repairs.append(Repair(alias, found.get(alias), at))
     return repairs
 
 
@@ -362,10 +387,11 @@ def _close(ledger: Ledger, intent: Entry, word: str) -> list[Entry]:
     """Commit or drop an open intent; nothing where somebody else was faster."""
 
     def check(view: LedgerView) -> None:
-        still = standing(view).intent
+        still = standing(view, office).intent
         if still is None or still.seq != intent.seq:
             raise _Closed
 
+    office = _office(intent)
     payload = {**intent.payload, "intent_seq": intent.seq}
     try:
         return [ledger.append(intent.kind.replace("intent", word), intent.subject, payload, check)]
@@ -377,28 +403,39 @@ class _Closed(Exception):
     """The intent was closed by another process."""
 
 
-def _decision(view: Entries, digest: str) -> Mapping[str, Any]:
+def _changes(ledger: Entries, office: Office) -> list[Entry]:
+    """Return the intents of an office in order."""
+    found = [e for word in _CHANGES for e in ledger.entries(f"{word}.intent") if _office(e) == office]
+    return sorted(found, key=lambda e: e.seq)
+
+
+def _office(entry: Entry) -> Office:
+    return "reward" if entry.subject.startswith("reward/") else "agent"
+
+
+def _decision(view: Entries, digest: str) -> Entry:
     # The newest first: one that was signed later comes after the unsigned.
     for entry in reversed(view.entries("decision.made")):
         if entry.payload["decision"] == digest:
-            return entry.payload
+            return entry
     raise NotFound(
         f"The ledger knows no decision {digest[:12]}…; `forebay decision show` lists what there is."
     )
 
 
-def _registered(view: Entries, version: int) -> str:
-    entry = view.last("agent.registered", f"agent/{version}")
+def _registered(view: Entries, office: Office, version: int) -> str:
+    entry = view.last(f"{office}.registered", f"{office}/{version}")
     if entry is None:
-        raise NotFound(f"There is no agent/{version}; `forebay status` lists the agents.")
+        raise NotFound(f"There is no {office}/{version}; `forebay status` lists what there is.")
     return str(entry.payload["digest"])
 
 
 def _present(ledger: Ledger, registry: Aliases, version: int) -> None:
     """Refuse early what the registry lacks; not under the ledger's lock, which must not wait for a server."""
-    if registry.digest(version) != _registered(ledger, version):
+    digest = _registered(ledger, registry.office, version)
+    if registry.digest(places(ledger, registry.office)[version]) != digest:
         raise NotFound(
-            f"agent/{version} is not in the registry as the ledger knows it; register its files again."
+            f"{registry.office}/{version} is not in the registry as the ledger knows it; register its files again."
         )
 
 
@@ -411,10 +448,10 @@ def _answer(
     trust: Trust,
     check: Callable[[LedgerView], None],
 ) -> Entry:
-    version = _decision(ledger, decision)["candidate"]["version"]
+    subject = _decision(ledger, decision).subject
     payload = answer_payload(kind, decision, reason, key, trust)
     word = "approval.granted" if kind == "approval" else "approval.rejected"
-    return ledger.append(word, f"agent/{version}", payload, check)
+    return ledger.append(word, subject, payload, check)
 
 
 def _refuse_rejected(view: Entries, decision: str, trust: Trust) -> None:
@@ -431,9 +468,9 @@ def _refuse_rejected(view: Entries, decision: str, trust: Trust) -> None:
             )
 
 
-def _require_approval(view: Entries, decision: str, version: int, trust: Trust) -> None:
+def _require_approval(view: Entries, decision: str, subject: str, trust: Trust) -> None:
     found = ""
-    for entry in view.entries("approval.granted", f"agent/{version}"):
+    for entry in view.entries("approval.granted", subject):
         if entry.payload["decision"] != decision:
             continue
         try:
@@ -441,10 +478,10 @@ def _require_approval(view: Entries, decision: str, version: int, trust: Trust) 
             return
         except ForebayError as error:
             found = f" The one in ledger entry {entry.seq} does not count: {error}"
-    raise Refused(f"The policy asks for an approval; give it with `forebay approve agent/{version}`.{found}")
+    raise Refused(f"The policy asks for an approval; give it with `forebay approve {subject}`.{found}")
 
 
 def _who(intent: Entry) -> str:
-    to, old, word = intent.payload["to"], intent.payload["from"], intent.kind.partition(".")[0]
-    over = "" if old is None else f" over agent/{old}"
-    return f"the {word} of agent/{to}{over} by {intent.payload['by']} (ledger entry {intent.seq})"
+    old, word = intent.payload["from"], intent.kind.partition(".")[0]
+    over = "" if old is None else f" over {_office(intent)}/{old}"
+    return f"the {word} of {intent.subject}{over} by {intent.payload['by']} (ledger entry {intent.seq})"

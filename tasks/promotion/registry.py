@@ -1,6 +1,6 @@
 """The adapter to MLflow: runs with live metrics, agents as logged models and model versions, aliases, traces.
 
-MLflow ids are locators; an agent is its digest, kept in the tag `forebay.digest`. Nothing else of ours
+MLflow ids and version numbers are locators; an agent is its digest, kept in the tag `forebay.digest`. Nothing else of ours
 imports mlflow.
 """
 
@@ -30,12 +30,12 @@ import yaml
 
 from tasks.core.errors import NotFound, Unavailable
 from tasks.core.locks import file_lock
+from tasks.promotion.promote import Office
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, LoggedModel, Run
 
-AGENT = "agent"
 DIGEST_TAG = "forebay.digest"
 KEY_TAG = "forebay.key"
 _DECISIONS = "decision"  # folder of a run's artifacts
@@ -57,7 +57,7 @@ class DatasetRef:
 
 @dataclass(frozen=True)
 class Registered:
-    """A version of the agent: its number, its logged model, and the run that trained it (None: base)."""
+    """A version in MLflow: its number there, its logged model, and the run that trained it (None: base)."""
 
     version: int
     model_id: str
@@ -120,12 +120,18 @@ class Registry:
     Args:
         artifacts: folder for the files of experiments that are made here; an http server chooses its own.
         locks: folder of the workspace's lock files.
+        office: the registered model that versions and aliases are of: "agent" or "reward".
     """
 
-    def __init__(self, uri: str, artifacts: Path, locks: Path) -> None:
+    def __init__(self, uri: str, artifacts: Path, locks: Path, office: Office = "agent") -> None:
         self.uri = uri
+        self.office = office
         self._artifacts = artifacts
         self._locks = locks
+
+    def for_office(self, office: Office) -> Registry:
+        """Return the same MLflow for another registered model."""
+        return Registry(self.uri, self._artifacts, self._locks, office)
 
     def prepare(self) -> None:
         """Create or migrate the store; several processes may do so at once.
@@ -195,7 +201,9 @@ class Registry:
         tags: Mapping[str, str] | None = None,
         dataset: DatasetRef | None = None,
     ) -> Registered:
-        """Make the Hugging Face folder `files` a version of the agent; the same digest is the same version.
+        """Make the folder `files` a version of this office; the same digest is the same version.
+
+        An agent is a Hugging Face folder, and plain MLflow loads it with transformers.
 
         The files are hard-linked into the logged model where it lies on the same file system, else copied or
         uploaded. A crash at any point leaves nothing that a second call does not complete.
@@ -215,11 +223,11 @@ class Registry:
                     self._tie(model, run_id, metrics or {}, dataset)
                 self._client.finalize_logged_model(model.model_id, "READY")
             with _existing_ignored():
-                self._client.create_registered_model(AGENT)
+                self._client.create_registered_model(self.office)
             # A database store looks model ids up through the process-wide tracking URI, which is not ours.
             local = self._is_database
             version = self._client.create_model_version(
-                AGENT,
+                self.office,
                 model.artifact_location if local else f"models:/{model.model_id}",
                 run_id=run_id,
                 tags={**_texts(tags or {}), DIGEST_TAG: digest, "forebay.model": model.model_id},
@@ -230,7 +238,7 @@ class Registry:
     def find(self, digest: str) -> Registered | None:
         """Return the version with this digest, None where there is none."""
         versions = self._client.search_model_versions(
-            f"name = '{AGENT}' AND tags.`{DIGEST_TAG}` = '{digest}'"
+            f"name = '{self.office}' AND tags.`{DIGEST_TAG}` = '{digest}'"
         )
         if not versions:
             return None
@@ -240,7 +248,7 @@ class Registry:
     def tag(self, version: int, tags: Mapping[str, str]) -> None:
         """Set tags of a version."""
         for name, value in tags.items():
-            self._client.set_model_version_tag(AGENT, str(version), name, value)
+            self._client.set_model_version_tag(self.office, str(version), name, value)
 
     def show_decision(
         self, version: int, page: Path, *, decision: str, verdict: str, says: str
@@ -286,23 +294,23 @@ class Registry:
     def digest(self, version: int) -> str | None:
         """Return the digest of a version's files, None where there is no such version."""
         with _absent_ignored():
-            return self._client.get_model_version(AGENT, str(version)).tags.get(DIGEST_TAG)
+            return self._client.get_model_version(self.office, str(version)).tags.get(DIGEST_TAG)
         return None
 
     def aliases(self) -> dict[str, int]:
-        """Return {alias: version} of the agent."""
+        """Return {alias: version}."""
         with _absent_ignored():
-            return {a: int(v) for a, v in self._client.get_registered_model(AGENT).aliases.items()}
+            return {a: int(v) for a, v in self._client.get_registered_model(self.office).aliases.items()}
         return {}
 
     def set_alias(self, alias: str, version: int) -> None:
         """Point `alias` at `version`, in one step for readers."""
-        self._client.set_registered_model_alias(AGENT, alias, str(version))
+        self._client.set_registered_model_alias(self.office, alias, str(version))
 
     def delete_alias(self, alias: str) -> None:
         """Remove `alias`; nothing where it is absent."""
         with _absent_ignored():
-            self._client.delete_registered_model_alias(AGENT, alias)
+            self._client.delete_registered_model_alias(self.office, alias)
 
     def traces(self, experiment: str, filter_string: str | None = None) -> Iterator[dict[str, Any]]:
         """Yield the traces of an experiment, oldest first, as the dictionaries that MLflow exports.
@@ -365,27 +373,27 @@ class Registry:
     def _logged_model(
         self, digest: str, run_id: str | None, params: Mapping[str, Any], tags: Mapping[str, str]
     ) -> LoggedModel:
-        experiment = self._experiment("agents")
+        experiment = self._experiment(f"{self.office}s")
         found = self._client.search_logged_models([experiment], f"tags.`{DIGEST_TAG}` = '{digest}'")
         if found:
             return found[0]
         return self._client.create_logged_model(
             experiment,
-            name=AGENT,
+            name=self.office,
             source_run_id=run_id,
             tags={**_texts(tags), DIGEST_TAG: digest},
             params=_texts(params),
-            model_type=AGENT,
+            model_type=self.office,
         )
 
     def _fill(self, model: LoggedModel, files: Path) -> None:
         place = urlsplit(model.artifact_location)
         if place.scheme in ("", "file"):
-            _lay_out(Path(url2pathname(place.path)), files, model)
+            _lay_out(Path(url2pathname(place.path)), files, model, self.office)
             return
         staging = files.parent / f".{files.name}.upload"
         try:
-            _lay_out(staging, files, model)
+            _lay_out(staging, files, model, self.office)
             self._client.log_model_artifacts(model.model_id, str(staging))
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -452,20 +460,38 @@ def dvc_source_class() -> Any:
     return DvcSource
 
 
-def _lay_out(target: Path, files: Path, model: LoggedModel) -> None:
-    """Make `target` an MLflow model; its model/ is the folder `files` itself, for plain transformers.
+def _lay_out(target: Path, files: Path, model: LoggedModel, office: Office) -> None:
+    """Make `target` an MLflow model; its model/ is the folder `files` itself, an agent's for plain transformers.
 
     `mlflow.transformers.save_model` is not used: it copies the weights, and with transformers 5 it fails on a
     folder.
     """
     for source in sorted(p for p in files.rglob("*") if p.is_file()):
-        name = source.relative_to(files)
-        _link(source, target / "model" / name)
-        if source.suffix != ".safetensors":  # MLflow looks for the tokenizer in a folder of its own
-            _link(source, target / "components" / "tokenizer" / name)
+        _link(source, target / "model" / source.relative_to(files))
+    description = {
+        "flavors": {
+            "forebay": {"office": office, "files": "model"}
+        },  # MLflow wants one; only Forebay reads it
+        "mlflow_version": installed("mlflow"),
+        "model_id": model.model_id,
+        "run_id": model.source_run_id,
+    }
+    if office == "agent":
+        description |= _for_transformers(target, files)
+    (target / "MLmodel").write_text(yaml.safe_dump(description))
+
+
+def _for_transformers(target: Path, files: Path) -> dict[str, Any]:
+    """Write what MLflow's transformers and pyfunc flavors look for; return what MLmodel says of them."""
+    for source in sorted(p for p in files.rglob("*") if p.is_file() and p.suffix != ".safetensors"):
+        _link(source, target / "components" / "tokenizer" / source.relative_to(files))
     text = json.dumps([{"type": "string", "required": True}])
     python = ".".join(map(str, sys.version_info[:3]))
-    description = {
+    packages = [f"{name}=={installed(name)}" for name in ("mlflow", "transformers", "torch", "accelerate")]
+    (target / "requirements.txt").write_text("\n".join(packages) + "\n")
+    environment = {"python": python, "dependencies": ["-r requirements.txt"]}
+    (target / "python_env.yaml").write_text(yaml.safe_dump(environment))
+    return {
         "flavors": {
             "transformers": {
                 "code": None,
@@ -473,7 +499,7 @@ def _lay_out(target: Path, files: Path, model: LoggedModel) -> None:
                 "instance_type": "TextGenerationPipeline",
                 "model_binary": "model",
                 "pipeline_model_type": "AutoModelForCausalLM",
-                "source_model_name": AGENT,
+                "source_model_name": "agent",
                 "task": "text-generation",
                 "tokenizer_type": "AutoTokenizer",
                 "transformers_version": installed("transformers"),
@@ -484,16 +510,8 @@ def _lay_out(target: Path, files: Path, model: LoggedModel) -> None:
                 "python_version": python,
             },
         },
-        "mlflow_version": installed("mlflow"),
-        "model_id": model.model_id,
-        "run_id": model.source_run_id,
         "signature": {"inputs": text, "outputs": text, "params": None},
     }
-    packages = [f"{name}=={installed(name)}" for name in ("mlflow", "transformers", "torch", "accelerate")]
-    (target / "requirements.txt").write_text("\n".join(packages) + "\n")
-    environment = {"python": python, "dependencies": ["-r requirements.txt"]}
-    (target / "python_env.yaml").write_text(yaml.safe_dump(environment))
-    (target / "MLmodel").write_text(yaml.safe_dump(description))
 
 
 def _link(source: Path, target: Path) -> None:

@@ -24,8 +24,9 @@ TRUST = Trust((trusted(SERVICE, "service"), trusted(LEE, "approver")))
 class FileAliases:
     """The `Aliases` protocol on files: versions/<n> holds a digest, aliases/<name> a version."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, office: str = "agent") -> None:
         self.root = root
+        self.office = office
 
     def add(self, version: int, digest: str) -> None:
         write_atomic(self.root / "versions" / str(version), digest.encode())
@@ -58,18 +59,20 @@ def open_ledger(root: Path) -> Ledger:
 
 def add_agent(ledger: Ledger, registry, version: int) -> None:
     registry.add(version, files_digest(version))
-    record_agent(ledger, version, files_digest(version))
+    record_agent(ledger, version, files_digest(version), registry.office)
 
 
-def record_agent(ledger: Ledger, version: int, digest: str) -> None:
-    ledger.append("agent.registered", f"agent/{version}", {"version": version, "digest": digest})
+def record_agent(ledger: Ledger, version: int, digest: str, office: str = "agent") -> None:
+    ledger.append(f"{office}.registered", f"{office}/{version}", {"version": version, "digest": digest})
 
 
-def add_decision(ledger: Ledger, candidate: int, champion: int, verdict: str = "PASS", /, **changes) -> str:
+def add_decision(
+    ledger: Ledger, candidate: int, champion: int, verdict: str = "PASS", /, office: str = "agent", **changes
+) -> str:
     """Record a decision as the gate would, and return its digest."""
     payload = decision_payload(candidate, champion, verdict, **changes)
     payload["signature"] = signature_of("beside", sign_decision(payload, SERVICE), SERVICE)
-    ledger.append("decision.made", f"agent/{candidate}", payload)
+    ledger.append("decision.made", f"{office}/{candidate}", payload)
     return payload["decision"]
 
 
