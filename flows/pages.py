@@ -48,7 +48,7 @@ def attach_page(context: Context, entry: Entry, page: Path) -> str | None:
     """
     made = entry.payload
     route = context.registry.show_decision(
-        made["candidate"]["version"],
+        made["candidate"]["digest"],
         page,
         decision=made["decision"],
         verdict=made["verdict"],
@@ -61,7 +61,7 @@ def attach_page(context: Context, entry: Entry, page: Path) -> str | None:
 def page_address(context: Context, payload: Mapping[str, Any]) -> str | None:
     """Return the address of an attached page in MLflow's UI, None where no server is known to show it."""
     server = _server(context)
-    route = server and context.registry.decision_route(payload["candidate"]["version"], payload["decision"])
+    route = server and context.registry.decision_route(payload["candidate"]["digest"], payload["decision"])
     return f"{server}/{route}" if route else None
 
 

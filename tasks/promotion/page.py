@@ -96,13 +96,17 @@ def headline(decision: Mapping[str, Any]) -> str:
     candidate, champion = (f"agent/{decision[side]['version']}" for side in ("candidate", "champion"))
     counted = [item for item in decision["evidence"] if item["counts"]]
     deciding = [item["name"] for item in counted if item["verdict"] == decision["verdict"]]
-    required = f"{len(counted)} required {'piece' if len(counted) == 1 else 'pieces'} of evidence"
     if decision["verdict"] == "PASS":
-        if decision["policy"].get("approval") == "required":
-            return f"{candidate} may replace {champion} once a person approves: all {required} pass."
-        return f"{candidate} may replace {champion}: all {required} pass."
+        condition = " once a person approves" if decision["policy"].get("approval") == "required" else ""
+        passes = (
+            "the only required piece of evidence passes"
+            if len(counted) == 1
+            else f"all {len(counted)} required pieces of evidence pass"
+        )
+        return f"{candidate} may replace {champion}{condition}: {passes}."
     what = "failed" if decision["verdict"] == "FAIL" else "left the question open"
-    return f"{candidate} is not promoted over {champion}: of {required}, {_and(deciding)} {what}."
+    of = "" if len(counted) <= 1 else f"of {len(counted)} required pieces of evidence, "
+    return f"{candidate} is not promoted over {champion}: {of}{_and(deciding)} {what}."
 
 
 def next_steps(decision: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -532,7 +536,7 @@ def _words(found: Estimate, *, signed: bool = True) -> str:
 
 
 def _and(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else "nothing"
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else "no evidence"
 
 
 @lru_cache(maxsize=1)

@@ -250,46 +250,45 @@ class Registry:
         for name, value in tags.items():
             self._client.set_model_version_tag(self.office, str(version), name, value)
 
-    def show_decision(
-        self, version: int, page: Path, *, decision: str, verdict: str, says: str
-    ) -> str | None:
+    def show_decision(self, digest: str, page: Path, *, decision: str, verdict: str, says: str) -> str | None:
         """Keep the page of a decision with the run that made a version, and say the verdict at the version; safe to repeat.
 
         A description that somebody wrote at the version stays as it is.
 
         Args:
+            digest: of the version's files.
             page: HTML file; its name in MLflow is decision/<decision>.html.
 
         Returns:
-            The page's route in MLflow's UI, None where the version has no run (a base model).
+            The page's route in MLflow's UI, None where there is no such version or no run made it (a base model).
         """
-        found = self._client.get_model_version(AGENT, str(version))
-        route = self._route(found.run_id, decision)
-        if route is not None:
+        found = self.find(digest)
+        if found is None:
+            return None
+        if found.run_id is not None:
             with TemporaryDirectory() as folder:
                 named = Path(folder) / f"{decision}.html"
                 shutil.copyfile(page, named)
                 self._client.log_artifact(found.run_id, str(named), _DECISIONS)
-        self.tag(version, {"forebay.verdict": verdict, "forebay.decision": decision})
+        route = self.decision_route(digest, decision)
+        self.tag(found.version, {"forebay.verdict": verdict, "forebay.decision": decision})
         link = f" [The decision]({route})" if route else ""
-        if not found.description or found.description.startswith(_OURS):
-            self._client.update_model_version(AGENT, str(version), f"{_OURS} **{verdict}**. {says}{link}")
+        written = self._client.get_model_version(self.office, str(found.version)).description
+        if not written or written.startswith(_OURS):
+            text = f"{_OURS} **{verdict}**. {says}{link}"
+            self._client.update_model_version(self.office, str(found.version), text)
         return route
 
-    def decision_route(self, version: int, decision: str) -> str | None:
-        """Return the route of a kept page in MLflow's UI, None where the version has no run or the run has no such page."""
-        with _absent_ignored():
-            run_id = self._client.get_model_version(AGENT, str(version)).run_id
-            kept = self._client.list_artifacts(run_id, _DECISIONS) if run_id else []
-            if any(file.path == f"{_DECISIONS}/{decision}.html" for file in kept):
-                return self._route(run_id, decision)
-        return None
-
-    def _route(self, run_id: str | None, decision: str) -> str | None:
-        if not run_id:
+    def decision_route(self, digest: str, decision: str) -> str | None:
+        """Return the route of a kept page in MLflow's UI, None where nothing is kept."""
+        found = self.find(digest)
+        if found is None or found.run_id is None:
             return None
-        experiment = self._client.get_run(run_id).info.experiment_id
-        return f"#/experiments/{experiment}/runs/{run_id}/artifacts/{_DECISIONS}/{decision}.html"
+        name = f"{_DECISIONS}/{decision}.html"
+        if all(file.path != name for file in self._client.list_artifacts(found.run_id, _DECISIONS)):
+            return None
+        experiment = self._client.get_run(found.run_id).info.experiment_id
+        return f"#/experiments/{experiment}/runs/{found.run_id}/artifacts/{name}"
 
     def digest(self, version: int) -> str | None:
         """Return the digest of a version's files, None where there is no such version."""
