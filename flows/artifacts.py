@@ -86,28 +86,31 @@ def _decision(context: Context, outputs: Mapping[str, Any]) -> None:
 
 def _decision_page(context: Context, outputs: Mapping[str, Any], page: Path, address: str | None) -> str:
     from flows.show import decision_record
-    from tasks.promotion.page import forest_picture, headline
+    from tasks.promotion.page import forest_picture, headline, lead
 
     record = decision_record(context, **outputs["record"])
     picture = base64.b64encode(forest_picture(record["evidence"]).encode()).decode()
-    link = f"[The whole page]({address}), also in" if address else "The whole page:"
+    file = f"`{context.workspace.relative(page)}` in the workspace"
     return "\n".join(
         [
             f"# {record['verdict']}",
             f"**{headline(record)}**",
-            *(f"- {reason}" for reason in record["reasons"]),
+            "",
+            *(f"- {reason}" for reason in lead(record)),
+            "",
+            f"[The whole page]({address}), also {file}." if address else f"The whole page: {file}.",
             "",
             f"![intervals of all evidence](data:image/svg+xml;base64,{picture})",
             "",
-            "| evidence | verdict | n | detectable |",
-            "|---|---|--:|--:|",
+            "| evidence | verdict | says | n | detectable |",
+            "|---|---|---|--:|--:|",
             *(_evidence_row(item) for item in record["evidence"]),
-            "",
-            f"{link} `{page}`",
         ]
     )
 
 
 def _evidence_row(item: Mapping[str, Any]) -> str:
+    name = item["name"] if item["counts"] else f"{item['name']} (not required)"
+    says = item["says"].replace("|", "\\|").replace("\n", " ")
     n, mde = (item["n"] or ""), ("" if item["mde"] is None else f"{item['mde']:.3f}")
-    return f"| {item['name']}{'' if item['counts'] else ' (not required)'} | {item['verdict']} | {n} | {mde} |"
+    return f"| {name} | {item['verdict']} | {says} | {n} | {mde} |"

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 def page_of(context: Context, payload: Mapping[str, Any]) -> Path:
     """Return where the page of a decision (payload of `decision.made`) lies, whether or not it is there."""
-    return (context.workspace.root / payload["record"]["path"]).with_suffix(".html")
+    record: Path = context.workspace.root / payload["record"]["path"]
+    return record.with_suffix(".html")
 
 
 def draw_page(context: Context, entry: Entry, target: Path | None = None) -> Path:
@@ -46,13 +47,17 @@ def attach_page(context: Context, entry: Entry, page: Path) -> str | None:
     Returns:
         Its address in MLflow's UI, None where no server is known to show it or the agent has no run.
     """
+    from flows.show import decision_record
+    from tasks.promotion.page import headline, lead
+
     made = entry.payload
+    record = decision_record(context, **made["record"])
     route = context.registry.show_decision(
         made["candidate"]["digest"],
         page,
         decision=made["decision"],
         verdict=made["verdict"],
-        says=f"Against agent/{made['champion']['version']}. {made['reasons'][0]}",
+        says=" ".join([headline(record), *lead(record)]),
     )
     server = _server(context)
     return None if route is None or server is None else f"{server}/{route}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 from xml.etree import ElementTree
 
@@ -76,7 +77,7 @@ class Axis:
         """Return about `count` round values within the axis: steps of 1, 2 or 5 times a power of ten."""
         rough = (self.high - self.low) / count
         power = 10.0 ** math.floor(math.log10(rough))
-        step = next(power * k for k in (1, 2, 5, 10) if power * k >= rough * 0.999)
+        step = next(power * k for k in (1, 2, 5, 10) if power * k >= 0.75 * rough)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [float(f"{k * step:.12g}") for k in range(first, last + 1)]
 
@@ -133,7 +134,10 @@ def _strip(axis: Axis, item: Item) -> list[ElementTree.Element]:
         place.append(_element("path", d=_SHAPES["triangle"], class_="fill faint"))
         parts.append(place)
     if value.low is not None or value.high is not None:
-        low, high = (axis.low if value.low is None else value.low, axis.high if value.high is None else value.high)
+        low, high = (
+            axis.low if value.low is None else value.low,
+            axis.high if value.high is None else value.high,
+        )
         parts.append(_line(axis.at(low), middle, axis.at(high), middle, f"bar {tone}"))
         ends = [end for end in (value.low, value.high) if end is not None]
         parts += [_line(axis.at(end), middle - 4, axis.at(end), middle + 4, f"bar {tone}") for end in ends]
@@ -151,7 +155,10 @@ def ruler(axis: Axis, *, left: str = "", right: str = "", signed: bool = False) 
 def _ruler(axis: Axis, *, left: str = "", right: str = "", signed: bool = False) -> list[ElementTree.Element]:
     parts = []
     for tick, word in zip(axis.ticks(), _numbers(axis.ticks(), signed), strict=True):
-        parts += [_line(axis.at(tick), 0, axis.at(tick), 4, "zero"), _words(axis.at(tick), 15, word, "middle")]
+        parts += [
+            _line(axis.at(tick), 0, axis.at(tick), 4, "zero"),
+            _words(axis.at(tick), 15, word, "middle"),
+        ]
     if left or right:
         zero = axis.at(0.0)
         parts += [_words(zero, 31, f"← {left}", "end", dx=-8), _words(zero, 31, f"{right} →", "start", dx=8)]
@@ -185,9 +192,7 @@ def forest(groups: Sequence[tuple[str, Axis, tuple[str, str], Sequence[Item]]]) 
     return ElementTree.tostring(picture, encoding="unicode")
 
 
-def means(
-    axis: Axis, candidate: Interval, champion: Interval, baseline: float | None, label: str
-) -> Markup:
+def means(axis: Axis, candidate: Interval, champion: Interval, baseline: float | None, label: str) -> Markup:
     """Draw two agents' means with intervals, one above the other, and the constant answer as a line."""
     height = 36
     picture = _picture(height, label)
@@ -215,7 +220,7 @@ def histogram(edges: Sequence[float], counts: Sequence[int], label: str) -> Mark
     axis, most = Axis(edges[0], edges[-1]), max([*counts, 1])
     picture = _picture(height, label)
     floor = height - foot
-    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+    for (low, high), count in zip(pairwise(edges), counts, strict=True):
         if not count:
             continue
         tall = max(1.0, (floor - top) * count / most)
@@ -237,7 +242,13 @@ def reliability_diagram(points: Sequence[tuple[float, Interval, int]], label: st
     Args:
         points: (confidence in [0.5, 1], share right with its interval, pairs), in order of confidence.
     """
-    lowest = min([0.5, *(right.estimate for _, right, _ in points), *(r.low for _, r, _ in points if r.low is not None)])
+    lowest = min(
+        [
+            0.5,
+            *(right.estimate for _, right, _ in points),
+            *(r.low for _, r, _ in points if r.low is not None),
+        ]
+    )
     chart = _Chart(Axis(0.48, 1.02), math.floor(lowest * 10) / 10, 1.0, 230)
     picture = _picture(chart.height + 36, label)
     picture.extend(chart.frame("how sure", "how often right"))
@@ -319,7 +330,9 @@ class _Chart:
             parts.append(_words("0%", self.y(tick) + 4, word, "end", dx=-8))
         parts.append(_line("0%", self.height, "100%", self.height, "zero"))
         for place, word in named or [(tick, f"{tick:.1f}") for tick in self.axis.ticks()]:
-            parts.append(_line(self.axis.at(place), self.height, self.axis.at(place), self.height + 4, "zero"))
+            parts.append(
+                _line(self.axis.at(place), self.height, self.axis.at(place), self.height + 4, "zero")
+            )
             parts.append(_words(self.axis.at(place), self.height + 16, word, "middle"))
         parts.append(_words("100%", self.height + 32, f"{below} →", "end"))
         if beside:
@@ -328,7 +341,7 @@ class _Chart:
 
     def joined(self, points: Sequence[tuple[float, float]], tone: str) -> list[ElementTree.Element]:
         ends = [(self.axis.at(x), self.y(y)) for x, y in points]
-        return [_line(*a, *b, f"bar {tone}") for a, b in zip(ends, ends[1:], strict=False)]
+        return [_line(*a, *b, f"bar {tone}") for a, b in pairwise(ends)]
 
     def dot(self, x: float, y: float, tone: str, words: str) -> ElementTree.Element:
         found = _element("circle", cx=self.axis.at(x), cy=self.y(y), r=4, class_=f"mark {tone}")

@@ -11,6 +11,7 @@ import json
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -68,16 +69,19 @@ def render(record: bytes, evidence: Path, recorded: Recorded | None = None) -> s
     sources = dict(_sources(decision["inputs"], evidence))
     outcomes = next((s.outcomes for s in sources.values() if s.outcomes is not None), None)
     agents = tuple(f"agent/{decision[side]['version']}" for side in ("candidate", "champion"))
-    return _template().render(
+    page: str = _template().render(
         style=Markup(figures.STYLE),
         decision=decision,
         digest=sha256_bytes(record),
         candidate=agents[0],
         champion=agents[1],
         recorded=recorded,
+        time=None
+        if recorded is None
+        else datetime.fromisoformat(recorded.time).strftime("%Y-%m-%d %H:%M:%S UTC"),
         mark=figures.verdict_mark,
         headline=headline(decision),
-        lead=_lead(decision),
+        lead=lead(decision),
         score=None if outcomes is None else _score(outcomes),
         steps=next_steps(decision),
         forest=forest(decision["evidence"]),
@@ -89,6 +93,7 @@ def render(record: bytes, evidence: Path, recorded: Recorded | None = None) -> s
         policy=yaml.safe_dump(decision["policy"], sort_keys=False),
         digests=_digests(decision, sha256_bytes(record)),
     )
+    return page
 
 
 def headline(decision: Mapping[str, Any]) -> str:
@@ -107,6 +112,14 @@ def headline(decision: Mapping[str, Any]) -> str:
     what = "failed" if decision["verdict"] == "FAIL" else "left the question open"
     of = "" if len(counted) <= 1 else f"of {len(counted)} required pieces of evidence, "
     return f"{candidate} is not promoted over {champion}: {of}{_and(deciding)} {what}."
+
+
+def lead(decision: Mapping[str, Any]) -> list[str]:
+    """Return the sentences behind the verdict: all that stand in the way, or the gain where nothing does."""
+    if decision["verdict"] != "PASS":
+        return list(decision["reasons"])
+    gains = [item["says"] for item in decision["evidence"] if item["name"] == "quality"]
+    return gains or list(decision["reasons"][:1])
 
 
 def next_steps(decision: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -179,7 +192,9 @@ def _by_unit(items: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
         if item.get("estimate") is not None:
             unit = item.get("unit") or _UNITS.get(item["name"], "mean reward")
             groups.setdefault(unit, []).append(item)
-    return dict(sorted(groups.items(), key=lambda group: group[0] != "mean reward"))  # what it is about comes first
+    return dict(
+        sorted(groups.items(), key=lambda group: group[0] != "mean reward")
+    )  # what it is about comes first
 
 
 def _axis(items: Sequence[Mapping[str, Any]]) -> Axis:
@@ -246,13 +261,6 @@ def number(value: float | None, unit: str = "", *, signed: bool | None = None) -
     return text.replace("-", "−")
 
 
-def _lead(decision: Mapping[str, Any]) -> list[str]:
-    """Return the sentences behind the verdict: all where something stands in the way, the gain where nothing does."""
-    if decision["verdict"] != "PASS":
-        return list(decision["reasons"])
-    return [item["says"] for item in decision["evidence"] if item["name"] == "quality"] or decision["reasons"][:1]
-
-
 def _score(outcomes: PairedOutcomes) -> str:
     candidate, champion, _ = outcomes.rewards()
     constant = _mean_baseline(outcomes)
@@ -292,7 +300,9 @@ def _slices(outcomes: PairedOutcomes, policy: Mapping[str, Any]) -> dict[str, An
                 "won": int((candidate > champion).sum()),
                 "lost": int((candidate < champion).sum()),
                 "tied": int((candidate == champion).sum()),
-                "figure": figures.means(axis, _as_interval(sides[0]), _as_interval(sides[1]), baseline, label),
+                "figure": figures.means(
+                    axis, _as_interval(sides[0]), _as_interval(sides[1]), baseline, label
+                ),
             }
         )
     return {"rows": rows, "confidence": 1 - 2 * alpha, "ruler": figures.ruler(axis)}
@@ -428,12 +438,20 @@ def _reward_pairs(report: Mapping[str, Any], policy: Mapping[str, Any]) -> dict[
     for env in [*sorted({p["env"] for p in pairs}), None]:
         of = [i for i, p in enumerate(pairs) if env in (None, p["env"])]
         part = pair_accuracy([margins[i] for i in of], [groups[i] for i in of], alpha=rule["alpha"])
-        verdict = "PASS" if part.low > rule["min_accuracy"] else "FAIL" if part.high < rule["min_accuracy"] else "INCONCLUSIVE"
+        verdict = (
+            "PASS"
+            if part.low > rule["min_accuracy"]
+            else "FAIL"
+            if part.high < rule["min_accuracy"]
+            else "INCONCLUSIVE"
+        )
         words = _words(part, signed=False)
         line = figures.Item(
             env or "all pairs", verdict, _as_interval(part), rule["min_accuracy"], None, words
         )
-        rows.append({"name": env or "all pairs", "n": part.n, "words": words, "figure": figures.strip(axis, line)})
+        rows.append(
+            {"name": env or "all pairs", "n": part.n, "words": words, "figure": figures.strip(axis, line)}
+        )
     return {
         "title": "Reward model",
         "says": f"The right answer scored higher in {accuracy.estimate:.3f} of {accuracy.n} pairs of prompts "
@@ -444,7 +462,9 @@ def _reward_pairs(report: Mapping[str, Any], policy: Mapping[str, Any]) -> dict[
                 "figure": figures.reliability_diagram(
                     [(bar.confidence, _right(bar, rule["alpha"]), bar.n) for bar in bars],
                     "reliability: "
-                    + "; ".join(f"{b.confidence:.2f} sure, {b.accuracy:.2f} right, {b.n} pairs" for b in bars),
+                    + "; ".join(
+                        f"{b.confidence:.2f} sure, {b.accuracy:.2f} right, {b.n} pairs" for b in bars
+                    ),
                 ),
                 "caption": "Calibration: on the dashed line the model is right exactly as often as it says. "
                 f"Wilson intervals of {1 - 2 * rule['alpha']:.0%}; the numbers count pairs.",
@@ -536,13 +556,21 @@ def _words(found: Estimate, *, signed: bool = True) -> str:
 
 
 def _and(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else "no evidence"
+    return (
+        names[0]
+        if len(names) == 1
+        else f"{', '.join(names[:-1])} and {names[-1]}"
+        if names
+        else "no evidence"
+    )
 
 
 @lru_cache(maxsize=1)
 def _template() -> Any:
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["plain"] = plain
     return environment.from_string((files("tasks.promotion") / "page.html.jinja").read_text("utf-8"))

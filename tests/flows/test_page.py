@@ -47,7 +47,7 @@ def test_a_cycle_leaves_the_page_beside_the_record(cycled: Context, made: dict):
     found = parsed(page.read_text())
     entry = cycled.ledger.last("decision.made")
     assert "agent/2" in found.text
-    assert f"{entry.time}, ledger entry {entry.seq}" in found.text
+    assert f"{entry.time[:10]} {entry.time[11:19]} UTC, ledger entry {entry.seq}" in found.text
     assert f"by service {made['signature']['key'][:12]}" in found.text
 
 
@@ -61,7 +61,7 @@ def test_the_candidates_run_has_it_and_the_version_says_the_verdict(cycled: Cont
     version = store.get_model_version("agent", str(registered["version"]))
     assert version.tags["forebay.verdict"] == made["verdict"]
     assert version.tags["forebay.decision"] == made["decision"]
-    assert version.description.startswith(f"Gate: **{made['verdict']}**. Against agent/1.")
+    assert version.description.startswith(f"Gate: **{made['verdict']}**. agent/2 may replace agent/1: all ")
     assert f"/runs/{registered['run_id']}/artifacts/{name})" in version.description
 
 
@@ -76,7 +76,9 @@ def test_the_command_draws_the_same_bytes_again(cycled: Context, made: dict):
     copy = root / "review" / "page.html"
     loads(forebay(root, "decision", "page", "--output", str(copy), "--json"))
     assert copy.read_bytes() == before
-    assert str(page) in forebay(root, "decision", "show").stdout.replace("│", "").replace("\n", "").replace(" ", "")
+    assert str(page) in forebay(root, "decision", "show").stdout.replace("│", "").replace("\n", "").replace(
+        " ", ""
+    )
 
 
 def test_a_description_that_somebody_wrote_stays(cycled: Context, made: dict):
@@ -91,7 +93,10 @@ def test_a_description_that_somebody_wrote_stays(cycled: Context, made: dict):
 
 
 def test_changed_evidence_refuses_the_page(cycled: Context, made: dict):
-    file = cycled.workspace.evidence / recompute_decision(cycled.workspace.root / made["record"]["path"]).inputs.outcomes.path
+    file = (
+        cycled.workspace.evidence
+        / recompute_decision(cycled.workspace.root / made["record"]["path"]).inputs.outcomes.path
+    )
     data = file.read_bytes()
     try:
         file.write_bytes(data.replace(b'reward":1.0', b'reward":0.0', 1))
@@ -125,6 +130,6 @@ def test_prefects_page_has_the_picture_the_reasons_and_the_place(cycled: Context
     text = _decision_page(cycled, made, page_of(cycled, made), "http://127.0.0.1:5000/#/experiments/1")
     assert text.startswith(f"# {made['verdict']}\n")
     assert "data:image/svg+xml;base64," in text
-    assert all(reason in text for reason in made["reasons"])
+    assert all(evidence["name"] in text for evidence in made["evidence"])
     assert "(http://127.0.0.1:5000/#/experiments/1)" in text
-    assert str(page_of(cycled, made)) in text
+    assert cycled.workspace.relative(page_of(cycled, made)) in text

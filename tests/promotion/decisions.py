@@ -26,7 +26,15 @@ def outcomes(folder: Path, *, graded: bool = False, n: int = 40, long: int = 500
             champion, candidate = (high, low) if rng.random() < 0.1 else (low, high)
             said = "9" * long if i == 1 else NASTY
             pairs.append(
-                Pair(env, f"{env}/{i:04d}", 0, round(float(candidate), 4), round(float(champion), 4), said, "no")
+                Pair(
+                    env,
+                    f"{env}/{i:04d}",
+                    0,
+                    round(float(candidate), 4),
+                    round(float(champion), 4),
+                    said,
+                    "no",
+                )
             )
     found = PairedOutcomes(
         Agent(3, "c" * 64),
@@ -42,7 +50,11 @@ def reward_report(folder: Path) -> dict[str, str]:
     """Write a reward model's margins on held-out pairs."""
     rng = np.random.default_rng(1)
     pairs = [
-        {"group_id": f"g{i // 2}", "env": ENVIRONMENTS[i % 3], "margin": round(float(rng.normal(1.2, 1.5)), 6)}
+        {
+            "group_id": f"g{i // 2}",
+            "env": ENVIRONMENTS[i % 3],
+            "margin": round(float(rng.normal(1.2, 1.5)), 6),
+        }
         for i in range(150)
     ]
     return keep(folder, "reward", {"schema": "forebay.reward/1", "pairs": pairs})
@@ -60,7 +72,13 @@ def item(name: str, verdict: str = "PASS", says: str | None = None, **numbers: A
     """One item of evidence as the record has it."""
     empty = dict.fromkeys(("estimate", "low", "high", "n", "mde", "margin"))
     said = says or f"{name.capitalize()}: as told."
-    head = {"name": name, "verdict": verdict, "says": said, "digest": sha256_bytes(name.encode()), "counts": True}
+    head = {
+        "name": name,
+        "verdict": verdict,
+        "says": said,
+        "digest": sha256_bytes(name.encode()),
+        "counts": True,
+    }
     return {**head, **empty, **numbers}
 
 

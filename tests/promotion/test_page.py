@@ -15,7 +15,16 @@ from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
 from tasks.core.errors import Corrupt, NotFound
 from tasks.promotion import figures
 from tasks.promotion.figures import Axis, Interval, Item
-from tasks.promotion.page import Recorded, forest, forest_picture, headline, next_steps, plain, read_record, render
+from tasks.promotion.page import (
+    Recorded,
+    forest,
+    forest_picture,
+    headline,
+    next_steps,
+    plain,
+    read_record,
+    render,
+)
 from tasks.promotion.policy import Policy
 from tests.promotion.decisions import ENVIRONMENTS, NASTY, all_evidence, item, keep, record
 
@@ -92,7 +101,11 @@ def test_it_is_well_formed_stands_alone_and_is_small(page: str):
     assert not {"script", "iframe", "link", "img", "object", "base", "form"} & set(found.tags)
     assert not [a for a in found.attributes if a[1] in ("src", "href", "srcset") or a[1].startswith("on")]
     assert not re.search(r"@import|url\(|https?://", page.replace("http-equiv", ""))
-    assert ("meta", "content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in found.attributes
+    assert (
+        "meta",
+        "content",
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data:",
+    ) in found.attributes
     assert len(page.encode()) < 300_000
 
 
@@ -110,7 +123,7 @@ def test_it_says_the_verdict_who_when_and_everything_that_was_weighed(page: str,
     text = parsed(page).text
     assert "agent/3 is not promoted over agent/2" in text
     assert "guard/reasoning_gym/chain_sum failed" in text
-    assert "2026-11-23T03:33:34" in text
+    assert "2026-11-23 03:33:34 UTC" in text
     assert "ledger entry 17" in text
     assert whole.stem in text
     for evidence in all_evidence():
@@ -131,16 +144,21 @@ def test_it_says_the_verdict_who_when_and_everything_that_was_weighed(page: str,
 
 def test_means_and_differences_of_the_environments_are_those_of_the_outcomes(tmp_path: Path):
     path = record(tmp_path)
-    lines = (tmp_path / json.loads(path.read_bytes())["inputs"]["outcomes"]["path"]).read_text().splitlines()[1:]
+    lines = (
+        (tmp_path / json.loads(path.read_bytes())["inputs"]["outcomes"]["path"]).read_text().splitlines()[1:]
+    )
     rows = [json.loads(line) for line in lines]
     text = parsed(page_of(path)).text
     for env in ENVIRONMENTS:
         of = [row for row in rows if row["env"] == env]
-        candidate, champion = (sum(row[f"{who}_reward"] for row in of) / len(of) for who in ("candidate", "champion"))
+        candidate, champion = (
+            sum(row[f"{who}_reward"] for row in of) / len(of) for who in ("candidate", "champion")
+        )
         won = sum(row["candidate_reward"] > row["champion_reward"] for row in of)
         lost = sum(row["candidate_reward"] < row["champion_reward"] for row in of)
         assert re.search(
-            rf"{candidate:.3f}\s*{champion:.3f}\s*0\.100\s*\+?−?[\d.]+ \[[^\]]+\]\s*{won}\s*{lost}\s*{len(of)}", text
+            rf"{candidate:.3f}\s*{champion:.3f}\s*0\.100\s*\+?−?[\d.]+ \[[^\]]+\]\s*{won}\s*{lost}\s*{len(of)}",
+            text,
         ), env
 
 
@@ -170,7 +188,13 @@ def test_a_long_answer_says_how_much_is_missing(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("text", "shown"),
-    [("a\tb\nc", "a\tb\nc"), ("\u202eexe", "⟨202E⟩exe"), ("\x1b[31m", "⟨001B⟩[31m"), ("\ud800", "⟨D800⟩"), ("é🙂", "é🙂")],
+    [
+        ("a\tb\nc", "a\tb\nc"),
+        ("\u202eexe", "⟨202E⟩exe"),
+        ("\x1b[31m", "⟨001B⟩[31m"),
+        ("\ud800", "⟨D800⟩"),
+        ("é🙂", "é🙂"),
+    ],
 )
 def test_characters_that_hide_are_named(text: str, shown: str):
     assert plain(text) == shown
@@ -260,7 +284,12 @@ def decided(verdict: str, *items, approval: str = "none") -> dict:
             "agent/3 is not promoted over agent/2: of 3 required pieces of evidence, data failed.",
         ),
         (
-            decided("INCONCLUSIVE", item("a", "INCONCLUSIVE"), item("b", "INCONCLUSIVE"), item("c", "INCONCLUSIVE")),
+            decided(
+                "INCONCLUSIVE",
+                item("a", "INCONCLUSIVE"),
+                item("b", "INCONCLUSIVE"),
+                item("c", "INCONCLUSIVE"),
+            ),
             "agent/3 is not promoted over agent/2: of 3 required pieces of evidence, a, b and c left the question open.",
         ),
     ],
