@@ -15,6 +15,7 @@ from flows.champions import register_agent
 from flows.context import Context
 from flows.experience import intact
 from flows.hybrid import fresh_source
+from flows.scoring import require_valid_reward
 from tasks.core.digest import digest_json
 from tasks.core.errors import UsageError
 from tasks.core.ledger import Ledger
@@ -22,7 +23,6 @@ from tasks.core.stages import code_commit, code_digest, lock_digest, once
 
 if TYPE_CHECKING:
     from tasks.promotion.registry import DatasetRef
-    from tasks.replay.schema import Episode
     from tasks.training.trainer import TrainResult
 
 
@@ -40,6 +40,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
     from tasks.training.trainer import encoder_of
 
     check_settings(context)
+    require_valid_reward(context, dataset["root"])
     device, dtype = context.device(), context.dtype()
     agent = context.agent(str(champion)).payload
     settings, ledger = context.settings.training, context.ledger
@@ -196,53 +197,17 @@ def register_trained(
 def train_and_validate_reward_model(
     context: Context, dataset: Mapping[str, Any], champion: int
 ) -> dict[str, Any]:
-    """Fit a reward head on pairs of the dataset and judge it on pairs of prompts it has not seen."""
-    agent = context.agent(str(champion)).payload
-    inputs = {
-        "dataset": dataset["root"],
-        "backbone": agent["digest"],
-        "settings": context.settings.reward.model_dump(mode="json"),
-        "seed": context.settings.seed,
-        "policy": context.policy.reward_model.model_dump(mode="json"),
-    }
+    """Train the reward source of the settings on preferences of the dataset and judge it on prompts it has not seen."""
+    from flows.rewards import replay_set, train_reward
+    from flows.scoring import resting_on
+    from flows.validation import validate_registered
 
-    def work(key: str) -> dict[str, Any]:
-        from tasks.reward.model import train_reward_model
-        from tasks.reward.validation import validate_reward_model
-
-        with progress.current().bar("reward") as report:
-            model = train_reward_model(
-                list(episodes(context, dataset)),
-                context.weights(agent),
-                agent["digest"],
-                context.settings.reward,
-                seed=context.settings.seed,
-                target=context.workspace.models / f"reward-{key[:16]}",
-                device=context.device(),
-                report=report,
-            )
-        outputs = validate_reward_model(
-            model, context.policy.reward_model, context.workspace, dataset["root"]
-        )
-        context.ledger.append("reward.validated", outputs["digest"], outputs)
-        return outputs
-
-    def stands(outputs: Mapping[str, Any]) -> bool:
-        return intact(context, outputs["evidence"])
-
-    outputs, _ = once(context.ledger, "reward", inputs, work, stands)
-    return outputs
-
-
-def episodes(context: Context, dataset: Mapping[str, Any]) -> Iterator[Episode]:
-    """Read the rows of a sealed dataset, bytes checked against their digests."""
-    from tasks.replay.schema import Episode
-    from tasks.replay.seal import find, read_rows
-
-    table = read_rows(context.workspace, find(context.ledger, dataset["root"]).manifest)
-    for batch in table.to_batches():
-        for row in batch.to_pylist():
-            yield Episode(**row)
+    # Where a registered model gave the rewards it is the one to be judged; another trained on them would echo it.
+    registered = next(iter(resting_on(context, dataset["root"])), None)
+    if registered is None:
+        agent = f"agent/{champion}"
+        registered = train_reward(context, replay_set(context, dataset, agent), agent)
+    return validate_registered(context, registered, dataset)
 
 
 def dataset_ref(dataset: Mapping[str, Any]) -> DatasetRef:

@@ -80,6 +80,11 @@ class Workspace:
         return self.state / "models"
 
     @property
+    def preferences(self) -> Path:
+        """Sets of preferences, content-addressed."""
+        return self.state / "preferences"
+
+    @property
     def runs(self) -> Path:
         """One folder a training run: recovery checkpoints, export, metrics."""
         return self.state / "runs"

@@ -258,7 +258,9 @@ def _manifest(workspace: Workspace, node: Node) -> Iterator[File | Problem]:
 
 def _reward_model(workspace: Workspace, node: Node) -> Iterator[Problem]:
     """The digest of a reward model follows from the files in its folder."""
-    folder = node.facts["path"]
+    folder = node.facts.get("path")
+    if folder is None:
+        return
     found = digest_files(digest_tree(workspace.root / folder)) if (workspace.root / folder).is_dir() else None
     problem: Literal["missing", "changed"] = "changed" if found else "missing"
     yield Problem(problem, folder, _owner(node), node.digest or "", found)

@@ -23,6 +23,7 @@ from tasks.promotion.gate import (
     write_decision,
 )
 from tasks.promotion.policy import Policy
+from tests.reward.report import make_report, sure_margins
 
 SOUND = Finding("PASS", "d" * 64, "e" * 64)
 
@@ -52,11 +53,8 @@ def outcomes_file(folder, candidate, champion):
 
 
 def reward_file(folder, accuracy=0.9, n=300, scale=None):
-    """Margins right with probability `accuracy`, as sure as they are right unless `scale` says otherwise."""
-    size = np.log(accuracy / (1 - accuracy)) if scale is None else scale
-    right = np.arange(n) < accuracy * n
-    pairs = [{"margin": float(size if ok else -size), "group_id": str(i)} for i, ok in enumerate(right)]
-    data = canonical_json({"pairs": pairs})
+    """A report on pairs with margins right with probability `accuracy`; see `sure_margins`."""
+    data = canonical_json(make_report(sure_margins(accuracy, n, scale)))
     write_atomic(folder / "reward" / f"{sha256_bytes(data)}.json", data)
     return FileRef(f"reward/{sha256_bytes(data)}.json", sha256_bytes(data))
 
