@@ -26,7 +26,11 @@ def publish(context: Context, stage: str, outputs: Mapping[str, Any]) -> None:
     elif stage == "validate":
         _table("validate", list(outputs["checks"]), f"Validation: {outputs['verdict']}")
     elif stage == "reward":
-        _table("reward", [_check_row(check) for check in outputs["checks"]], f"Reward model: {outputs['verdict']}")
+        _table(
+            "reward",
+            [_check_row(check) for check in outputs["checks"]],
+            f"Reward model: {outputs['verdict']}",
+        )
         create_markdown_artifact(
             key="reward-plots", markdown=_reward_page(context, outputs), description="Reward model"
         )
@@ -105,7 +109,8 @@ def _decision(context: Context, outputs: Mapping[str, Any]) -> None:
 
 def _decision_page(context: Context, outputs: Mapping[str, Any], page: Path, address: str | None) -> str:
     from flows.show import decision_record
-    from tasks.promotion.page import forest_picture, headline, lead
+    from tasks.promotion.page.document import headline, lead
+    from tasks.promotion.page.forest import forest_picture
 
     record = decision_record(context, **outputs["record"])
     picture = base64.b64encode(forest_picture(record["evidence"]).encode()).decode()

@@ -16,7 +16,7 @@ from flows.processes import running_url
 from tasks.core.ledger import Entry
 
 if TYPE_CHECKING:
-    from tasks.promotion.page import Recorded
+    from tasks.promotion.page.document import Recorded
 
 
 def page_of(context: Context, payload: Mapping[str, Any]) -> Path:
@@ -33,7 +33,7 @@ def draw_page(context: Context, entry: Entry, target: Path | None = None) -> Pat
         Refused: the key that signed is unknown.
     """
     from tasks.core.digest import write_atomic
-    from tasks.promotion.page import read_record, render
+    from tasks.promotion.page.document import read_record, render
 
     page = target or page_of(context, entry.payload)
     record = read_record(context.workspace.root / entry.payload["record"]["path"])
@@ -48,7 +48,7 @@ def attach_page(context: Context, entry: Entry, page: Path) -> str | None:
         Its address in MLflow's UI, None where no server is known to show it or the agent has no run.
     """
     from flows.show import decision_record
-    from tasks.promotion.page import headline, lead
+    from tasks.promotion.page.document import headline, lead
 
     made = entry.payload
     record = decision_record(context, **made["record"])
@@ -109,7 +109,7 @@ def keep_page(context: Context, entry: Entry) -> None:
 
 def _recorded(context: Context, entry: Entry) -> Recorded:
     from tasks.promotion.attest import check_decision, read_signature
-    from tasks.promotion.page import Recorded
+    from tasks.promotion.page.document import Recorded
 
     if entry.payload.get("signature") is None:
         return Recorded(entry.seq, entry.time)

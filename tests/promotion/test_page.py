@@ -12,21 +12,28 @@ from xml.etree import ElementTree
 import pytest
 
 from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
-from tasks.core.errors import Corrupt, NotFound
-from tasks.promotion import figures
-from tasks.promotion.figures import Axis, Interval, Item
-from tasks.promotion.page import (
-    Recorded,
-    forest,
-    forest_picture,
-    headline,
-    next_steps,
-    plain,
-    read_record,
-    render,
-)
+from tasks.core.errors import Corrupt, NotFound, Refused
+from tasks.evaluation.serving import Serving, serving_evidence
+from tasks.promotion.page import figures
+from tasks.promotion.page.document import Recorded, headline, next_steps, read_record, render
+from tasks.promotion.page.figures import Axis, Interval, Item
+from tasks.promotion.page.forest import forest, forest_picture
+from tasks.promotion.page.parts import bounded, plain
 from tasks.promotion.policy import Policy
-from tests.promotion.decisions import ENVIRONMENTS, NASTY, all_evidence, item, keep, record
+from tasks.reward import metrics
+from tasks.reward.checks import judge_report
+from tests.promotion.decisions import (
+    ENVIRONMENTS,
+    NASTY,
+    any_evidence,
+    decided,
+    item,
+    keep,
+    outcomes,
+    record,
+    reward_report,
+    serving_report,
+)
 
 RECORDED = Recorded(17, "2026-11-23T03:33:34.123456+00:00", "service", "85" * 32)
 _VOID = {"meta", "link", "br", "wbr", "hr", "img", "input", "col"}
@@ -84,7 +91,8 @@ def page_of(path: Path, recorded: Recorded | None = RECORDED) -> str:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    return record(tmp_path_factory.mktemp("evidence"), graded=True)
+    """A record with evidence of every kind, verdict and unit."""
+    return record(tmp_path_factory.mktemp("evidence"))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +134,7 @@ def test_it_says_the_verdict_who_when_and_everything_that_was_weighed(page: str,
     assert "2026-11-23 03:33:34 UTC" in text
     assert "ledger entry 17" in text
     assert whole.stem in text
-    for evidence in all_evidence():
+    for evidence in any_evidence():
         assert evidence["name"] in text
         assert evidence["verdict"] in text
         if evidence["digest"]:
@@ -142,24 +150,18 @@ def test_it_says_the_verdict_who_when_and_everything_that_was_weighed(page: str,
     assert "min_tasks: 30" in text
 
 
-def test_means_and_differences_of_the_environments_are_those_of_the_outcomes(tmp_path: Path):
-    path = record(tmp_path)
-    lines = (
-        (tmp_path / json.loads(path.read_bytes())["inputs"]["outcomes"]["path"]).read_text().splitlines()[1:]
-    )
-    rows = [json.loads(line) for line in lines]
-    text = parsed(page_of(path)).text
-    for env in ENVIRONMENTS:
+def test_means_of_the_environments_are_those_of_the_outcomes_and_differences_those_of_the_gate(whole: Path):
+    content = json.loads(whole.read_bytes())
+    lines = (whole.parent.parent / content["inputs"]["outcomes"]["path"]).read_text().splitlines()[1:]
+    rows, text = [json.loads(line) for line in lines], parsed(page_of(whole)).text
+    weighed = {"calculator": "[+0.154, +0.279]", "largest": "[−0.160, +0.080]"}
+    for env, bounds in weighed.items():
         of = [row for row in rows if row["env"] == env]
-        candidate, champion = (
-            sum(row[f"{who}_reward"] for row in of) / len(of) for who in ("candidate", "champion")
-        )
+        sides = [sum(row[f"{who}_reward"] for row in of) / len(of) for who in ("candidate", "champion")]
         won = sum(row["candidate_reward"] > row["champion_reward"] for row in of)
         lost = sum(row["candidate_reward"] < row["champion_reward"] for row in of)
-        assert re.search(
-            rf"{candidate:.3f}\s*{champion:.3f}\s*0\.100\s*\+?−?[\d.]+ \[[^\]]+\]\s*{won}\s*{lost}\s*{len(of)}",
-            text,
-        ), env
+        shown = rf"{sides[0]:.3f}\s*{sides[1]:.3f}\s*0\.100\s*\+{sides[0] - sides[1]:.3f} {re.escape(bounds)}\s*{won}\s*{lost}\s*{len(of)}"
+        assert re.search(shown, text), env
 
 
 def test_what_agents_wrote_is_text_and_is_cut(page: str):
@@ -171,9 +173,8 @@ def test_what_agents_wrote_is_text_and_is_cut(page: str):
 
 
 def test_a_long_answer_says_how_much_is_missing(tmp_path: Path):
-    path = record(tmp_path)
-    ref = json.loads(path.read_bytes())["inputs"]["outcomes"]
-    lines = [json.loads(line) for line in (tmp_path / ref["path"]).read_text().splitlines()]
+    path = record(tmp_path, evidence=[])
+    lines = [json.loads(line) for line in (tmp_path / outcomes(tmp_path)["path"]).read_text().splitlines()]
     lines[1] |= {"candidate_reward": 1.0, "champion_reward": 0.0, "candidate_response": "x" * 100_000}
     only = [lines[0], lines[1]]
     data = b"".join(canonical_json(line) + b"\n" for line in only)
@@ -211,10 +212,10 @@ def test_equal_records_give_equal_bytes_whatever_the_folder(tmp_path: Path):
     assert page_of(path, None) != pages[0]
 
 
-@pytest.mark.parametrize("kind", ["outcomes", "reward", "serving"])
+@pytest.mark.parametrize("kind", ["outcomes", "reward", "serving", "replay_value", "proxy", "run"])
 @pytest.mark.parametrize("harm", ["changed", "gone"])
 def test_changed_or_missing_evidence_is_named_and_no_page_is_drawn(tmp_path: Path, kind: str, harm: str):
-    path = record(tmp_path, serving=keep(tmp_path, "serving", {"schema": "forebay.serving/99"}))
+    path = record(tmp_path)
     target = tmp_path / json.loads(path.read_bytes())["inputs"][kind]["path"]
     if harm == "gone":
         target.unlink()
@@ -255,10 +256,85 @@ def test_a_record_with_the_least_possible_content_has_a_page(tmp_path: Path):
     assert "in no ledger" in text
 
 
+def test_a_policy_of_another_version_is_refused_and_no_traceback(tmp_path: Path):
+    content = {**json.loads(record(tmp_path).read_bytes()), "policy": {"superiority": {"alpha": 0.05}}}
+    with pytest.raises(Refused, match="draw its page with the version that wrote it"):
+        render(canonical_json(content), tmp_path)
+
+
+# --------------------------------------------------------------------------------------- a decision of the gate
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory) -> Path:
+    """What the gate itself says about all the evidence files."""
+    return decided(tmp_path_factory.mktemp("judged"), graded=True)
+
+
+def test_the_page_of_the_gates_own_decision_has_every_section_and_sentence(judged: Path):
+    content, found = json.loads(judged.read_bytes()), parsed(page_of(judged))
+    assert content["verdict"] == "FAIL"
+    assert "reward model failed" in found.text
+    for evidence in content["evidence"]:
+        assert evidence["says"] in found.text
+    for title in ("Reward model", "What the reward model thinks", "On logged traffic", "Serving", "Training"):
+        assert title in found.text
+    assert len(found.ids) == len(set(found.ids))
+    assert "does not draw" not in found.text
+    assert len(page_of(judged).encode()) < 300_000
+
+
+def test_the_reward_model_is_shown_by_the_checks_that_the_gate_makes(judged: Path):
+    verdict, checks = judge_report(reward_report(), Policy().reward_model)
+    text = parsed(page_of(judged)).text
+    assert f"{verdict}, by {sum(c.counts for c in checks)} checks that count of {len(checks)}" in text
+    for check in checks:
+        assert check.name in text
+        assert (check.says in text) == (not check.counts or check.verdict != "PASS"), check.name
+    curve = metrics.best_of_n(reward_report())
+    assert ", ".join(f"n = {point.n}: {point.gold:.3f}" for point in curve) in page_of(judged)
+
+
+def test_a_reward_model_without_samples_has_no_curve_and_a_judge_no_calibration(tmp_path: Path):
+    bare = keep(tmp_path, "reward", reward_report() | {"samples": [], "edits": [], "probes": []})
+    judge = keep(tmp_path, "reward", reward_report(source={"kind": "judge", "digest": "7" * 64}))
+    page = page_of(record(tmp_path, reward=bare))
+    assert "how often right" in page
+    assert "↑ verified reward" not in page
+    page = page_of(record(tmp_path, reward=judge))
+    assert "how often right" not in page
+    assert "The judge 777777777777" in page
+
+
+def test_a_log_that_says_nothing_and_an_agent_that_does_not_serve_are_sentences(tmp_path: Path):
+    log = {"schema": "forebay.replay_value/1", "log": None, "problem": "Trained on every prompt."}
+    served = serving_evidence(Serving("it has no weights", "agent"), Serving(), ["q"], device="cpu")
+    served["champion"] = serving_report()["champion"]
+    text = parsed(
+        page_of(
+            record(
+                tmp_path,
+                replay_value=keep(tmp_path, "replay_value", log),
+                serving=keep(tmp_path, "serving", served),
+            )
+        )
+    ).text
+    assert "Trained on every prompt." in text
+    assert "The candidate does not serve: it has no weights." in text
+
+
+def test_off_policy_numbers_are_those_of_the_gate(judged: Path):
+    weighed = {e["name"]: e for e in json.loads(judged.read_bytes())["evidence"]}["replay value"]
+    shown = bounded(Interval(weighed["estimate"], weighed["low"], weighed["high"]), signed=True)
+    assert (
+        len(re.findall(re.escape(shown), parsed(page_of(judged)).text)) >= 2
+    )  # in the forest and by its estimator
+
+
 # ---------------------------------------------------------------------------------------- sentences and steps
 
 
-def decided(verdict: str, *items, approval: str = "none") -> dict:
+def ruled(verdict: str, *items, approval: str = "none") -> dict:
     return {
         "candidate": {"version": 3},
         "champion": {"version": 2},
@@ -272,19 +348,19 @@ def decided(verdict: str, *items, approval: str = "none") -> dict:
     ("decision", "sentence"),
     [
         (
-            decided("PASS", item("quality"), item("data"), item("replay value", "FAIL", counts=False)),
+            ruled("PASS", item("quality"), item("data"), item("replay value", "FAIL", counts=False)),
             "agent/3 may replace agent/2: all 2 required pieces of evidence pass.",
         ),
         (
-            decided("PASS", item("quality"), approval="required"),
+            ruled("PASS", item("quality"), approval="required"),
             "agent/3 may replace agent/2 once a person approves: the only required piece of evidence passes.",
         ),
         (
-            decided("FAIL", item("quality"), item("data", "FAIL"), item("guard/x", "INCONCLUSIVE")),
+            ruled("FAIL", item("quality"), item("data", "FAIL"), item("guard/x", "INCONCLUSIVE")),
             "agent/3 is not promoted over agent/2: of 3 required pieces of evidence, data failed.",
         ),
         (
-            decided(
+            ruled(
                 "INCONCLUSIVE",
                 item("a", "INCONCLUSIVE"),
                 item("b", "INCONCLUSIVE"),
@@ -299,26 +375,31 @@ def test_the_verdict_in_one_sentence(decision: dict, sentence: str):
 
 
 def test_the_next_steps_follow_the_verdict_and_the_policy():
-    commands = [command for command, _ in next_steps(decided("PASS", item("quality"), approval="required"))]
+    commands = [command for command, _ in next_steps(ruled("PASS", item("quality"), approval="required"))]
     assert commands[:2] == ["forebay approve agent/3", "forebay promote agent/3"]
     assert any(command.startswith("forebay reject agent/3") for command in commands)
-    assert "forebay promote agent/3" in [c for c, _ in next_steps(decided("PASS", item("quality")))]
+    assert "forebay promote agent/3" in [c for c, _ in next_steps(ruled("PASS", item("quality")))]
     for verdict in ("FAIL", "INCONCLUSIVE"):
-        assert not [c for c, _ in next_steps(decided(verdict, item("quality", verdict))) if "promote" in c]
+        assert not [c for c, _ in next_steps(ruled(verdict, item("quality", verdict))) if "promote" in c]
 
 
 # ------------------------------------------------------------------------------------------------- the forest
 
 
 def test_the_forest_has_one_axis_a_unit_and_the_reward_comes_first():
-    groups = forest(all_evidence())
-    assert [g.title for g in groups][:2] == ["Mean reward, candidate less champion", "Share"]
+    groups = forest(any_evidence()).groups
+    assert [g.title for g in groups] == [
+        "Mean reward, candidate less champion", "Share", "Seconds", "Nats", "Seconds", "Without an interval or a margin"
+    ]  # fmt: skip
     assert [row.name for row in groups[0].rows][:2] == ["quality", "guard/calculator"]
-    assert sum(len(g.rows) for g in groups) == sum(e["estimate"] is not None for e in all_evidence())
+    assert [(row.name, row.cells[0], row.figure) for row in groups[-1].rows] == [
+        ("omens", "3.000 ravens", None)
+    ]
+    assert sum(len(g.rows) for g in groups) == sum(e["estimate"] is not None for e in any_evidence())
 
 
 def test_the_forest_is_also_one_svg_file():
-    picture = ElementTree.fromstring(forest_picture(all_evidence()))
+    picture = ElementTree.fromstring(forest_picture(any_evidence()))
     assert picture.tag == "{http://www.w3.org/2000/svg}svg"
     words = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert "guard/largest" in words

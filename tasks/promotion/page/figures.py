@@ -258,36 +258,41 @@ def reliability_diagram(points: Sequence[tuple[float, Interval, int]], label: st
         if right.low is not None and right.high is not None:
             picture.append(_line(place, chart.y(right.low), place, chart.y(right.high), "bar candidate"))
         words = f"{n} pairs: {sure:.2f} sure, {right.estimate:.2f} right"
-        picture.append(chart.dot(sure, right.estimate, "candidate", words))
+        picture.append(chart.dot(sure, right.estimate, "mark candidate", words))
         picture.append(_words(place, chart.height - 7, f"{n}", "middle", dx=11))
     return _text(picture)
 
 
 def curves(
-    xs: Sequence[int], series: Sequence[tuple[str, Tone, Sequence[Interval]]], label: str, *, below: str
+    xs: Sequence[int],
+    series: Sequence[tuple[Tone, Sequence[Interval]]],
+    label: str,
+    *,
+    below: str,
+    beside: str,
 ) -> Markup:
-    """Draw values with intervals over whole numbers on a logarithmic axis, each line named at its end.
+    """Draw values with intervals over whole numbers on a logarithmic axis; the first series has full marks.
 
     Args:
         xs: [n] rising, at least 1.
-        series: (name, colour, [n] values).
-        below: what the horizontal axis counts.
+        series: (colour, [n] values).
+        below, beside: what the axes count.
     """
     places = [math.log2(x) for x in xs]
-    every = [end for _, _, values in series for v in values for end in (v.estimate, v.low, v.high)]
-    span = Axis.over(every, room=0.08)
+    span = Axis.over(
+        [end for _, values in series for v in values for end in (v.estimate, v.low, v.high)], room=0.08
+    )
     chart = _Chart(Axis(places[0] - 0.15, places[-1] + 0.15), span.low, span.high, 210)
     picture = _picture(chart.height + 36, label)
-    picture.extend(chart.frame(below, "", [(place, str(x)) for place, x in zip(places, xs, strict=True)]))
-    for name, tone, values in series:
+    picture.extend(chart.frame(below, beside, [(place, str(x)) for place, x in zip(places, xs, strict=True)]))
+    for order, (tone, values) in enumerate(series):
         picture.extend(chart.joined([(p, v.estimate) for p, v in zip(places, values, strict=True)], tone))
         for place, x, v in zip(places, xs, values, strict=True):
             if v.low is not None and v.high is not None:
                 x_at = chart.axis.at(place)
                 picture.append(_line(x_at, chart.y(v.low), x_at, chart.y(v.high), f"bar {tone} faint"))
-            picture.append(chart.dot(place, v.estimate, tone, f"{name}, {x}: {v.estimate:.3f}"))
-        last = values[-1].estimate
-        picture.append(_words(chart.axis.at(places[-1]), chart.y(last) - 10, name, "end", class_="strong"))
+            kind = "hollow" if order else "mark"
+            picture.append(chart.dot(place, v.estimate, f"{kind} {tone}", f"{x}: {v.estimate:.3f}"))
     return _text(picture)
 
 
@@ -343,8 +348,8 @@ class _Chart:
         ends = [(self.axis.at(x), self.y(y)) for x, y in points]
         return [_line(*a, *b, f"bar {tone}") for a, b in pairwise(ends)]
 
-    def dot(self, x: float, y: float, tone: str, words: str) -> ElementTree.Element:
-        found = _element("circle", cx=self.axis.at(x), cy=self.y(y), r=4, class_=f"mark {tone}")
+    def dot(self, x: float, y: float, class_: str, words: str) -> ElementTree.Element:
+        found = _element("circle", cx=self.axis.at(x), cy=self.y(y), r=4, class_=class_)
         found.append(_title(words))
         return found
 
