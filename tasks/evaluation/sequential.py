@@ -129,8 +129,10 @@ def wealth(stream: Stream, margin: float) -> Floats:
 
 def final_p(stream: Stream, margin: float) -> float:
     """Return the p-value against "the mean is at most `margin`" of the wealth after the last cluster, whenever it came."""
-    capital = wealth(stream, margin)
-    return float(min(1.0, 1 / capital[-1])) if capital.size else 1.0
+    if margin <= stream.support[0]:
+        return 0.0 if margin < stream.support[0] else float((stream.sums <= margin * stream.shares).all())
+    logs = _log_wealth(stream, margin)
+    return float(min(1.0, np.exp(-logs)))
 
 
 def anytime_p(capital: ArrayLike) -> Floats:
@@ -207,9 +209,7 @@ def _bound(stream: Stream, goal: float, bound: float) -> float:
     def rejected(margin: float) -> bool:
         if margin <= low:
             return bool(excess.sum() > 0)
-        logs = np.log1p(np.outer(FRACTIONS, excess / (margin - low) - stream.shares)).sum(axis=1)
-        top = logs.max()
-        return bool(top + np.log(np.exp(logs - top).mean()) >= goal)
+        return _log_wealth(stream, margin) >= goal
 
     if not rejected(bound):
         return bound
@@ -218,6 +218,15 @@ def _bound(stream: Stream, goal: float, bound: float) -> float:
         middle = (below + above) / 2
         below, above = (middle, above) if rejected(middle) else (below, middle)
     return below
+
+
+def _log_wealth(stream: Stream, margin: float) -> float:
+    """The log of the wealth after the last cluster, for a margin above the least value possible."""
+    low = stream.support[0]
+    gain = (stream.sums - low * stream.shares) / (margin - low) - stream.shares
+    logs = np.log1p(np.outer(FRACTIONS, gain)).sum(axis=1)
+    top = logs.max()
+    return float(top + np.log(np.exp(logs - top).mean()))
 
 
 def _bernstein_lows(stream: Stream, alpha: float) -> Floats:
