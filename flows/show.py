@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -132,34 +131,42 @@ def decision_record(context: Context, path: str, sha256: str) -> dict[str, Any]:
     return dict(json.loads(file.read_text()))
 
 
-def decision_view(record: Mapping[str, Any], page: Path | None = None) -> RenderableType:
-    """Draw a decision: evidence by evidence in the gate's order, and where its page is. It fits 100 columns."""
-    table = _table("evidence", "verdict", "estimate:n", "interval", "margin:n", "n:n", "detectable:n")
+def decision_view(record: Mapping[str, Any]) -> RenderableType:
+    """Draw a decision: evidence by evidence in the gate's order; it fits 100 columns."""
+    table = _table("evidence", "verdict", "estimate:n", "interval", "margin:n", "n:n", "mde:n")
     for item in record["evidence"]:
-        low, high = item.get("low"), item.get("high")
-        name = Text(item["name"]) if item["counts"] else Text(f"{item['name']} (not required)", style="dim")
+        unit = item.get("unit", "mean reward")
+        signed = unit == "mean reward"
+        numbers = {name: _number(item.get(name), signed) for name in ("estimate", "low", "high", "margin")}
+        bounds = (
+            f"[{numbers['low'] or '-∞'}, {numbers['high'] or '∞'}]"
+            if numbers["low"] or numbers["high"]
+            else ""
+        )
+        named = unit if numbers["estimate"] and unit not in ("mean reward", "share") else ""
         table.add_row(
-            name,
+            Text(item["name"]) if item["counts"] else Text(f"{item['name']} (not required)", style="dim"),
             verdict(item["verdict"]),
-            _number(item.get("estimate")),
-            "" if low is None and high is None else f"[{_number(low) or '-∞'}, {_number(high) or '∞'}]",
-            _number(item.get("margin")),
+            numbers["estimate"],
+            f"{bounds} {named}".strip(),
+            numbers["margin"],
             "" if item.get("n") is None else f"{item['n']:,}",
             _number(item.get("mde")),
         )
-    lines: list[RenderableType] = [table]
-    lines += [Text(f"· {reason}") for reason in record["reasons"]]
-    if page is not None and page.exists():
-        lines.append(Text(f"page: {page}", style="dim", overflow="fold"))
-    pair = f"agent/{record['candidate']['version']} against agent/{record['champion']['version']}"
-    title = f"{pair}: {record['verdict']}"
+    agents = [f"agent/{record[side]['version']}" for side in ("candidate", "champion")]
+    lines: list[RenderableType] = [table, *(Text(f"· {reason}") for reason in record["reasons"])]
+    lines.append(Text(f"forebay decision page {agents[0]} --open   shows it with plots", style="dim"))
+    title = f"{agents[0]} against {agents[1]}: {record['verdict']}"
     style = _COLOURS.get(record["verdict"], "default")
     return Panel(Group(*lines), title=title, border_style=style, title_align="left")
 
 
-def _number(value: float | None) -> str:
+def _number(value: float | None, signed: bool = False) -> str:
     """Write a number in about six characters, whatever its unit."""
-    return "" if value is None else f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3f}"
+    if value is None:
+        return ""
+    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 3
+    return f"{value:{'+' if signed and value else ''}.{digits}f}"
 
 
 def verify_view(report: Mapping[str, Any]) -> RenderableType:
@@ -212,9 +219,7 @@ def cycle_report(context: Context, result: Mapping[str, Any]) -> RenderableType:
     if result.get("evaluation"):
         parts += [Text(), scores_table(result["evaluation"]), Text()]
     if result.get("decision_record"):
-        place = result["decision_record"]
-        page = (context.workspace.root / place["path"]).with_suffix(".html")
-        parts.append(decision_view(decision_record(context, **place), page))
+        parts.append(decision_view(decision_record(context, **result["decision_record"])))
     if not result["found"]:
         parts.append(Text(result["reason"], style="bold"))
     return Group(*parts)

@@ -147,16 +147,14 @@ def decision_show(
 ) -> None:
     """Print a decision with its evidence: estimate, interval, n, minimum detectable effect, verdict."""
     from flows.judging import newest_decision
-    from flows.pages import page_of
     from flows.show import decision_record, decision_view
 
     context = open_context(workspace)
-    made = newest_decision(context, version).payload
-    record = decision_record(context, **made["record"])
+    record = decision_record(context, **newest_decision(context, version).payload["record"])
     if as_json:
         print_json(record)
     else:
-        out.print(decision_view(record, page_of(context, made)))
+        out.print(decision_view(record))
 
 
 @decision_app.command("page")

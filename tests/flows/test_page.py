@@ -10,24 +10,12 @@ from mlflow import MlflowClient
 
 from flows.artifacts import _decision_page
 from flows.context import Context
-from flows.cycle import Cycle, open_cycle
-from flows.judging import record_decision
-from flows.pages import page_of
-from flows.run import run_stages
+from flows.judging import newest_decision, record_decision
+from flows.pages import draw_page, page_of
 from tasks.core.errors import Corrupt, NotFound
 from tasks.promotion.gate import recompute_decision
-from tests.flows.conftest import forebay, lay_workspace, loads
+from tests.flows.conftest import forebay, loads
 from tests.promotion.test_page import parsed
-
-
-@pytest.fixture(scope="module")
-def cycled(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Context:
-    """A workspace in which one cycle has run."""
-    context = lay_workspace(tmp_path_factory.mktemp("paged") / "ws", tiny_base)
-    cycle = open_cycle(context)
-    assert isinstance(cycle, Cycle)
-    run_stages(context, cycle)
-    return context
 
 
 @pytest.fixture
@@ -81,22 +69,9 @@ def test_the_command_draws_the_same_bytes_again(cycled: Context, made: dict):
     )
 
 
-def test_a_description_that_somebody_wrote_stays(cycled: Context, made: dict):
-    store = client(cycled)
-    written = store.get_model_version("agent", "2").description
-    try:
-        store.update_model_version("agent", "2", "Ours since Tuesday.")
-        loads(forebay(cycled.workspace.root, "decision", "page", "--json"))
-        assert store.get_model_version("agent", "2").description == "Ours since Tuesday."
-    finally:
-        store.update_model_version("agent", "2", written)
-
-
 def test_changed_evidence_refuses_the_page(cycled: Context, made: dict):
-    file = (
-        cycled.workspace.evidence
-        / recompute_decision(cycled.workspace.root / made["record"]["path"]).inputs.outcomes.path
-    )
+    decision = recompute_decision(cycled.workspace.root / made["record"]["path"])
+    file = cycled.workspace.evidence / decision.inputs.outcomes.path
     data = file.read_bytes()
     try:
         file.write_bytes(data.replace(b'reward":1.0', b'reward":0.0', 1))
@@ -107,9 +82,20 @@ def test_changed_evidence_refuses_the_page(cycled: Context, made: dict):
         file.write_bytes(data)
 
 
-def test_a_page_of_nothing_is_not_found(context: Context):
-    done = forebay(context.workspace.root, "decision", "page", "--json")
-    assert done.returncode == NotFound.exit_code
+def test_a_forged_signature_refuses_the_page(cycled: Context, made: dict):
+    file = cycled.workspace.root / made["signature"]["path"]
+    data = file.read_bytes()
+    try:
+        file.write_bytes(data.replace(b"a", b"b", 1))
+        with pytest.raises(Corrupt, match=file.name):
+            draw_page(cycled, newest_decision(cycled, ""))
+    finally:
+        file.write_bytes(data)
+
+
+def test_a_page_of_nothing_is_not_found(cycled: Context):
+    with pytest.raises(NotFound, match="No decision about agent/1"):
+        newest_decision(cycled, "agent/1")
 
 
 def test_a_page_that_cannot_be_drawn_never_stands_in_the_way_of_a_decision(cycled: Context, made: dict):
