@@ -143,7 +143,7 @@ def decision_view(record: Mapping[str, Any]) -> RenderableType:
             if numbers["low"] or numbers["high"]
             else ""
         )
-        named = unit if numbers["estimate"] and unit not in ("mean reward", "share") else ""
+        named = "" if bounds or not numbers["estimate"] or unit == "mean reward" else unit
         table.add_row(
             Text(item["name"]) if item["counts"] else Text(f"{item['name']} (not required)", style="dim"),
             verdict(item["verdict"]),
