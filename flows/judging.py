@@ -81,7 +81,9 @@ def evaluate_candidate(
     outcomes = read_outcomes(context.workspace.root / file["path"], file["sha256"])
     further = {
         "proxy": evidence.score_by_proxy(context, reward, outcomes, tasks),
-        "serving": evidence.measure_serving(context, candidate, champion, tasks),
+        "serving": evidence.measure_serving(context, candidate, champion, tasks)
+        if context.policy.serving.required
+        else None,
         "replay_value": evidence.estimate_on_replay(context, candidate, champion, dataset),
         "run": evidence.record_run(context, run),
     }

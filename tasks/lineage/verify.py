@@ -274,9 +274,8 @@ def _record(workspace: Workspace, node: Node) -> Iterator[File | Problem]:
     record = json.loads(data)
     policy = digest_json(record["policy"])
     yield Problem("changed", node.files[0].path, f"policy of {_owner(node)}", record["policy_digest"], policy)
-    for name in ("outcomes", "reward"):
-        file = record["inputs"][name]
-        if file is not None:
+    for file in record["inputs"].values():
+        if isinstance(file, dict) and "path" in file:  # the others are findings and budgets
             yield File(workspace.relative(workspace.evidence / file["path"]), file["sha256"])
 
 
