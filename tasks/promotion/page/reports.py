@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tasks.evaluation.off_policy import ESTIMATORS, Rule, compare
+from tasks.evaluation.off_policy import Estimator, Rule, compare
 from tasks.evaluation.serving import Serving
 from tasks.evaluation.statistics import clopper_pearson
 from tasks.promotion.evidence.replay_value import read_log
@@ -30,6 +30,14 @@ from tasks.promotion.policy import Policy
 from tasks.reward import metrics
 from tasks.reward.checks import Check, judge_report
 
+_ESTIMATORS: Mapping[Estimator, str] = {
+    "is": "importance sampling",
+    "wis": "weighted importance sampling",
+    "pdis": "per decision",
+    "pdwis": "weighted, per decision",
+    "dr": "doubly robust",
+    "wdr": "weighted doubly robust",
+}
 _COUNTED = ("leak", "frame")  # checks whose estimate is a count of findings and no share
 
 
@@ -120,8 +128,9 @@ def _best_of_n(report: Mapping[str, Any], alpha: float) -> list[Chart]:
                 below="best of n answers",
                 beside="verified reward",
             ),
-            "Best of n of the policy's own answers: what choosing by the reward model truly earns, and what could be had.",
-            (("candidate", "the reward model chooses"), ("champion", "the verifier chooses")),
+            "Best of n of the policy's own answers: what choosing by the reward model truly earns, and what choosing by the "
+            "verifier would.",
+            (("candidate", "by the reward model"), ("champion", "by the verifier")),
         ),
         Chart(
             figures.curves(
@@ -133,7 +142,7 @@ def _best_of_n(report: Mapping[str, Any], alpha: float) -> list[Chart]:
             ),
             "Proxy against gold: the gain over n = 1, each in standard deviations within a prompt. "
             "Where the lines part, the reward model is exploited.",
-            (("candidate", "verified reward"), ("baseline", "the reward model's score")),
+            (("candidate", "verified"), ("baseline", "reward model")),
         ),
     ]
 
@@ -170,25 +179,18 @@ def _replay_value(report: Mapping[str, Any], policy: Policy) -> Section:
     log, candidate, champion = read_log(report)
     by = Rule(margin=rule.margin, alpha=rule.alpha, min_ess=rule.min_ess, looks=rule.looks)
     once = rule.looks == "once"
-    found = {name: compare(log, candidate, champion, replace(by, estimator=name)) for name in ESTIMATORS}
+    found = {name: compare(log, candidate, champion, replace(by, estimator=name)) for name in _ESTIMATORS}
     values = {
         name: Interval(e.estimate, *((e.low, e.high) if once else (e.anytime_low, e.anytime_high)))
         for name, e in found.items()
     }
     axis = Axis.over([0.0, rule.margin, *(x for v in values.values() for x in (v.estimate, v.low, v.high))])
-    rows = tuple(
-        Row(
-            name,
-            figures.strip(
-                axis,
-                Item(name, e.verdict, values[name], rule.margin, None, bounded(values[name], signed=True)),
-            ),
-            (bounded(values[name], signed=True),),
-            e.verdict,
-            "" if name == by.estimator else "for comparison",
-        )
-        for name, e in found.items()
-    )
+    rows = []
+    for name, e in found.items():
+        words = bounded(values[name], signed=True)
+        item = Item(_ESTIMATORS[name], e.verdict, values[name], rule.margin, None, words)
+        told = "" if name == by.estimator else "for comparison"
+        rows.append(Row(item.name, figures.strip(axis, item), (words,), e.verdict, told))
     weights = found[by.estimator].overlap
     shown: tuple[tuple[str, Callable[[Any], str]], ...] = (
         ("effective answers", lambda o: number(o.ess)),
@@ -203,7 +205,7 @@ def _replay_value(report: Mapping[str, Any], policy: Policy) -> Section:
         title,
         (
             f"What both agents would have earned on {e.n:,} logged answers to {e.prompts:,} prompts that neither was trained "
-            f"on, by {len(ESTIMATORS)} estimators; the gate's is {by.estimator}. {' '.join(e.reasons)}",
+            f"on, by {len(found)} estimators; the gate's is the {_ESTIMATORS[by.estimator]} one. {' '.join(e.reasons)}",
         ),
         strips=Strips(
             ("estimator", "difference [interval]"),
