@@ -211,7 +211,8 @@ def _replay_value(report: Mapping[str, Any], policy: Policy) -> Section:
             ("estimator", "difference [interval]"),
             (
                 Group(
-                    rows, figures.ruler(axis, left="champion better", right="candidate better", signed=True)
+                    tuple(rows),
+                    figures.ruler(axis, left="champion better", right="candidate better", signed=True),
                 ),
             ),
         ),
