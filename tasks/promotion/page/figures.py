@@ -110,9 +110,12 @@ class Item:
 
 
 def verdict_mark(verdict: str, size: int = 12) -> Markup:
-    """Draw the sign of a verdict: a disc for PASS, a square for FAIL, a hollow diamond for INCONCLUSIVE."""
-    picture = _picture(size, verdict, width=size)
-    picture.append(_verdict_shape(verdict, "50%", size / 2, verdict))
+    """Draw the sign of a verdict: a disc for PASS, a square for FAIL, a hollow diamond for INCONCLUSIVE.
+
+    It stands beside the word, so it is no picture of its own for people who cannot see it.
+    """
+    picture = _element("svg", width=size, height=size, aria_hidden="true")
+    picture.append(_verdict_shape(verdict, "50%", size / 2))
     return _text(picture)
 
 
@@ -354,8 +357,8 @@ class _Chart:
         return found
 
 
-def _picture(height: float, label: str, width: str | float = "100%") -> ElementTree.Element:
-    return _element("svg", width=width, height=height, role="img", aria_label=label)
+def _picture(height: float, label: str) -> ElementTree.Element:
+    return _element("svg", width="100%", height=height, role="img", aria_label=label)
 
 
 def _grid(axis: Axis, top: float, bottom: float) -> list[ElementTree.Element]:
@@ -363,11 +366,12 @@ def _grid(axis: Axis, top: float, bottom: float) -> list[ElementTree.Element]:
     return [_line(axis.at(t), top, axis.at(t), bottom, "zero" if t == 0 else "grid") for t in ticks]
 
 
-def _verdict_shape(verdict: str, x: str, y: float, label: str) -> ElementTree.Element:
+def _verdict_shape(verdict: str, x: str, y: float, label: str = "") -> ElementTree.Element:
     tone, shape = _VERDICTS.get(verdict, _VERDICTS["INCONCLUSIVE"])
     place = _element("svg", x=x, y=y)
     form = _element("path", d=_SHAPES[shape], class_=f"{'hollow' if tone == 'open' else 'mark'} {tone}")
-    form.append(_title(label))
+    if label:
+        form.append(_title(label))
     place.append(form)
     return place
 
