@@ -24,6 +24,11 @@ def publish(context: Context, stage: str, outputs: Mapping[str, Any]) -> None:
         _table("seal", [{key: outputs.get(key) for key in keys}], "Dataset version")
     elif stage == "validate":
         _table("validate", list(outputs["checks"]), f"Validation: {outputs['verdict']}")
+    elif stage == "reward":
+        _table("reward", [_check_row(check) for check in outputs["checks"]], f"Reward model: {outputs['verdict']}")
+        create_markdown_artifact(
+            key="reward-plots", markdown=_reward_page(context, outputs), description="Reward model"
+        )
     elif stage == "train":
         create_markdown_artifact(
             key="train", markdown=_training_page(context, outputs), description="Training"
@@ -109,6 +114,20 @@ def _training_page(context: Context, outputs: Mapping[str, Any]) -> str:
         f"**{outputs['steps']} steps**, {outputs['stop_reason']}; checkpoint `{outputs['digest'][:12]}`, "
         f"{len(outputs['groups'])} groups consumed.\n\n![training curves](data:image/png;base64,{picture})"
     )
+
+
+def _check_row(check: Mapping[str, Any]) -> dict[str, Any]:
+    columns = ("name", "verdict", "counts", "estimate", "low", "high", "limit", "n", "says")
+    return {name: check[name] for name in columns}
+
+
+def _reward_page(context: Context, outputs: Mapping[str, Any]) -> str:
+    lines = [f"# {outputs['verdict']}", "", *(f"- {reason}" for reason in outputs["reasons"]), ""]
+    for name in ("plot", "best_of_n"):
+        if outputs[name] is not None:
+            picture = (context.workspace.root / outputs[name]["path"]).read_bytes()
+            lines.append(f"![{name}](data:image/png;base64,{base64.b64encode(picture).decode()})")
+    return "\n".join(lines)
 
 
 def _decision_page(outputs: Mapping[str, Any]) -> str:

@@ -194,9 +194,16 @@ def _register(context: Context, cycle: Cycle) -> Receipt:
 
 
 def _evaluate(context: Context, cycle: Cycle) -> Receipt:
-    from flows.judging import evaluate_pair
+    from flows.judging import evaluate_candidate
 
-    return evaluate_pair(context, cycle.receipt("register")["version"], cycle.champion)
+    return evaluate_candidate(
+        context,
+        cycle.receipt("register")["version"],
+        cycle.champion,
+        dataset=cycle.receipt("seal")["root"],
+        run=cycle.receipt("train"),
+        reward=cycle.receipt("reward"),
+    )
 
 
 def _decide(context: Context, cycle: Cycle) -> Receipt:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 FLOWS: Mapping[str, str] = {
     "collect": "flows.collect:collect",
     "retrain": "flows.retrain:retrain",
+    "validate_reward": "flows.validate_reward:validate_reward",
     "promote": "flows.promote:promote",
     "audit": "flows.audit:audit",
     "reconcile": "flows.watch:reconcile",
@@ -72,7 +73,17 @@ class Schedule(Section):
     """When a flow runs by itself: by the clock (cron or interval) or upon an event."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    flow: Literal["collect", "retrain", "promote", "audit", "reconcile", "canary", "rehearse", "answer"]
+    flow: Literal[
+        "collect",
+        "retrain",
+        "validate_reward",
+        "promote",
+        "audit",
+        "reconcile",
+        "canary",
+        "rehearse",
+        "answer",
+    ]
     cron: str | None = None
     interval: str | None = Field(
         None, pattern=r"^[1-9][0-9]*[smhd]$", description="30m, 6h, 1d: counted from 2024-01-01 UTC"

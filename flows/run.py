@@ -55,9 +55,11 @@ def run_retrain(
 
 def run_stages(context: Context, cycle: Cycle, run: Any = run_stage) -> dict[str, Any]:
     """Run all stages of a cycle in order by `run(context, cycle, stage)` and record how it ended."""
+    from flows.judging import check_evaluation
     from flows.training import check_settings
 
     check_settings(context)
+    check_evaluation(context)
     reconcile_registry(context)  # what was changed in MLflow by hand is recorded before a cycle writes there
     ready(context)  # hours of training must not end before a key that is missing
     receipts: dict[str, dict[str, Any]] = {}
@@ -137,7 +139,9 @@ def summary(stage: str, outputs: dict[str, Any]) -> str:
             f"{name} {row['champion']:.3f} → {row['candidate']:.3f}"
             for name, row in outputs["slices"].items()
         )
-        return ", ".join(rows)
+        answered, planned = outputs["slices"]["all"]["n"], outputs.get("planned")
+        early = f" (stopped after {answered} of {planned} tasks)" if planned not in (None, answered) else ""
+        return ", ".join(rows) + early
     if stage == "decide":
         return str(outputs["verdict"])
     return str(outputs.get("reason") or outputs.get("skipped") or "")

@@ -84,6 +84,45 @@ def decisions_table(entries: Sequence[Mapping[str, Any]]) -> RenderableType:
     return table
 
 
+def rewards_table(found: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Draw the registered reward models."""
+    if not found:
+        return Text("No reward models; make one with `forebay reward train`.")
+    table = _table("reward", "kind", "office", "validated", "licences", "digest")
+    for row in found:
+        said = verdict(row["verdict"]) if row["verdict"] else Text("never", style="dim")
+        licences = ", ".join(row["licences"])
+        table.add_row(row["reward"], row["kind"], " ".join(row["roles"]), said, licences, row["digest"][:12])
+    return table
+
+
+def reward_view(found: Mapping[str, Any]) -> RenderableType:
+    """Draw one reward model: what it is, what it was made of, what is said of it."""
+    table = _table("", "")
+    for name, value in found.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{k} {v}" for k, v in value.items() if v is not None)
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        table.add_row(Text(name, style="dim"), "none" if value in (None, "") else str(value))
+    return table
+
+
+def reward_checks(report: Mapping[str, Any]) -> RenderableType:
+    """Draw the validation of a reward model; what does not count is dim."""
+    table = _table(
+        "check",
+        "verdict",
+        "what was found",
+        title=f"reward model {report['digest'][:12]}: {report['verdict']}",
+    )
+    for check in report["checks"]:
+        word = verdict(check["verdict"]) if check["counts"] else Text(check["verdict"].lower(), style="dim")
+        style = "" if check["counts"] else "dim"
+        table.add_row(Text(check["name"], style=style), word, Text(check["says"], style=style))
+    return table
+
+
 def keys_table(found: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Draw the trusted keys."""
     table = _table("name", "role", "key", "", "private key")

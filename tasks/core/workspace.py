@@ -80,6 +80,11 @@ class Workspace:
         return self.state / "models"
 
     @property
+    def preferences(self) -> Path:
+        """Sets of preferences, content-addressed."""
+        return self.state / "preferences"
+
+    @property
     def pinned(self) -> Path:
         """Hard links that keep the predecessor's files, by its digest."""
         return self.state / "pinned"

@@ -31,8 +31,8 @@ from tasks.evaluation.statistics import Estimate, clustered_mean
 Floats = NDArray[np.float64]
 
 _STEPS = 50  # of bisection: 2^-50 of the support
-_NODES: Floats = np.arange(0.5, 1600) * 0.025
-"""Where the integral is summed, in t of y = scale * sinh(t): the midpoint rule, which is exact to rounding here."""
+_STEP = 0.025  # of t in y = width * sinh(t): there the midpoint rule is exact to rounding
+_FARTHEST = 40  # of t, where even a single term has fallen to nothing
 
 
 def bounded_p(stream: Stream, margin: float) -> float:
@@ -97,7 +97,16 @@ def _below_zero(z: Floats) -> float:
     width = 1 / np.sqrt((count * (weight / (1 - above * weight)) ** 2).sum())
     # Off the pole at 0, where a saddle may lie: any line between the poles gives the same integral.
     place = max(min(above, -0.3 * width), 0.9 * left)
-    s = place + 1j * width * np.sinh(_NODES)
+    t = _nodes(width * weight / (1 - place * weight), count)
+    s = place + 1j * width * np.sinh(t)
     log = -(count[:, None] * np.log(1 - s[None, :] * weight[:, None])).sum(axis=0)
-    terms = (np.exp(log) / s).real * width * np.cosh(_NODES)
-    return float(min(max(-terms.sum() * (_NODES[1] - _NODES[0]) / np.pi, 0.0), 1.0))
+    terms = (np.exp(log) / s).real * width * np.cosh(t)
+    return float(min(max(-terms.sum() * _STEP / np.pi, 0.0), 1.0))
+
+
+def _nodes(scale: Floats, count: NDArray[np.int64]) -> Floats:
+    """The midpoints up to where prod (1 + (scale sinh t)^2)^(-count / 2), the size of the integrand, is below 1e-18."""
+    t = np.arange(1, _FARTHEST + 1)
+    size = t - (count[:, None] * np.log1p((scale[:, None] * np.sinh(t)) ** 2)).sum(axis=0) / 2
+    end = t[size < -42][0] if (size < -42).any() else _FARTHEST
+    return np.arange(0.5, end / _STEP) * _STEP

@@ -360,7 +360,7 @@ def _validation(records: Records, key: str) -> _Found:
 def _reward(records: Records, key: str) -> _Found:
     entry = records.by_entry[key]
     p = entry.payload
-    files = (_file(p["evidence"]), _file(p["plot"]))
+    files = tuple(_file(p[name]) for name in ("evidence", "plot", "best_of_n") if p.get(name))
     facts = _pick(p, "verdict", "reasons", "accuracy", "ece", "path", time=entry.time)
     return Node("reward", p["verdict"], p["digest"], facts, files), [
         ("trained on", _dataset_of(records, p["dataset"]))

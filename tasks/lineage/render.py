@@ -145,6 +145,8 @@ def _decision(facts: Mapping[str, Any]) -> str:
 
 def _reward(facts: Mapping[str, Any]) -> str:
     found = facts["accuracy"]
+    if found["estimate"] is None:
+        return "no held-out pair"
     return f"right on {found['estimate']:.3f} [{found['low']:.3f}, {found['high']:.3f}] of {found['n']} pairs"
 
 

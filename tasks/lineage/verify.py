@@ -265,7 +265,9 @@ def _manifest(workspace: Workspace, node: Node) -> Iterator[File | Problem]:
 
 def _reward_model(workspace: Workspace, node: Node) -> Iterator[Problem]:
     """The digest of a reward model follows from the files in its folder."""
-    folder = node.facts["path"]
+    folder = node.facts.get("path")
+    if folder is None:
+        return
     found = digest_files(digest_tree(workspace.root / folder)) if (workspace.root / folder).is_dir() else None
     problem: Literal["missing", "changed"] = "changed" if found else "missing"
     yield Problem(problem, folder, _owner(node), node.digest or "", found)
@@ -279,9 +281,8 @@ def _record(workspace: Workspace, node: Node) -> Iterator[File | Problem]:
     record = json.loads(data)
     policy = digest_json(record["policy"])
     yield Problem("changed", node.files[0].path, f"policy of {_owner(node)}", record["policy_digest"], policy)
-    for name in ("outcomes", "reward"):
-        file = record["inputs"][name]
-        if file is not None:
+    for file in record["inputs"].values():
+        if isinstance(file, dict) and "path" in file:  # the others are findings and budgets
             yield File(workspace.relative(workspace.evidence / file["path"]), file["sha256"])
 
 

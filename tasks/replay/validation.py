@@ -90,15 +90,15 @@ def validate_dataset(
     Raises:
         Corrupt: a shard is missing or its bytes are not what was sealed.
     """
-    from tasks.replay.expectations import run_checkpoint
+    from tasks.replay.expectations import check_episodes
 
     table = read_rows(workspace, sealed.manifest)
     checks = validate_rows(table, expected)
     kept = workspace.evidence / "validation"
     aside = kept / f".{sealed.manifest.name}-v{sealed.manifest.version:05d}"
     with file_lock(workspace.locks / "validation.lock", what=f"the validation of {sealed.manifest.subject}"):
-        checkpoint = run_checkpoint(table, sealed.manifest.subject, aside)
-        checks += checkpoint.checks
+        checkpoint = check_episodes(table, sealed.manifest.subject, aside)
+        checks += [Check(**asdict(found)) for found in checkpoint.checks]
         reasons = tuple(f"{check.name}: {check.detail}" for check in checks if not check.ok)
         verdict: Literal["PASS", "FAIL"] = "FAIL" if reasons else "PASS"
         data = _record(sealed, expected, verdict, checks, checkpoint.record)

@@ -16,6 +16,7 @@ from tasks.evaluation.paired import Agent, Baseline, pair_outcomes, write_outcom
 from tasks.promotion.gate import FileRef, Finding, Inputs, decide, write_decision
 from tasks.promotion.policy import Policy
 from tasks.replay.manifest import Behaviour, Manifest, Shard
+from tests.promotion.support import serving_file
 
 CODE = {"commit": "c" * 40, "dirty": False, "digest": sha256_bytes(b"code"), "lock": sha256_bytes(b"lock")}
 
@@ -162,6 +163,7 @@ class World:
             FileRef(Path(reward["path"]).relative_to(".forebay/evidence").as_posix(), reward["sha256"]),
             Finding("PASS", manifest.root, validated.payload["evidence"]["sha256"]),
             Finding("PASS", agents[0].digest, sha256_bytes(b"integrity")),
+            serving_file(evidence),
         )
         decision = decide(evidence, inputs, Policy())
         payload = decision.payload(self.workspace.relative(write_decision(evidence, decision)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pytest
 
 from tasks.core.digest import canonical_json, sha256_bytes, sha256_file, write_atomic
@@ -23,6 +22,8 @@ from tasks.promotion.gate import (
     write_decision,
 )
 from tasks.promotion.policy import Policy
+from tests.promotion.support import serving_file
+from tests.reward.report import make_report, sure_margins
 
 SOUND = Finding("PASS", "d" * 64, "e" * 64)
 
@@ -52,11 +53,8 @@ def outcomes_file(folder, candidate, champion):
 
 
 def reward_file(folder, accuracy=0.9, n=300, scale=None):
-    """Margins right with probability `accuracy`, as sure as they are right unless `scale` says otherwise."""
-    size = np.log(accuracy / (1 - accuracy)) if scale is None else scale
-    right = np.arange(n) < accuracy * n
-    pairs = [{"margin": float(size if ok else -size), "group_id": str(i)} for i, ok in enumerate(right)]
-    data = canonical_json({"pairs": pairs})
+    """A report on pairs with margins right with probability `accuracy`; see `sure_margins`."""
+    data = canonical_json(make_report(sure_margins(accuracy, n, scale)))
     write_atomic(folder / "reward" / f"{sha256_bytes(data)}.json", data)
     return FileRef(f"reward/{sha256_bytes(data)}.json", sha256_bytes(data))
 
@@ -68,7 +66,14 @@ def inputs_of(folder, candidate=None, champion=None, **changes):
         champion or {"calculator": (80, 120), "sums": (18, 40)},
     )
     return Inputs(
-        **{"outcomes": outcomes, "reward": reward_file(folder), "data": SOUND, "integrity": SOUND, **changes}
+        **{
+            "outcomes": outcomes,
+            "reward": reward_file(folder),
+            "data": SOUND,
+            "integrity": SOUND,
+            "serving": serving_file(folder),
+            **changes,
+        }
     )
 
 
@@ -86,6 +91,8 @@ def test_a_better_agent_passes(tmp_path):
     assert quality.n == 160
     assert [e.name for e in decision.evidence] == [
         "integrity", "data", "reward model", "errors", "evaluation set", "quality", "guard/calculator", "guard/sums",
+        "safety/empty", "hacking/proxy", "hacking/length", "hacking/format", "serving", "replay value", "divergence",
+        "resources",
     ]  # fmt: skip
 
 
@@ -146,6 +153,7 @@ def test_the_t_interval_alone_does_not_promote_on_a_handful_of_differences(tmp_p
         ({"data": None}, "INCONCLUSIVE"),
         ({"integrity": None}, "INCONCLUSIVE"),
         ({"reward": None}, "INCONCLUSIVE"),
+        ({"serving": None}, "INCONCLUSIVE"),
     ],
 )
 def test_what_the_policy_requires_must_be_there_and_sound(tmp_path, changes, verdict):

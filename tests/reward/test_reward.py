@@ -8,23 +8,27 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from models.reward_support import distances
 from tasks.core.digest import sha256_bytes, sha256_file
-from tasks.core.errors import Refused
-from tasks.core.settings import Reward
+from tasks.core.settings import HeadModel
 from tasks.core.workspace import Workspace
-from tasks.evaluation.statistics import clopper_pearson
 from tasks.promotion.gate import FileRef, reward_evidence
 from tasks.promotion.policy import Policy
 from tasks.replay.schema import Episode
-from tasks.reward.metrics import calibration_error, judge_reward, pair_accuracy, reliability
-from tasks.reward.model import RewardModel, train_reward_model
-from tasks.reward.pairs import make_pairs, split_pairs
-from tasks.reward.validation import validate_reward_model
+from tasks.reward.head import Backbone, HeadSource, train_head
+from tasks.reward.metrics import calibration_error, reliability
+from tasks.reward.pairs import replay_preferences
+from tasks.reward.preferences import split_preferences
+from tasks.reward.source import Answer
+from tasks.reward.validation import Material, Training, validate_source
 from tests.tiny import make_tiny_model
 
-SETTINGS = Reward(pairs_per_group=4, holdout=0.3, l2=1e-4)
+
+NOW = "2026-11-25T12:00:00+00:00"
 
 
 def episode(
@@ -43,64 +47,24 @@ def episode(
     )  # fmt: skip
 
 
-def test_pairs_are_better_and_worse_of_one_group_without_repetition():
+def decode(ids):
+    return f"prompt {ids}"
+
+
+def test_preferences_are_better_and_worse_of_one_group_without_repetition():
     rows = [
         episode("g", i, text, reward)
         for i, (text, reward) in enumerate([("a", 1), ("a", 1), ("b", 0), ("c", 0.7)])
     ]
-    pairs = make_pairs(rows, per_group=9, seed=0)
-    assert sorted((p.better.response_text, p.worse.response_text) for p in pairs) == [("a", "b"), ("c", "b")]
-    assert make_pairs(rows, per_group=1, seed=0) == pairs[:1]
-    assert make_pairs([row for row in rows if row.reward == 1], per_group=9, seed=0) == []
-    assert make_pairs(list(reversed(rows)), per_group=9, seed=0) == pairs  # the order of rows does not matter
-    assert pairs[0].better.licence == "Apache-2.0"
-
-
-def test_no_prompt_is_on_both_sides_even_across_groups():
-    rows = []
-    for g in range(60):  # two groups a prompt, as two nights of collecting give
-        for sample, reward in enumerate((1.0, 0.0)):
-            rows.append(
-                episode(f"g{g}", sample, str(sample), reward, env=f"env{g % 2}", prompt=f"p{g // 4} {g % 2}")
-            )
-    split = split_pairs(make_pairs(rows, per_group=4, seed=3), holdout=0.3, seed=3)
-    sides = [{p.better.prompt_sha256 for p in side} for side in (split.train, split.heldout)]
-    assert not sides[0] & sides[1]
-    assert len(split.train) + len(split.heldout) == 60
-    assert {p.env for p in split.heldout} == {"env0", "env1"}
-    assert 0.2 < len(split.heldout) / 60 < 0.4
-
-
-def test_accuracy_is_clustered_by_group():
-    margins = np.where(np.arange(100) < 80, 1.0, -1.0)
-    alone = pair_accuracy(margins, [str(i) for i in range(100)], alpha=0.05)
-    together = pair_accuracy(margins, [str(i // 10) for i in range(100)], alpha=0.05)
-    assert alone.estimate == together.estimate == 0.8
-    assert together.high - together.low > 2 * (alone.high - alone.low)
-    assert alone.low == pytest.approx(clopper_pearson(80, 100, alpha=0.05)[0], abs=0.02)
-
-
-def test_calibration_worked_example():
-    # sure at sigmoid(1.0986) = 0.75: right 3 of 4 is perfect, right 1 of 4 is off by one half
-    margin = np.log(3)
-    assert calibration_error(reliability([margin, margin, margin, -margin])) == pytest.approx(0, abs=1e-9)
-    assert calibration_error(reliability([margin, -margin, -margin, -margin])) == pytest.approx(0.5, abs=1e-9)
-    assert calibration_error(reliability([0.0, 0.0])) == pytest.approx(0)
-    assert sum(bar.n for bar in reliability(np.linspace(-40, 40, 101))) == 101
-
-
-def test_verdicts():
-    def verdict(right, n, ece):
-        accuracy = pair_accuracy(
-            np.where(np.arange(n) < right, 1.0, -1.0), [str(i) for i in range(n)], alpha=0.05
-        )
-        return judge_reward(accuracy, ece, min_accuracy=0.6, max_ece=0.15)
-
-    assert verdict(80, 100, 0.05) == "PASS"
-    assert verdict(80, 100, 0.25) == "FAIL"
-    assert verdict(50, 100, 0.05) == "FAIL"
-    assert verdict(63, 100, 0.05) == "INCONCLUSIVE"
-    assert verdict(4, 4, 0.05) == "INCONCLUSIVE"
+    found = replay_preferences(rows, decode, per_group=9, seed=0)
+    assert sorted((p.chosen, p.rejected) for p in found) == [("a", "b"), ("c", "b")]
+    assert replay_preferences(rows, decode, per_group=1, seed=0) == found[:1]
+    assert replay_preferences([r for r in rows if r.reward == 1], decode, per_group=9, seed=0) == []
+    assert replay_preferences(list(reversed(rows)), decode, per_group=9, seed=0) == found
+    assert found[0].licence == "Apache-2.0"
+    assert found[0].prompt == "prompt [3, 4]"
+    assert found[0].group == sha256_bytes(b"prompt [3, 4]")
+    assert {found[0].chosen_id, found[0].rejected_id} <= {f"g-{i}" for i in range(4)}
 
 
 @pytest.fixture(scope="module")
@@ -127,58 +91,101 @@ def letters(backbone, groups=60, learnable=True):
     return rows
 
 
-def train(backbone, target, rows, **changes):
-    settings = SETTINGS.model_copy(update=changes)
-    return train_reward_model(rows, backbone, "b" * 64, settings, seed=0, target=target)
+def train(backbone, target, rows, holdout=0.3, **changes):
+    """Train a head on the rows' preferences; return it, the preferences it has not seen, and the verdict."""
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    found = replay_preferences(rows, tokenizer.decode, per_group=4, seed=0)
+    split = split_preferences(found, holdout=holdout)
+    frozen = Backbone(backbone, "b" * 64, "language model")
+    head = train_head(split.train, frozen, HeadModel(**changes), target=target, origin={"base": "tiny"})
+    return head, split.heldout
+
+
+# A tiny model of random weights, on fifteen prompts: what it makes of edits and hacks is chance.
+POLICY = Policy.model_validate(
+    {"reward_model": {"counts": ["accuracy", "slices", "calibration", "leak", "frame"]}}
+)
+
+
+def judged(head, heldout, root):
+    material, training = Material(heldout, dataset="d" * 64), Training.of(head.kind, root / "reward")
+    return validate_source(
+        head, material, POLICY.reward_model, Workspace(root), training=training, time=NOW, path=root / "reward"
+    )
+
+
+def margins(head, heldout):
+    scores = head.score([answer for p in heldout for answer in (p.better, p.worse)])
+    return [a - b for a, b in zip(scores[::2], scores[1::2], strict=True)]
 
 
 def test_a_learnable_reward_passes_with_evidence_that_the_gate_recomputes(backbone, tmp_path):
-    trained = train(backbone, tmp_path / "models" / "reward", letters(backbone))
-    workspace = Workspace(tmp_path)
-    told = validate_reward_model(trained, Policy().reward_model, workspace, "d" * 64)
+    head, heldout = train(backbone, tmp_path / "reward", letters(backbone))
+    told = judged(head, heldout, tmp_path)
     assert told["verdict"] == "PASS", told["reasons"]
     assert told["accuracy"]["estimate"] > 0.9
     assert told["slices"]["letters"] == told["accuracy"]
-    assert told["path"] == "models/reward"
+    assert told["path"] == "reward"
     for name in ("evidence", "plot"):
         assert sha256_file(tmp_path / told[name]["path"]) == told[name]["sha256"]
     assert (tmp_path / told["plot"]["path"]).read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / told["evidence"]["path"]).read_text())
-    assert report["reward_model"] == told["digest"]
-    assert report["pairs"][0]["licence"] == "Apache-2.0"
-    item = reward_evidence(report, FileRef(told["evidence"]["path"], told["evidence"]["sha256"]), Policy())
-    assert (item.verdict, item.n) == ("PASS", told["accuracy"]["n"])
+    assert report["source"]["digest"] == told["digest"]
+    assert report["preferences"][0]["licence"] == "Apache-2.0"
+    item = reward_evidence(report, FileRef(told["evidence"]["path"], told["evidence"]["sha256"]), POLICY)
+    assert (item.verdict, item.n) == ("PASS", len({p.group for p in heldout}))
     assert item.low == pytest.approx(told["accuracy"]["low"])
 
 
 def test_a_reward_of_coins_does_not_pass(backbone, tmp_path):
-    trained = train(backbone, tmp_path / "reward", letters(backbone, groups=120, learnable=False))
-    told = validate_reward_model(trained, Policy().reward_model, Workspace(tmp_path), "d" * 64)
+    head, heldout = train(backbone, tmp_path / "reward", letters(backbone, groups=120, learnable=False))
+    told = judged(head, heldout, tmp_path)
     assert told["verdict"] != "PASS"
     assert told["accuracy"]["low"] < 0.6
 
 
 @pytest.mark.parametrize("l2", [1e-5, 1e-1])
 def test_confidence_is_right_whatever_the_penalty(backbone, tmp_path, l2):
-    trained = train(backbone, tmp_path / "reward", letters(backbone, groups=150), l2=l2)
-    assert calibration_error(reliability(trained.margins)) < 0.12
+    head, heldout = train(backbone, tmp_path / "reward", letters(backbone, groups=150), l2=l2)
+    assert calibration_error(reliability(margins(head, heldout))) < 0.12
 
 
 def test_the_same_rows_give_the_same_bytes_and_the_files_say_all(backbone, tmp_path):
     rows = letters(backbone)
-    first, second = (train(backbone, tmp_path / name, rows) for name in ("a", "b"))
-    assert first.model.digest == second.model.digest
-    assert first.margins == second.margins
-    assert train(backbone, tmp_path / "c", rows, l2=1e-3).model.digest != first.model.digest
-    loaded = RewardModel.load(tmp_path / "a")
+    (first, heldout), (second, _) = (train(backbone, tmp_path / name, rows) for name in ("a", "b"))
+    assert first.digest == second.digest
+    assert train(backbone, tmp_path / "c", rows, l2=1e-3)[0].digest != first.digest
+    loaded = HeadSource.load(tmp_path / "a", Backbone(backbone, "b" * 64, "language model"))
+    assert loaded.digest == first.digest
+    assert margins(loaded, heldout) == margins(first, heldout)
+    with pytest.raises(ValueError, match="belongs to the backbone"):
+        HeadSource.load(tmp_path / "a", Backbone(backbone, "c" * 64, "language model"))
+
+
+def test_the_score_of_a_text_is_what_plain_transformers_says(backbone, tmp_path):
+    head, heldout = train(backbone, tmp_path / "reward", letters(backbone))
     model = AutoModelForCausalLM.from_pretrained(backbone)
-    pair = first.split.heldout[0]
-    better, worse = loaded.score(model, [pair.better, pair.worse])
-    assert better - worse == pytest.approx(first.margins[0], abs=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    answer = heldout[0].better
+    prompt, response = (tokenizer(text)["input_ids"] for text in (answer.prompt, answer.response))
+    with torch.inference_mode():
+        states = model(torch.tensor([[*prompt, *response]]), output_hidden_states=True).hidden_states
+    pooled = states[head.backbone.layer][0, len(prompt) :].double().mean(0)
+    assert head.score([answer]) == [pytest.approx(float(pooled @ head.weight + head.bias), abs=1e-4)]
 
 
-@pytest.mark.parametrize("rows", [[], [episode("g", 0, "a", 1.0), episode("g", 1, "b", 0.0)]])
-def test_too_little_to_learn_from_is_refused_in_one_sentence(backbone, tmp_path, rows):
-    with pytest.raises(Refused, match=f"has {len(rows) // 2} groups with both"):
-        train(backbone, tmp_path / "reward", rows)
-    assert not (tmp_path / "reward").exists()
+def test_an_empty_answer_has_a_finite_score(backbone, tmp_path):
+    head, heldout = train(backbone, tmp_path / "reward", letters(backbone))
+    scores = head.score([Answer(heldout[0].prompt, ""), Answer("", "abc"), Answer("", "")])
+    assert np.isfinite(scores).all()
+    assert head.score([]) == []
+
+
+def test_training_answers_are_within_the_support_and_gibberish_is_not(backbone, tmp_path):
+    head, heldout = train(backbone, tmp_path / "reward", letters(backbone, groups=150))
+    support = load_file(tmp_path / "reward" / "support.safetensors")
+    limit = float(support["distances"][95])
+    seen = distances(support, head.features([p.better for p in heldout]))
+    odd = distances(support, head.features([Answer("%%%", "{}[]()<>/&$#@!" * 4)] * 2))
+    assert (seen <= limit).double().mean() > 0.8
+    assert (odd > limit).all()

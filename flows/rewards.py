@@ -1,0 +1,523 @@
+"""Reward models: their preferences kept, trained, registered under the office `reward`, and opened again to score."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows import progress
+from flows.context import Context
+from tasks.core.digest import digest_files, digest_json, digest_tree, sha256_file
+from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
+from tasks.core.ledger import Entry
+from tasks.core.settings import ClassifierModel, HeadModel, JudgeModel, VerifierModel
+from tasks.core.stages import once
+
+if TYPE_CHECKING:
+    from tasks.arena.environment import Task
+    from tasks.replay.schema import Episode
+    from tasks.reward.head import Backbone
+    from tasks.reward.source import Preference, RewardSource
+
+IMPORTED, MADE, REGISTERED = "preferences.imported", "preferences.made", "reward.registered"
+_DIGITS = 8  # of a digest that names a set of preferences
+
+
+# -------------------------------------------------------------------------------------- sets of preferences
+
+
+def import_preferences(
+    context: Context, file: Path, *, name: str, source: str, licence: str, slice: str
+) -> dict[str, Any]:
+    """Keep the preferences of a JSONL file (also .gz); bad lines are named and left out.
+
+    Returns:
+        The ledger's payload, and `errors`: one sentence for each line that was left out.
+
+    Raises:
+        NotFound: there is no such file. UsageError: it holds nothing that can be used.
+    """
+    from tasks.reward.importers import Origin
+    from tasks.reward.importers import import_preferences as read
+
+    report = read(file, Origin(source, licence, slice))
+    if not report.preferences:
+        first = f"; the first problem: {report.errors[0]}" if report.errors else ""
+        raise UsageError(f"{file} holds no preference{first}.")
+    dropped = {
+        "duplicates": report.duplicates,
+        "equal": report.equal,
+        "without_contrast": report.without_contrast,
+        "unreadable": len(report.errors),
+    }
+    origin = {"file": file.name, "sha256": sha256_file(file)}
+    payload = _keep_set(context, IMPORTED, name, report.preferences, {"origin": origin, "dropped": dropped})
+    return {**payload, "errors": list(report.errors)}
+
+
+def replay_set(context: Context, dataset: Mapping[str, Any], agent: str = "champion") -> dict[str, Any]:
+    """Make preferences of a sealed dataset by its rewards; the same dataset gives the same set.
+
+    Args:
+        dataset: payload of `dataset.sealed`.
+        agent: whose tokenizer wrote the rows.
+
+    Raises:
+        Refused: another tokenizer wrote them.
+    """
+    from tasks.reward.pairs import replay_preferences
+    from tasks.reward.preferences import distinct
+
+    decode = Decoder(context, agent)
+    settings = context.settings.reward
+    found = distinct(
+        replay_preferences(
+            (decode.checked(episode) for episode in episodes(context, dataset)),
+            decode,
+            per_group=settings.pairs_per_group,
+            seed=context.settings.seed,
+        )
+    )
+    origin = {"dataset": dataset["root"], "name": f"{dataset['name']}/v{dataset['version']}"}
+    return _keep_set(context, MADE, str(dataset["name"]), found.preferences, {"origin": origin})
+
+
+def preference_set(context: Context, ref: str) -> dict[str, Any]:
+    """Return the payload of the set that `ref` names: the newest of a name, the start of a digest, or a dataset.
+
+    Raises:
+        NotFound: there is no such set or dataset; those that exist are named.
+    """
+    from flows.cycle import sealed_payload
+
+    known = [*context.ledger.entries(IMPORTED), *context.ledger.entries(MADE)]
+    named = [e for e in known if e.kind == IMPORTED and e.payload["name"] == ref]
+    by_digest = [e for e in known if len(ref) >= _DIGITS and e.subject.startswith(ref)]
+    for entry in reversed([*by_digest, *named]):
+        return dict(entry.payload)
+    try:
+        return replay_set(context, sealed_payload(context, ref))
+    except NotFound:
+        names = sorted({e.payload["name"] for e in known if e.kind == IMPORTED})
+        datasets = sorted({e.payload["name"] for e in context.ledger.entries("dataset.sealed")})
+        raise NotFound(
+            f"There are no preferences and no dataset called `{ref}`; imported: {', '.join(names) or 'none'}; "
+            f"datasets: {', '.join(datasets) or 'none'}."
+        ) from None
+
+
+def read_set(context: Context, payload: Mapping[str, Any]) -> list[Preference]:
+    """Return the preferences of a set, bytes checked."""
+    from tasks.reward.preferences import read_preferences
+
+    return read_preferences(context.workspace.root / payload["path"], payload["digest"])
+
+
+def _keep_set(
+    context: Context, kind: str, name: str, found: Sequence[Preference], more: Mapping[str, Any]
+) -> dict[str, Any]:
+    from tasks.reward.importers import slices
+    from tasks.reward.preferences import write_preferences
+
+    path, digest = write_preferences(context.workspace.preferences, found)
+    payload = {
+        "digest": digest,
+        "path": context.workspace.relative(path),
+        "name": name,
+        "pairs": len(found),
+        "groups": len({preference.group for preference in found}),
+        "slices": slices(found),
+        "sources": sorted({preference.source for preference in found}),
+        "licences": sorted({preference.licence for preference in found}),
+        **more,
+    }
+    known = context.ledger.last(kind, digest)
+    if known is None or dict(known.payload) != payload:
+        context.ledger.append(kind, digest, payload)
+    return payload
+
+
+# ---------------------------------------------------------------------------------- training and registering
+
+
+def train_reward(
+    context: Context, preferences: Mapping[str, Any] | None = None, agent: str = "champion"
+) -> dict[str, Any]:
+    """Train (or only describe) the reward source of the settings and register it; the same request finds it again.
+
+    Args:
+        preferences: payload of a set; a verifier or a judge needs none.
+        agent: the language model whose states a head reads where the settings name no base.
+
+    Returns:
+        The payload of `reward.registered`.
+
+    Raises:
+        Refused: too few groups on one side of the split. UsageError: the settings name no such model.
+    """
+    settings = context.settings.reward
+    model = settings.model
+    if isinstance(model, VerifierModel | JudgeModel):
+        return register_untrained(context, model)
+    if preferences is None:
+        raise UsageError(f"A reward model of kind {model.kind} needs preferences to learn from.")
+    backbone = _backbone(context, model, agent)
+    inputs = {
+        "preferences": preferences["digest"],
+        "backbone": backbone,
+        "holdout": settings.holdout,
+        "model": model.model_dump(mode="json"),
+        "seed": context.settings.seed,
+    }
+
+    def work(key: str) -> dict[str, Any]:
+        from models.causal_lm import ModelError
+        from tasks.reward.classifier import train_classifier
+        from tasks.reward.head import train_head
+
+        train, heldout = split_of(context, preferences, settings.holdout)
+        if not train or not heldout:
+            raise Refused(
+                f"The preferences {preferences['name']} have {preferences['groups']} prompts with a better and a "
+                "worse answer: too few to train and validate on; collect or import more, on tasks neither too "
+                "easy nor too hard."
+            )
+        target = context.workspace.models / f"reward-{key[:16]}"
+        origin = {
+            "set": preferences["digest"],
+            "holdout": settings.holdout,
+            "base": model.base or backbone["agent"],
+        }
+        with progress.current().bar("reward") as report:
+            try:
+                if isinstance(model, HeadModel):
+                    frozen = _open_backbone(context, backbone)
+                    source: Any = train_head(
+                        train, frozen, model, target=target, origin=origin, report=report
+                    )
+                else:
+                    source = train_classifier(
+                        train,
+                        model,
+                        seed=context.settings.seed,
+                        target=target,
+                        origin={**origin, "backbone": {"digest": backbone["digest"], "form": "base"}},
+                        device=context.device(),
+                        report=report,
+                    )
+            except ModelError as error:
+                raise UsageError(f"reward.model.base: {error}") from None
+        parents = {
+            "preferences": preferences["digest"],
+            "dataset": preferences["origin"].get("dataset"),
+            "backbone": backbone,
+        }
+        licences = preferences["licences"]
+        return register_reward(
+            context, target, source.kind, parents=parents, holdout=settings.holdout, licences=licences
+        )
+
+    def stands(outputs: Mapping[str, Any]) -> bool:
+        folder = context.workspace.root / outputs["path"]
+        return folder.is_dir() and digest_files(digest_tree(folder)) == str(outputs["digest"])
+
+    outputs, _ = once(context.ledger, "train reward", inputs, work, stands)
+    return outputs
+
+
+def register_reward(
+    context: Context,
+    folder: Path,
+    kind: str,
+    *,
+    parents: Mapping[str, Any],
+    holdout: float | None = None,
+    licences: Sequence[str] = (),
+    serving: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Register a reward source's folder with MLflow and in the ledger; the same files give the same version.
+
+    Args:
+        parents: {preferences, dataset, backbone}, each None where there is none.
+        holdout: share of the preferences' groups that training has not seen.
+        serving: how a judge was reached; no part of its identity.
+
+    Returns:
+        The payload of `reward.registered`.
+
+    Raises:
+        Refused: a file can run code when it is loaded.
+    """
+    from tasks.promotion.inert import require_inert
+    from tasks.promotion.promote import reconcile
+
+    files = digest_tree(folder)
+    require_inert(folder, files)
+    digest = digest_files(files)
+    for entry in context.ledger.entries(REGISTERED):
+        if entry.payload["digest"] == digest:
+            return dict(entry.payload)
+    registry = context.registry.for_office("reward")
+    registered = registry.register(folder, digest, tags={"forebay.kind": kind})
+    version = int(registered.version)
+    payload = {
+        "version": version,
+        "digest": digest,
+        "files": files,
+        "kind": kind,
+        "path": context.workspace.relative(folder),
+        "mlflow": {
+            "model_id": registered.model_id,
+            "run_id": registered.run_id,
+            "version": registered.version,
+        },
+        "parents": {"preferences": None, "dataset": None, "backbone": None, **parents},
+        "holdout": holdout,
+        "licences": sorted(licences),
+        "serving": dict(serving or {}),
+    }
+    context.ledger.append(REGISTERED, f"reward/{version}", payload)
+    reconcile(context.ledger, registry)
+    return payload
+
+
+def register_untrained(context: Context, model: VerifierModel | JudgeModel) -> dict[str, Any]:
+    from tasks.reward.open import write_untrained
+
+    name = digest_json([model.model_dump(mode="json")])[:16]
+    aside = context.workspace.models / f".reward-{name}"
+    write_untrained(aside, model)
+    folder = context.workspace.models / f"reward-{digest_files(digest_tree(aside))[:16]}"
+    if folder.exists():
+        shutil.rmtree(aside)
+    else:
+        aside.rename(folder)
+    serving = model.model_dump(mode="json", include={"url", "api_key_env"})
+    return register_reward(context, folder, model.kind, parents={}, serving=serving)
+
+
+def _backbone(context: Context, model: HeadModel | ClassifierModel, agent: str) -> dict[str, Any]:
+    """Return what a reward model is built on: {agent, base, digest, path}; path is None for a classifier's base."""
+    from models.causal_lm import ModelError, source_digest
+
+    if model.base is None:
+        entry = context.agent(agent)
+        return {"agent": entry.subject, "base": None, "digest": entry.payload["digest"], "path": None}
+    try:
+        source = source_digest(model.base)
+        if isinstance(model, ClassifierModel):
+            return {"agent": None, "base": model.base, "digest": source, "path": None}
+        folder = context.workspace.models / f"encoder-{source[:16]}"
+        if not folder.exists():
+            _lay_encoder(model.base, folder)
+    except ModelError as error:
+        raise UsageError(f"reward.model.base: {error}") from None
+    digest = digest_files(digest_tree(folder))
+    return {"agent": None, "base": model.base, "digest": digest, "path": context.workspace.relative(folder)}
+
+
+def _lay_encoder(base: str, folder: Path) -> None:
+    """Write a base in the clean form in which it is registered with its head; whole or not at all."""
+    from models.reward_classifier import load_base
+
+    aside = folder.with_name(f".{folder.name}")
+    aside.mkdir(parents=True, exist_ok=True)
+    load_base(base, seed=0).save(aside)
+    aside.rename(folder)
+
+
+# ------------------------------------------------------------------------------------------- looking at them
+
+
+def reward(context: Context, ref: str) -> Entry:
+    """Return the registration of reward/N, reward@champion (candidate, previous), a version number or an alias.
+
+    Raises:
+        NotFound: no such version; those that exist are named.
+    """
+    from tasks.promotion.promote import standing
+
+    name = ref.removeprefix("reward").lstrip("/@") or "champion"
+    registered = {str(e.payload["version"]): e for e in context.ledger.entries(REGISTERED)}
+    held = standing(context.ledger, "reward").aliases()
+    if name in held:
+        name = str(held[name])
+    if name not in registered:
+        known = ", ".join(f"reward/{v}" for v in sorted(registered, key=int)) or "none yet"
+        raise NotFound(f"There is no reward model `{ref}`; registered here: {known}.")
+    return registered[name]
+
+
+def open_source(
+    context: Context, registered: Mapping[str, Any], tasks: Mapping[str, Task] | None = None
+) -> RewardSource:
+    """Return a registered reward source, ready to score, after hashing its files and its backbone's.
+
+    Args:
+        registered: payload of `reward.registered`.
+        tasks: {prompt: task}, for an environment's verifier.
+
+    Raises:
+        Corrupt: a file is missing or differs. Refused: a verifier's source code changed, or a file could run code.
+    """
+    from tasks.reward.open import load_source
+
+    name = f"reward/{registered['version']}"
+    folder = _intact(context.workspace.root / registered["path"], registered["files"], name)
+    backbone = registered["parents"]["backbone"]
+    head = registered["kind"] == "head"
+    now = context.settings.reward.model
+    judge = now if isinstance(now, JudgeModel) else JudgeModel.model_validate(registered["serving"])
+    return load_source(
+        folder,
+        backbone=_open_backbone(context, backbone) if head else None,
+        judge=judge,
+        cache=context.workspace.state / "judged",
+        tasks=tasks,
+        device=context.device() if head or registered["kind"] == "classifier" else "cpu",
+    )
+
+
+def heldout(context: Context, registered: Mapping[str, Any]) -> tuple[Preference, ...]:
+    """Return the preferences that a trained reward model has not seen; () for a verifier or a judge."""
+    digest = registered["parents"]["preferences"]
+    if digest is None:
+        return ()
+    entry = context.ledger.last(IMPORTED, digest) or context.ledger.last(MADE, digest)
+    assert entry is not None  # registering comes after it
+    return split_of(context, entry.payload, registered["holdout"])[1]
+
+
+def split_of(
+    context: Context, preferences: Mapping[str, Any], holdout: float
+) -> tuple[tuple[Preference, ...], tuple[Preference, ...]]:
+    """Return (training, held-out) preferences of a set."""
+    from tasks.reward.preferences import split_preferences
+
+    split = split_preferences(read_set(context, preferences), holdout=holdout)
+    return split.train, split.heldout
+
+
+def rewards_table(context: Context) -> list[dict[str, Any]]:
+    """Return every registered reward model with its offices and its newest verdict."""
+    from tasks.promotion.promote import standing
+
+    held = standing(context.ledger, "reward").aliases()
+    rows = []
+    for entry in context.ledger.entries(REGISTERED):
+        p = entry.payload
+        verdict = newest_verdict(context, p["digest"])
+        rows.append(
+            {
+                "reward": entry.subject,
+                "kind": p["kind"],
+                "roles": [alias for alias, version in held.items() if version == p["version"]],
+                "digest": p["digest"],
+                "verdict": None if verdict is None else verdict["verdict"],
+                "licences": p["licences"],
+                "registered": entry.time,
+            }
+        )
+    return rows
+
+
+def describe(context: Context, ref: str) -> dict[str, Any]:
+    """Return what is known of one reward model, in plain values."""
+    from tasks.reward.folder import read_about
+
+    entry = reward(context, ref)
+    p = entry.payload
+    (row,) = (row for row in rewards_table(context) if row["reward"] == entry.subject)
+    said = read_about(context.workspace.root / p["path"])
+    verdict = newest_verdict(context, p["digest"]) or {}
+    learnt = {name: said.get(name) for name in ("pairs", "groups", "slices", "sources", "seed", "scale")}
+    return {
+        **row,
+        "path": p["path"],
+        "settings": said["settings"],
+        **{name: value for name, value in learnt.items() if value is not None},
+        "parents": p["parents"],
+        "holdout": p["holdout"],
+        "reasons": verdict.get("reasons", []),
+    }
+
+
+def newest_verdict(context: Context, digest: str) -> dict[str, Any] | None:
+    """Return the payload of the newest validation of a reward model, None where there is none."""
+    entry = context.ledger.last("reward.validated", digest)
+    return None if entry is None else dict(entry.payload)
+
+
+# ------------------------------------------------------------------------------------------------- episodes
+
+
+class Decoder:
+    """The text of token ids by one agent's tokenizer; refuses rows of another.
+
+    Args:
+        agent: champion, agent/N, …
+    """
+
+    def __init__(self, context: Context, agent: str) -> None:
+        from models.causal_lm import load_tokenizer
+
+        entry = context.agent(agent)
+        self._name, self._digest = entry.subject, entry.payload["tokenizer_digest"]
+        self._tokenizer = load_tokenizer(context.weights(entry.payload))
+
+    def __call__(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`."""
+        return str(self._tokenizer.decode(list(ids)))
+
+    def checked(self, episode: Episode) -> Episode:
+        """Return the episode.
+
+        Raises:
+            Refused: another tokenizer wrote it.
+        """
+        if episode.tokenizer_digest != self._digest:
+            raise Refused(
+                f"Episode {episode.episode_id} was written with another tokenizer "
+                f"({episode.tokenizer_digest[:12]}…) than that of {self._name}; its prompt cannot be read."
+            )
+        return episode
+
+
+def episodes(context: Context, dataset: Mapping[str, Any]) -> Iterator[Episode]:
+    """Read the rows of a sealed dataset, bytes checked against their digests."""
+    from tasks.replay.schema import Episode
+    from tasks.replay.seal import find, read_rows
+
+    table = read_rows(context.workspace, find(context.ledger, dataset["root"]).manifest)
+    for batch in table.to_batches():
+        for row in batch.to_pylist():
+            yield Episode(**row)
+
+
+def _open_backbone(context: Context, backbone: Mapping[str, Any]) -> Backbone:
+    from tasks.reward.head import Backbone
+
+    device = context.device()
+    if backbone["agent"] is not None:
+        folder = context.weights(context.agent(backbone["agent"]).payload)
+        return Backbone(folder, backbone["digest"], "language model", device)
+    folder = context.workspace.root / backbone["path"]
+    if not folder.is_dir():
+        raise Corrupt(f"The backbone {backbone['base']} in {folder} is gone; train the reward model again.")
+    if digest_files(digest_tree(folder)) != backbone["digest"]:
+        raise Corrupt(f"The backbone {backbone['base']} in {folder} was changed; restore it from a backup.")
+    return Backbone(folder, backbone["digest"], "encoder", device)
+
+
+def _intact(folder: Path, files: Mapping[str, str], name: str) -> Path:
+    from tasks.promotion.inert import require_inert
+
+    odd = sorted(dict(digest_tree(folder).items() ^ files.items()))
+    if odd:
+        raise Corrupt(
+            f"{folder / odd[0]} is not what {name} was registered with; `forebay verify {name}` lists every difference."
+        )
+    require_inert(folder, files)
+    return folder

@@ -1,0 +1,1 @@
+"""Great Expectations: suites that stations declare as plain data, run in one place."""
