@@ -263,3 +263,38 @@ def test_the_default_is_a_head_on_the_champion():
 
     model = Settings.load(PROJECT / "params.yaml").reward.model
     assert (model.kind, model.base) == ("head", None)
+
+
+def test_lineage_and_verify_reach_from_a_scored_dataset_to_the_backbone(
+    laid: Context, head: dict, scored: dict
+):
+    from tasks.lineage.graph import lineage
+    from tasks.lineage.render import to_json, to_tree
+    from tasks.lineage.verify import verify
+
+    found = lineage(laid.ledger, laid.workspace, "dataset:scored")
+    said = {(e.source[0], e.relation, e.target[0]) for e in found.edges}
+    assert ("dataset", "rewarded by", "source") in said
+    assert ("dataset", "scored from", "dataset") in said
+    assert ("source", "learnt from", "preferences") in said
+    assert ("source", "reads states of", "agent") in said
+    assert ("preferences", "made from", "dataset") in said
+    assert found.nodes["source", "reward/1"].digest == head["digest"]
+    assert lineage(laid.ledger, laid.workspace, head["digest"][:12]).root == ("source", "reward/1")
+    assert to_json(found)["nodes"]
+    to_tree(found)
+    for ref in ("reward/1", "reward@candidate", "dataset:scored"):
+        report = verify(laid.ledger, laid.workspace, ref)
+        assert report.ok, report.problems
+    folder = laid.workspace.root / head["path"]
+    (folder / "extra.json").write_text("{}")
+    data = (folder / "head.safetensors").read_bytes()
+    (folder / "head.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    problems = verify(laid.ledger, laid.workspace, "dataset:scored").problems
+    assert {(p.problem, Path(p.path).name) for p in problems} == {
+        ("changed", "head.safetensors"),
+        ("added", "extra.json"),
+    }
+    (folder / "extra.json").unlink()
+    (folder / "head.safetensors").write_bytes(data)
+    assert verify(laid.ledger, laid.workspace, "reward/1").ok
