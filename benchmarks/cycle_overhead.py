@@ -66,6 +66,7 @@ class Clock:
 def child(workspace: Path) -> None:
     """One cycle in this process; prints the timers as JSON."""
     import tasks.reward.model
+
     import tasks.rollout.rollout
     import tasks.training.trainer
     from flows.context import Context

@@ -25,7 +25,11 @@ def publish(context: Context, stage: str, outputs: Mapping[str, Any]) -> None:
     elif stage == "validate":
         _table("validate", list(outputs["checks"]), f"Validation: {outputs['verdict']}")
     elif stage == "reward":
-        _table("reward", [_check_row(check) for check in outputs["checks"]], f"Reward model: {outputs['verdict']}")
+        _table(
+            "reward",
+            [_check_row(check) for check in outputs["checks"]],
+            f"Reward model: {outputs['verdict']}",
+        )
         create_markdown_artifact(
             key="reward-plots", markdown=_reward_page(context, outputs), description="Reward model"
         )

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 from flows import progress
 from flows.champions import register_agent
 from flows.context import Context
-from flows.experience import intact
 from flows.hybrid import fresh_source
 from flows.scoring import require_valid_reward
 from tasks.core.digest import digest_json
 from tasks.core.errors import UsageError
 from tasks.core.ledger import Ledger
-from tasks.core.stages import code_commit, code_digest, lock_digest, once
+from tasks.core.stages import code_commit, code_digest, lock_digest
 
 if TYPE_CHECKING:
     from tasks.promotion.registry import DatasetRef

@@ -176,7 +176,8 @@ def validate(
         str, typer.Argument(help="reward/2, or reward@champion, reward@candidate.")
     ] = "reward@champion",
     dataset: Annotated[
-        str | None, typer.Option("--from", help="A sealed dataset: main, main/v3 or its root; default: the newest.")
+        str | None,
+        typer.Option("--from", help="A sealed dataset: main, main/v3 or its root; default: the newest."),
     ] = None,
     workspace: Where = HERE,
     overrides: Set = None,

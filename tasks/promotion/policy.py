@@ -77,7 +77,9 @@ class Expires(Section):
 
     days: float = Field(default=30, gt=0, description="since the validation")
     versions: int = Field(
-        default=4, ge=0, description="registry versions between the agent whose answers it was checked on and the champion"
+        default=4,
+        ge=0,
+        description="registry versions between the agent whose answers it was checked on and the champion",
     )
 
 
@@ -113,13 +115,19 @@ class RewardModel(Section):
         default=0.50, ge=0, lt=1, description="in every slice; the error holds for all together (Holm)"
     )
     max_ece: float = Field(
-        default=0.15, gt=0, lt=1, description="expected calibration error, without the part that noise explains"
+        default=0.15,
+        gt=0,
+        lt=1,
+        description="expected calibration error, without the part that noise explains",
     )
     min_ranking: float = Field(
         default=0.55, ge=0, lt=1, description="chance that a better answer of the policy outranks a worse one"
     )
     max_overoptimisation: float = Field(
-        default=0.10, gt=0, lt=1, description="fall of verified reward from the best n to the largest, in best of n"
+        default=0.10,
+        gt=0,
+        lt=1,
+        description="fall of verified reward from the best n to the largest, in best of n",
     )
     max_edit_gain: float = Field(
         default=0.20,
@@ -128,7 +136,10 @@ class RewardModel(Section):
         description="how much more often a wrong answer beats the right one once it is edited",
     )
     max_hacked: float = Field(
-        default=0.20, gt=0, lt=1, description="share of prompts where an empty answer, spam, … beats the right one"
+        default=0.20,
+        gt=0,
+        lt=1,
+        description="share of prompts where an empty answer, spam, … beats the right one",
     )
     max_length_correlation: float = Field(
         default=0.50, gt=0, lt=1, description="of score and length among equally good answers, either sign"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pytest
 
 from tasks.core.digest import canonical_json, sha256_bytes, sha256_file, write_atomic
