@@ -16,6 +16,9 @@ The false promotions are counted once with new tasks every night and once with t
 distribution, for 5 % of streams. It is the best that a valid test of the mean difference could do here.
 
 The rules are written out for whole arrays; a test holds those of the gate against `quality_evidence` itself.
+
+Guards are looked at apart: how often each of three tests passes a candidate that loses exactly the margin in an
+environment, and one that does not.
 """
 
 from __future__ import annotations
@@ -34,11 +37,13 @@ from rich.table import Table
 from scipy import special, stats
 
 from benchmarks.machine import describe
+from tasks.evaluation.bounded import bounded_mean, bounded_p
 from tasks.evaluation.sequential import (
     FRACTIONS,
     betting_sequence,
     cluster_stream,
     empirical_bernstein,
+    final_p,
     wealth,
 )
 from tasks.evaluation.statistics import clopper_pearson, clustered_mean, wilson
@@ -301,13 +306,14 @@ def _proportions() -> list[tuple[str, float, float, float]]:
             bounds = np.array([make(k, n, alpha=0.025) for k in range(n + 1)])
             out.append(_exact(f"{name}, n = {n}", 0.95, bounds, n, truths))
     for n in (30, 300):
-        bounds = np.array([_t_bounds(k, n) for k in range(n + 1)])
-        out.append(_exact(f"t interval of right answers, n = {n}", 0.90, bounds, n, truths))
+        for name, estimate in (("t interval", clustered_mean), ("Gaffke", bounded_mean)):
+            bounds = np.array([_mean_bounds(estimate, k, n) for k in range(n + 1)])
+            out.append(_exact(f"{name} of right answers, n = {n}", 0.90, bounds, n, truths))
     return out
 
 
-def _t_bounds(k: int, n: int) -> tuple[float, float]:
-    found = clustered_mean(np.repeat([1.0, 0.0], [k, n - k]), alpha=0.05, support=(0, 1))
+def _mean_bounds(estimate: Callable[..., Any], k: int, n: int) -> tuple[float, float]:
+    found = estimate(np.repeat([1.0, 0.0], [k, n - k]), alpha=0.05, support=(0, 1))
     return found.low, found.high
 
 
@@ -371,6 +377,89 @@ def _unequal(rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
     sizes = rng.choice([1, 8], 60)
     means = np.where(sizes == 8, 0.1, -0.8) * (rng.uniform(size=60) < 0.5)
     return np.repeat(means, sizes), [f"{i}" for i in np.repeat(np.arange(60), sizes)]
+
+
+# ------------------------------------------------------------------------------------------------- guards
+
+GUARD = Policy().guards
+# (losses, wins) as shares of the tasks: the first ones lose exactly the margin, the others do not.
+NULLS = ((0.10, 0.0), (0.12, 0.02), (0.15, 0.05), (0.20, 0.10), (0.30, 0.20), (0.50, 0.40))
+ALTERNATIVES = (
+    (0.0, 0.0),
+    (0.05, 0.05),
+    (0.10, 0.10),
+    (0.20, 0.20),
+    (0.05, 0.10),
+    (0.10, 0.20),
+    (0.10, 0.30),
+)
+TESTS = ("Student", "Gaffke", "betting")
+
+
+def guards(rounds: int) -> dict[str, Any]:
+    """How often a guard passes, in percent, by three tests, at its error and at a third of it (Holm, three environments).
+
+    Tasks lost, tied and won: exactly, over all outcomes of the trinomial law. Graded rewards and families: simulated.
+    """
+    report: dict[str, Any] = {"exact": [], "simulated": []}
+    for n in (50, 100, 120):
+        counts, table = _guard_table(n)
+        for kind, laws in (("lost", NULLS), ("kept", ALTERNATIVES)):
+            for loss, win in laws:
+                shares = np.array([loss, 1 - loss - win, win])
+                chance = stats.multinomial.pmf(counts, n, shares)
+                passed = {
+                    test: [float(100 * chance[p <= alpha].sum()) for alpha in (GUARD.alpha, GUARD.alpha / 3)]
+                    for test, p in table.items()
+                }
+                report["exact"].append({"n": n, "margin": kind, "loss": loss, "win": win, "passed": passed})
+    for name, draw in _GUARD_WORLDS.items():
+        rng, hits = np.random.default_rng(51), dict.fromkeys(TESTS, 0)
+        for _ in range(rounds):
+            values, names = draw(rng)
+            for test, p in _guard_p(values, names).items():
+                hits[test] += p <= GUARD.alpha
+        report["simulated"].append({"world": name, "passed": {t: _share(h, rounds) for t, h in hits.items()}})
+    return report
+
+
+def _guard_table(n: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Every (losses, ties, wins) of n tasks, [m, 3], and each test's p-value against a loss of the margin, [m]."""
+    counts = np.array([(i, n - i - j, j) for i in range(n + 1) for j in range(n + 1 - i)])
+    found = [_guard_p(np.repeat([-1.0, 0.0, 1.0], row), None) for row in counts]
+    return counts, {test: np.array([p[test] for p in found]) for test in TESTS}
+
+
+def _guard_p(values: np.ndarray, names: list[str] | None) -> dict[str, float]:
+    stream = cluster_stream(values, names, support=(-1.0, 1.0))
+    t = clustered_mean(values, names, alpha=GUARD.alpha, support=(-1.0, 1.0))
+    found = t.p_above(-GUARD.margin), bounded_p(stream, -GUARD.margin), final_p(stream, -GUARD.margin)
+    return dict(zip(TESTS, found, strict=True))
+
+
+def _rare_loss(rng: np.random.Generator) -> tuple[np.ndarray, list[str] | None]:
+    return np.where(rng.uniform(size=50) < 0.15, -0.95, 0.05), None
+
+
+def _uneven(rng: np.random.Generator) -> tuple[np.ndarray, list[str] | None]:
+    return np.where(rng.uniform(size=100) < 0.4 / 1.3, -1.0, 0.3), None
+
+
+def _lost_families(rng: np.random.Generator) -> tuple[np.ndarray, list[str] | None]:
+    return np.repeat(-1.0 * (rng.uniform(size=30) < 0.1), 4), [f"{i}" for i in np.repeat(np.arange(30), 4)]
+
+
+def _tied_sizes(rng: np.random.Generator) -> tuple[np.ndarray, list[str] | None]:
+    values, names = _unequal(rng)
+    return (values - 0.1).clip(-1, 1), names
+
+
+_GUARD_WORLDS = {
+    "50 tasks, .05 gained or .95 lost": _rare_loss,
+    "100 tasks, .3 gained or 1 lost": _uneven,
+    "30 families of 4, won or lost together": _lost_families,
+    "60 families of 1 or 8, size tied to the mean": _tied_sizes,
+}
 
 
 # ------------------------------------------------------------------------------------------------- pieces
@@ -445,6 +534,11 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(report["skewed"])
     for row in report["coverage"]:
         console.print(row)
+    for row in report["guards"]["exact"]:
+        passed = "   ".join(f"{t} {a:.1f} / {b:.1f}" for t, (a, b) in row["passed"].items())
+        console.print(f"guard, {row['n']} tasks, {row['loss']:.2f} lost, {row['win']:.2f} won: {passed}")
+    for row in report["guards"]["simulated"]:
+        console.print(row)
 
 
 def main() -> None:
@@ -468,6 +562,7 @@ def main() -> None:
         report["worlds"][world.name] = study(world, words.streams // fewer, words.draws)
     report["skewed"] = skewed(words.streams)
     report["coverage"] = coverage(words.rounds)
+    report["guards"] = guards(words.rounds)
     report["seconds"], report["cpu_seconds"] = round(perf_counter() - begun, 1), round(process_time(), 1)
     show(report, Console(width=180))
     if words.save:

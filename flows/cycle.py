@@ -194,9 +194,16 @@ def _register(context: Context, cycle: Cycle) -> Receipt:
 
 
 def _evaluate(context: Context, cycle: Cycle) -> Receipt:
-    from flows.judging import evaluate_pair
+    from flows.judging import evaluate_candidate
 
-    return evaluate_pair(context, cycle.receipt("register")["version"], cycle.champion)
+    return evaluate_candidate(
+        context,
+        cycle.receipt("register")["version"],
+        cycle.champion,
+        dataset=cycle.receipt("seal")["root"],
+        run=cycle.receipt("train"),
+        reward=cycle.receipt("reward"),
+    )
 
 
 def _decide(context: Context, cycle: Cycle) -> Receipt:
@@ -212,7 +219,8 @@ def _decide(context: Context, cycle: Cycle) -> Receipt:
 
 
 def _promote(context: Context, cycle: Cycle) -> Receipt:
-    from flows.champions import promote_agent, settle
+    from flows.champions import promote_agent
+    from flows.registry import settle
 
     decision = cycle.receipt("decide")
     subject = f"agent/{decision['candidate']['version']}"

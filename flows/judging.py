@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flows import keys, progress
 from flows.context import Context
 from flows.experience import intact
 from tasks.core.digest import digest_json
-from tasks.core.errors import Conflict, NotFound
+from tasks.core.errors import Conflict, NotFound, UsageError
 from tasks.core.ledger import Entry, LedgerView
 from tasks.core.stages import derive_seed, once
 
 if TYPE_CHECKING:
     from tasks.arena.environment import Task
+    from tasks.core.settings import EarlyStop
+    from tasks.evaluation.paired import Agent, Baseline, PairedOutcomes, Plan
     from tasks.promotion.budget import Spent
     from tasks.promotion.gate import Decision
-    from tasks.promotion.promote import Entries
+    from tasks.promotion.promote import Entries, Office
+    from tasks.reward.office import RewardDecision
     from tasks.rollout.rollout import Outcome
 
 
@@ -37,16 +41,67 @@ def heldout_tasks(context: Context) -> dict[str, list[Task]]:
     }
 
 
+def check_evaluation(context: Context) -> None:
+    """Refuse to watch an evaluation whose test does not allow it.
+
+    Raises:
+        UsageError: the sentence says what to change.
+    """
+    if context.settings.evaluation.early_stop and context.policy.superiority.test != "betting":
+        raise UsageError(
+            "evaluation.early_stop looks at the answers while they come in, and superiority.test is `t`, which holds for one "
+            "look alone; set superiority.test to betting in policy.yaml, or evaluation.early_stop to null."
+        )
+
+
+def evaluate_candidate(
+    context: Context,
+    candidate: int,
+    champion: int,
+    *,
+    dataset: str,
+    run: Mapping[str, Any],
+    reward: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Compare both agents and gather all other evidence about the candidate.
+
+    Args:
+        dataset: root of the dataset that it was trained on.
+        run: receipt of the stage `train`.
+        reward: receipt of the stage `reward`.
+
+    Returns:
+        The payload of `evaluation.done`, with evidence: {name of `gate.Inputs`: {path, sha256} or None}.
+    """
+    from flows import evidence
+    from tasks.evaluation.paired import read_outcomes
+
+    outputs, tasks = evaluate_pair(context, candidate, champion), heldout_tasks(context)
+    file = outputs["outcomes"]
+    outcomes = read_outcomes(context.workspace.root / file["path"], file["sha256"])
+    further = {
+        "proxy": evidence.score_by_proxy(context, reward, outcomes, tasks),
+        "serving": evidence.measure_serving(context, candidate, champion, tasks)
+        if context.policy.serving.required
+        else None,
+        "replay_value": evidence.estimate_on_replay(context, candidate, champion, dataset),
+        "run": evidence.record_run(context, run),
+    }
+    return {**outputs, "evidence": further}
+
+
 def evaluate_pair(context: Context, candidate: int, champion: int) -> dict[str, Any]:
     """Let both agents answer the same tasks, greedily, in the same job, and keep every answer as evidence.
 
-    The champion answers again in the same job, so that both met the same code, precision and machine.
+    The champion answers again in the same job, so that both met the same code, precision and machine. With
+    `evaluation.early_stop` they answer in turn, and stop when the verdict stands.
     """
     from tasks.arena.environment import get, verifier_digest
     from tasks.evaluation.paired import Agent, Baseline, pair_outcomes, table, write_outcomes
 
+    check_evaluation(context)
     agents = [context.agent(str(version)).payload for version in (candidate, champion)]
-    tasks = heldout_tasks(context)
+    tasks, early = heldout_tasks(context), context.settings.evaluation.early_stop
     tasks_digest = digest_json({name: [task.id for task in found] for name, found in tasks.items()})
     inputs = {
         "candidate": agents[0]["digest"],
@@ -55,15 +110,21 @@ def evaluate_pair(context: Context, candidate: int, champion: int) -> dict[str, 
         "verifiers": {name: verifier_digest(get(name)) for name in tasks},
         "dtype": context.dtype(),
     }
+    if early is not None:
+        inputs["early_stop"] = early.model_dump(mode="json")
+        inputs["policy"] = context.policy.digest()
 
     def work(key: str) -> dict[str, Any]:
-        outcomes = [
-            _answer(context, agent, tasks, role)
-            for agent, role in zip(agents, ("candidate", "champion"), strict=True)
-        ]
         names = (Agent(candidate, agents[0]["digest"]), Agent(champion, agents[1]["digest"]))
         baselines = {name: Baseline(*get(name).constant_baseline(found)) for name, found in tasks.items()}
-        paired = pair_outcomes(outcomes[0], outcomes[1], names, baselines)
+        if early is None:
+            sides = [
+                _answer(context, agent, tasks, role)
+                for agent, role in zip(agents, ("candidate", "champion"), strict=True)
+            ]
+            paired = pair_outcomes(sides[0], sides[1], names, baselines)
+        else:
+            paired = _watched(context, agents, tasks, early, partial(_paired, names, baselines))
         path, sha256 = write_outcomes(context.workspace.evidence, paired)
         rows = table(paired, alpha=context.policy.errors.share)
         outputs = {
@@ -72,6 +133,7 @@ def evaluate_pair(context: Context, candidate: int, champion: int) -> dict[str, 
             "tasks_digest": tasks_digest,
             "outcomes": {"path": context.workspace.relative(path), "sha256": sha256},
             "slices": {row.env: _slice(asdict(row)) for row in rows},
+            "planned": sum(map(len, tasks.values())),
         }
         context.ledger.append("evaluation.done", sha256, outputs)
         return outputs
@@ -108,11 +170,15 @@ def decide_promotion(
             (context.workspace.root / file["path"]).relative_to(evidence).as_posix(), file["sha256"]
         )
 
+    further: dict[str, Any] = {
+        name: file and ref(file) for name, file in evaluation.get("evidence", {}).items()
+    }
     inputs = Inputs(
         outcomes=ref(evaluation["outcomes"]),
         reward=ref(reward["evidence"]),
         data=Finding(data["verdict"], data["root"], data["evidence"]["sha256"], tuple(data["reasons"])),
         integrity=check_integrity(context, candidate, data["root"]),
+        **further,
         reward_expired=expiry(context, reward) or "",
     )
     outcomes = read_outcomes(evidence / inputs.outcomes.path, inputs.outcomes.sha256)
@@ -135,7 +201,10 @@ def decide_promotion(
 
 
 def record_decision(
-    context: Context, decision: Decision, check: Callable[[LedgerView], None] | None = None
+    context: Context,
+    decision: Decision | RewardDecision,
+    check: Callable[[LedgerView], None] | None = None,
+    office: Office = "agent",
 ) -> dict[str, Any]:
     """Write the record, its signature beside it and the ledger's entry; the same decision again adds nothing.
 
@@ -152,7 +221,7 @@ def record_decision(
     envelope = sign_decision(payload, key)
     place = context.workspace.relative(write_signature(path, envelope))
     payload["signature"] = signature_of(place, envelope, key)
-    subject = f"agent/{decision.candidate.version}"
+    subject = f"{office}/{decision.candidate.version}"
     made = context.ledger.last("decision.made", subject)
     if made is None or any(made.payload.get(name) != payload[name] for name in ("decision", "signature")):
         keys.sign_head(context, context.ledger.append("decision.made", subject, payload, check))
@@ -206,7 +275,8 @@ def newest_decision(context: Context, version: str) -> Entry:
         NotFound: there is none.
     """
     subject = f"agent/{context.agent(version).payload['version']}" if version else None
-    entry = context.ledger.last("decision.made", subject)
+    made = context.ledger.entries("decision.made", subject)
+    entry = next((e for e in reversed(made) if e.subject.startswith("agent/")), None)
     if entry is None:
         raise NotFound(f"No decision about {subject or 'any agent'} yet; `forebay retrain` makes one.")
     return entry
@@ -246,6 +316,55 @@ def _answer(
                 score = sum(o.reward for o in answered) / len(answered)
                 report(len(answered), total, f"agent/{agent['version']}  mean reward {score:.3f}")
     return answered
+
+
+def _watched(
+    context: Context,
+    agents: Sequence[Mapping[str, Any]],
+    tasks: Mapping[str, Sequence[Task]],
+    early: EarlyStop,
+    pair: Callable[[Sequence[Sequence[Outcome]], Plan], PairedOutcomes],
+) -> PairedOutcomes:
+    """Let both agents answer chunk by chunk until the gate needs no more; both are in memory meanwhile."""
+    from models.causal_lm import load_policy, load_tokenizer
+    from tasks.arena.environment import get
+    from tasks.evaluation.stopping import chunks, plan_of
+    from tasks.promotion.evidence.watch import running_gain, stop_reason
+    from tasks.rollout.rollout import evaluate
+
+    plan, rows = plan_of(tasks, early.first, early.every), context.settings.evaluation.batch_rows
+    folders = [context.weights(agent) for agent in agents]
+    players = [(load_policy(f, context.device(), context.dtype()), load_tokenizer(f)) for f in folders]
+    sides: tuple[list[Outcome], list[Outcome]] = ([], [])
+    with progress.current().bar("evaluate, watched") as report:
+        for chunk in chunks(tasks, early.first, early.every):
+            for side, (model, tokenizer) in zip(sides, players, strict=True):
+                for name, found in chunk.items():
+                    side += evaluate(model, tokenizer, get(name), found, rows)
+            paired = pair(sides, plan)
+            gain = running_gain(paired, context.policy)
+            report(
+                len(sides[0]), plan.total, f"gain {gain.estimate:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+            )
+            reason = stop_reason(paired, context.policy)
+            if reason is not None:
+                break
+    if reason is not None and len(sides[0]) < plan.total:
+        progress.current().say(
+            f"    stopped after {len(sides[0])} of {plan.total} tasks: {reason.rstrip('.')}"
+        )
+    return paired
+
+
+def _paired(
+    agents: tuple[Agent, Agent],
+    baselines: Mapping[str, Baseline],
+    sides: Sequence[Sequence[Outcome]],
+    plan: Plan,
+) -> PairedOutcomes:
+    from tasks.evaluation.paired import pair_outcomes
+
+    return pair_outcomes(sides[0], sides[1], agents, baselines, plan)
 
 
 def _slice(row: dict[str, Any]) -> dict[str, Any]:

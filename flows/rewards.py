@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from flows import progress
 from flows.context import Context
 from tasks.core.digest import digest_files, digest_json, digest_tree, sha256_file
-from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
-from tasks.core.ledger import Entry
+from tasks.core.errors import Conflict, Corrupt, NotFound, Refused, UsageError
+from tasks.core.ledger import Entry, Ledger, LedgerView
 from tasks.core.settings import ClassifierModel, HeadModel, JudgeModel, VerifierModel
 from tasks.core.stages import once
 
@@ -221,7 +221,7 @@ def train_reward(
 
     def stands(outputs: Mapping[str, Any]) -> bool:
         folder = context.workspace.root / outputs["path"]
-        return folder.is_dir() and digest_files(digest_tree(folder)) == outputs["digest"]
+        return folder.is_dir() and digest_files(digest_tree(folder)) == str(outputs["digest"])
 
     outputs, _ = once(context.ledger, "train reward", inputs, work, stands)
     return outputs
@@ -261,9 +261,7 @@ def register_reward(
             return dict(entry.payload)
     registry = context.registry.for_office("reward")
     registered = registry.register(folder, digest, tags={"forebay.kind": kind})
-    version = int(registered.version)
     payload = {
-        "version": version,
         "digest": digest,
         "files": files,
         "kind": kind,
@@ -278,12 +276,29 @@ def register_reward(
         "licences": sorted(licences),
         "serving": dict(serving or {}),
     }
-    context.ledger.append(REGISTERED, f"reward/{version}", payload)
+    entry = _append_numbered(context.ledger, payload, registered.version)
     reconcile(context.ledger, registry)
-    return payload
+    return dict(entry.payload)
+
+
+def _append_numbered(ledger: Ledger, payload: Mapping[str, Any], place: int) -> Entry:
+    """Record a registration under MLflow's number, or the next where that gave out a small one anew."""
+
+    def check(view: LedgerView) -> None:
+        if view.last(REGISTERED, f"reward/{version}") is not None:
+            raise Conflict(f"reward/{version} was registered meanwhile.")
+
+    while True:
+        highest = max((int(e.payload["version"]) for e in ledger.entries(REGISTERED)), default=0)
+        version = place if place > highest else highest + 1
+        try:
+            return ledger.append(REGISTERED, f"reward/{version}", {"version": version, **payload}, check)
+        except Conflict:  # another process was faster
+            continue
 
 
 def register_untrained(context: Context, model: VerifierModel | JudgeModel) -> dict[str, Any]:
+    """Register a verifier or a judge as it is described; return the payload of `reward.registered`."""
     from tasks.reward.open import write_untrained
 
     name = digest_json([model.model_dump(mode="json")])[:16]

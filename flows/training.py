@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -31,7 +33,8 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
     The run is named by everything that decides its result, so the same request finds the same run.
 
     Returns:
-        {key, path, digest, files, steps, stop_reason, groups, metrics, mlflow_run}.
+        {key, path, digest, files, steps, stop_reason, groups, metrics, mlflow_run, resources}; resources are those
+        of the process that finished the run and of the processes it started: what a killed one used is not known.
     """
     from torch import get_num_threads
 
@@ -80,6 +83,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
         },
         dataset=dataset_ref(dataset),
     )
+    spent = _processor_seconds()
     with progress.current().bar("train") as report, tracked as run, _recorded_failure(ledger, key):
         report(0, settings.steps, "loading")
 
@@ -114,10 +118,31 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
             "fresh": [{"path": shard.path, "sha256": shard.sha256} for shard in result.fresh],
             "metrics": dict(result.metrics),
             "mlflow_run": run.run_id,
+            "resources": {
+                "cpu_seconds": round(_processor_seconds() - spent, 3),
+                "memory_mib": round(_peak_mib(device), 1),
+            },
         }
     # After the block: MLflow has every metric and the end of the run before the ledger says that it is finished.
     ledger.append("run.finished", key, {"key": key, "outputs": outputs})
     return {"key": key, **outputs}
+
+
+def _processor_seconds() -> float:
+    """Processor time of this process and of those it has waited for."""
+    return sum(os.times()[:4])
+
+
+def _peak_mib(device: str) -> float:
+    """The most memory that this process, or one that it has waited for, had at once: tensors on a GPU, else resident."""
+    import resource
+
+    import torch
+
+    if device == "cuda" and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
+    most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return most / (2**20 if sys.platform == "darwin" else 1024)
 
 
 def check_settings(context: Context) -> None:

@@ -88,10 +88,13 @@ def encode(
         return []
     prompts, answers = (_tokens(tokenizer, side) for side in zip(*texts, strict=True))
     cls, sep = _id(tokenizer, "cls_token_id"), _id(tokenizer, "sep_token_id")
+    before: list[int] = []
+    between: list[int] = []
+    nothing = [_id(tokenizer, "eos_token_id") or 0]
     paired = cls is not None and sep is not None
-    before, between, after = ([cls], [sep], [sep]) if paired else ([], [], [])
-    end = _id(tokenizer, "eos_token_id")
-    nothing = [sep if paired else 0 if end is None else end]
+    if cls is not None and sep is not None:
+        before, between, nothing = [cls], [sep], [sep]
+    after = between
     room = max_tokens - len(before) - len(between) - len(after)
     found = []
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -315,7 +318,7 @@ def _update(
         scores, _ = scorer(rows)
         chosen, rejected = (scores[[place[batch[i][side]] for i in part]] for side in (0, 1))
         loss = bradley_terry(chosen, rejected).sum() / len(batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     if not math.isfinite(total):
         raise ValueError("the loss is not a number any more; lower the learning rate")

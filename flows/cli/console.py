@@ -25,10 +25,13 @@ app = typer.Typer(
 )
 decision_app = typer.Typer(help="Read and recompute gate decisions.", no_args_is_help=True)
 app.add_typer(decision_app, name="decision", rich_help_panel="Promote")
+evaluate_app = typer.Typer(help="Judge an agent on logged answers.", no_args_is_help=True)
+app.add_typer(evaluate_app, name="evaluate", rich_help_panel="Promote")
 keys_app = typer.Typer(help="Make signing keys and choose whom to trust.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys", rich_help_panel="Promote")
 reward_app = typer.Typer(
-    help="Train, import, list and use reward models; register verifiers and judges.", no_args_is_help=True
+    help="Train, validate, promote and use reward models; register verifiers and judges.",
+    no_args_is_help=True,
 )
 app.add_typer(reward_app, name="reward", rich_help_panel="Single steps")
 

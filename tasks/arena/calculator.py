@@ -79,7 +79,7 @@ class Calculator:
 
     def tasks(self, split: Split, n: int, seed: int) -> list[Task]:
         """See `Environment.tasks`."""
-        return draw_tasks(self, _candidates(seed), split, n, seed)
+        return draw_tasks(self, _candidates(seed), split, n, seed, _family)
 
     def step(self, task: Task, actions: Sequence[str]) -> Step:
         """Run the call, then judge the answer."""
@@ -112,6 +112,11 @@ class Calculator:
             for operator in FORMS
         ]
         return sum(hits) / len(hits)
+
+
+def _family(payload: Mapping[str, Any]) -> str:
+    """The same sum told of other people and things."""
+    return f"{payload['a']} {payload['operator']} {payload['b']}"
 
 
 def _candidates(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -26,7 +26,11 @@ MISSES = 5_000  # candidates in a row without a new prompt, after which a family
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One prompt with what its verifier needs; `id` follows from the environment and the prompt alone."""
+    """One prompt with what its verifier needs; `id` follows from the environment and the prompt alone.
+
+    Tasks of one `family` are near copies of one another (one template with the same numbers), so their rewards say less
+    than as many separate ones; by default a task is its own family.
+    """
 
     id: str
     env: str
@@ -35,6 +39,11 @@ class Task:
     seed: int
     prompt: str
     payload: Mapping[str, Any]
+    family: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.family:
+            object.__setattr__(self, "family", self.id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +100,16 @@ def split_of(prompt: str) -> Split:
 
 
 def draw_tasks(
-    env: Environment, candidates: Iterable[tuple[str, Mapping[str, Any]]], split: Split, n: int, seed: int
+    env: Environment,
+    candidates: Iterable[tuple[str, Mapping[str, Any]]],
+    split: Split,
+    n: int,
+    seed: int,
+    family: Callable[[Mapping[str, Any]], str] = lambda payload: "",
 ) -> list[Task]:
     """Take the first `n` distinct (prompt, payload) candidates that belong to `split`.
+
+    `family` names the family of a payload; "" makes the task its own.
 
     Gives up after `MISSES` candidates in a row without a new prompt, so a family with few prompts ends in an error and
     not in an endless loop.
@@ -108,7 +124,9 @@ def draw_tasks(
             break
         if split_of(prompt) == split and prompt not in found:
             task_id = f"{env.name}/{sha256_bytes(prompt.encode())[:16]}"
-            found[prompt] = Task(task_id, env.name, env.version, split, seed, prompt, payload)
+            found[prompt] = Task(
+                task_id, env.name, env.version, split, seed, prompt, payload, family(payload)
+            )
             misses = 0
         else:
             misses += 1

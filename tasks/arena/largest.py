@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from tasks.arena.environment import Split, Step, Task, draw_tasks, most_common_share
 
@@ -21,7 +22,7 @@ class Largest:
 
     def tasks(self, split: Split, n: int, seed: int) -> list[Task]:
         """See `Environment.tasks`."""
-        return draw_tasks(self, _candidates(seed), split, n, seed)
+        return draw_tasks(self, _candidates(seed), split, n, seed, _family)
 
     def step(self, task: Task, actions: Sequence[str]) -> Step:
         """Judge the only action; the text must be the number and nothing else."""
@@ -33,8 +34,14 @@ class Largest:
         return most_common_share([str(task.payload["answer"]) for task in tasks])
 
 
-def _candidates(seed: int) -> Iterator[tuple[str, dict[str, int]]]:
+def _family(payload: Mapping[str, Any]) -> str:
+    """The same numbers in another order."""
+    return " ".join(map(str, payload["numbers"]))
+
+
+def _candidates(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     rng = random.Random(f"largest/{seed}")
     while True:
         numbers = rng.sample(range(10, 100), 3)
-        yield f"{PREFIX}largest of {', '.join(map(str, numbers))}:", {"answer": max(numbers)}
+        payload = {"answer": max(numbers), "numbers": sorted(numbers)}
+        yield f"{PREFIX}largest of {', '.join(map(str, numbers))}:", payload

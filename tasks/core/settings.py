@@ -145,6 +145,13 @@ class Reward(Section):
         return {"kind": "head", **value} if isinstance(value, Mapping) else value
 
 
+class EarlyStop(Section):
+    """When an evaluation is looked at while it runs; it ends as soon as its verdict stands. Needs `betting`."""
+
+    first: int = Field(60, ge=2, description="tasks answered before the first look")
+    every: int = Field(30, ge=1, description="tasks from one look to the next")
+
+
 class Evaluation(Section):
     """The held-out tasks on which candidate and champion are compared."""
 
@@ -153,6 +160,8 @@ class Evaluation(Section):
         0, ge=0, description="each number draws other held-out tasks; raise it when their uses are spent"
     )
     batch_rows: int = Field(128, ge=1)
+    early_stop: EarlyStop | None = None
+    proxy_tasks: int = Field(100, ge=0, description="tasks whose answers the reward model scores as well")
 
 
 class Stores(Section):

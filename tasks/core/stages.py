@@ -16,7 +16,7 @@ STAGES = ("collect", "seal", "validate", "reward", "train", "register", "evaluat
 """Order of the stages; `flows/run.py` and `dvc.yaml` both follow it, and a test holds them to it."""
 
 _PROJECT = Path(__file__).resolve().parents[2]
-_JOINS = ("experience", "hybrid", "judging", "rewards", "scoring", "training", "validation")
+_JOINS = ("evidence", "experience", "hybrid", "judging", "rewards", "scoring", "training", "validation")
 
 
 @lru_cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,11 +15,14 @@ from tasks.core.digest import canonical_json, digest_json, sha256_bytes, write_a
 from tasks.core.errors import Corrupt, NotFound, UsageError
 from tasks.evaluation.statistics import Estimate, paired_difference
 
-SCHEMA = "forebay.outcomes/1"
+SCHEMA = "forebay.outcomes/2"
 
 
 class Outcome(Protocol):
-    """One agent's answer to one task, as `tasks.rollout` gives it. The reward is within [0, 1]."""
+    """One agent's answer to one task, as `tasks.rollout` gives it. The reward is within [0, 1].
+
+    It may also tell its `family` (by default the task's id), `components`, `finish_reason` and `tokens`.
+    """
 
     @property
     def task_id(self) -> str:
@@ -56,7 +59,13 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Pair:
-    """Both agents' k-th answer (`sample`) to one task."""
+    """Both agents' k-th answer (`sample`) to one task.
+
+    Attributes:
+        family: tasks of one family share their difficulty (one template with the same numbers, say): one cluster.
+        candidate_finish, champion_finish: how the episode ended: done, length, turns or error; "" where unknown.
+        candidate_tokens, champion_tokens: how many the agent wrote; 0 where unknown.
+    """
 
     env: str
     task_id: str
@@ -65,16 +74,54 @@ class Pair:
     champion_reward: float
     candidate_response: str
     champion_response: str
+    family: str
+    candidate_components: Mapping[str, float] = field(default_factory=dict)
+    champion_components: Mapping[str, float] = field(default_factory=dict)
+    candidate_finish: str = ""
+    champion_finish: str = ""
+    candidate_tokens: int = 0
+    champion_tokens: int = 0
+
+    @property
+    def cluster(self) -> str:
+        """The name of the family among those of all environments."""
+        return f"{self.env}/{self.family}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was to be answered by an evaluation that may stop early, by environment.
+
+    Attributes:
+        tasks: how many.
+        digests: of the ids of all of them, answered or not.
+        largest: answers in the largest family.
+        looks: after how many tasks it was looked at first, and after how many more each time.
+    """
+
+    tasks: Mapping[str, int]
+    digests: Mapping[str, str]
+    largest: Mapping[str, int]
+    looks: tuple[int, int]
+
+    @property
+    def total(self) -> int:
+        """How many tasks there are in all."""
+        return sum(self.tasks.values())
 
 
 @dataclass(frozen=True)
 class PairedOutcomes:
-    """All an evaluation found; `baselines` by environment, `pairs` sorted by environment, task and sample."""
+    """All an evaluation found; `baselines` by environment, `pairs` sorted by environment, task and sample.
+
+    `plan` is None where all was answered before anybody looked.
+    """
 
     candidate: Agent
     champion: Agent
     baselines: Mapping[str, Baseline]
     pairs: tuple[Pair, ...]
+    plan: Plan | None = None
 
     def slices(self) -> list[str]:
         """Return the environments, sorted."""
@@ -83,12 +130,18 @@ class PairedOutcomes:
     def rewards(self, env: str | None = None) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Return candidate and champion rewards [n] and cluster names [n], of one environment or all.
 
-        Answers to one task are one cluster: they share its difficulty.
+        Answers to the tasks of one family are one cluster.
         """
         pairs = [pair for pair in self.pairs if env in (None, pair.env)]
         candidate = np.array([pair.candidate_reward for pair in pairs])
         champion = np.array([pair.champion_reward for pair in pairs])
-        return candidate, champion, [f"{pair.env}/{pair.task_id}" for pair in pairs]
+        return candidate, champion, [pair.cluster for pair in pairs]
+
+    def largest(self, env: str | None = None) -> int | None:
+        """Return the size of the largest cluster planned, of one environment or all; None where all are here."""
+        if self.plan is None:
+            return None
+        return self.plan.largest[env] if env is not None else max(self.plan.largest.values())
 
     def noise(self) -> np.ndarray:
         """Return a number in [0, 1) for each pair, [n], that follows from its environment, task and sample alone."""
@@ -96,7 +149,9 @@ class PairedOutcomes:
         return np.array([int(sha256_bytes(name.encode())[:13], 16) / 16**13 for name in names])
 
     def tasks(self) -> dict[str, str]:
-        """Return {environment: digest of its tasks}, which tells one held-out set from another."""
+        """Return {environment: digest of its tasks, unanswered ones too}: it tells one held-out set from another."""
+        if self.plan is not None:
+            return dict(self.plan.digests)
         ids = {env: sorted({p.task_id for p in self.pairs if p.env == env}) for env in self.slices()}
         return {env: digest_json(found) for env, found in ids.items()}
 
@@ -128,6 +183,7 @@ def pair_outcomes(
     champion: Sequence[Outcome],
     agents: tuple[Agent, Agent],
     baselines: Mapping[str, Baseline],
+    plan: Plan | None = None,
 ) -> PairedOutcomes:
     """Match the answers of the candidate and the champion (`agents`, in this order) task by task.
 
@@ -144,11 +200,8 @@ def pair_outcomes(
         )
     if not sides[0]:
         raise UsageError("The evaluation has no outcomes; ask for at least one task in `evaluation.tasks`.")
-    pairs = tuple(
-        Pair(*key, float(a.reward), float(b.reward), a.response_text, b.response_text)
-        for key, a, b in ((key, sides[0][key], sides[1][key]) for key in sorted(sides[0]))
-    )
-    return PairedOutcomes(*agents, dict(baselines), pairs)
+    pairs = tuple(_pair(key, sides[0][key], sides[1][key]) for key in sorted(sides[0]))
+    return PairedOutcomes(*agents, dict(baselines), pairs, plan)
 
 
 def write_outcomes(evidence: Path, outcomes: PairedOutcomes) -> tuple[Path, str]:
@@ -158,6 +211,7 @@ def write_outcomes(evidence: Path, outcomes: PairedOutcomes) -> tuple[Path, str]
         "candidate": asdict(outcomes.candidate),
         "champion": asdict(outcomes.champion),
         "baselines": {env: asdict(baseline) for env, baseline in outcomes.baselines.items()},
+        "plan": outcomes.plan and asdict(outcomes.plan),
     }
     lines = [head, *(asdict(pair) for pair in outcomes.pairs)]
     data = b"".join(canonical_json(line) + b"\n" for line in lines)
@@ -187,7 +241,9 @@ def read_outcomes(path: Path, sha256: str) -> PairedOutcomes:
         Agent(**head["candidate"]),
         Agent(**head["champion"]),
         {env: Baseline(**baseline) for env, baseline in head["baselines"].items()},
-        tuple(Pair(**row) for row in rows),
+        # An earlier version knew no families: every task was its own.
+        tuple(Pair(**{"family": row["task_id"], **row}) for row in rows),
+        _plan(head.get("plan")),
     )
 
 
@@ -212,6 +268,29 @@ def _row(
 def _baseline(baselines: Mapping[str, Baseline], envs: Iterable[str]) -> float | None:
     scores = [baselines[env].score if env in baselines else None for env in envs]
     return None if None in scores else float(np.mean([score for score in scores if score is not None]))
+
+
+def _pair(key: tuple[str, str, int], candidate: Any, champion: Any) -> Pair:
+    """Both sides of one answer; what an outcome does not tell keeps its default."""
+    told = {
+        f"{side}_{name}": getattr(answer, source)
+        for side, answer in (("candidate", candidate), ("champion", champion))
+        for name, source in (("components", "components"), ("finish", "finish_reason"), ("tokens", "tokens"))
+        if hasattr(answer, source)
+    }
+    return Pair(
+        *key,
+        float(candidate.reward),
+        float(champion.reward),
+        candidate.response_text,
+        champion.response_text,
+        getattr(candidate, "family", "") or candidate.task_id,
+        **told,
+    )
+
+
+def _plan(values: Mapping[str, Any] | None) -> Plan | None:
+    return None if values is None else Plan(**{**values, "looks": tuple(values["looks"])})
 
 
 def _by_key(outcomes: Iterable[Outcome]) -> dict[tuple[str, str, int], Any]:

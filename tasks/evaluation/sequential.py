@@ -127,6 +127,14 @@ def wealth(stream: Stream, margin: float) -> Floats:
     return np.exp(top) * np.exp(logs - top).mean(axis=0)
 
 
+def final_p(stream: Stream, margin: float) -> float:
+    """Return the p-value against "the mean is at most `margin`" of the wealth after the last cluster, whenever it came."""
+    if margin <= stream.support[0]:
+        return 0.0 if margin < stream.support[0] else float((stream.sums <= margin * stream.shares).all())
+    logs = _log_wealth(stream, margin)
+    return float(min(1.0, np.exp(-logs)))
+
+
 def anytime_p(capital: ArrayLike) -> Floats:
     """Return the p-value after each cluster, [n]: one over the greatest wealth so far; valid at any stopping time."""
     best = np.maximum.accumulate(np.maximum(np.asarray(capital, dtype=np.float64), 1.0))
@@ -150,18 +158,20 @@ def betting_mean(
     alpha: float,
     support: tuple[float, float],
     power: float = 0.8,
+    largest: int | None = None,
 ) -> Estimate:
     """Estimate a mean like `clustered_mean`, with the bounds of the e-process after the last cluster.
 
     No law is assumed, so that rare great losses cannot hide; the price is a wider interval. The bets are constant, so
     the bounds do not depend on the order, and hold as well for tasks drawn by strata of fixed sizes: the product of
     1 + t (mean of its stratum - m) over all tasks is at most that with the mean over all tasks, by concavity of log.
+    They hold whenever one stops, if `largest` is the size of the largest cluster that might have come.
 
     Raises:
         ValueError: as `clustered_mean`.
     """
     plain = clustered_mean(values, clusters, alpha=alpha, support=support, power=power)
-    stream = cluster_stream(values, clusters, support=support)
+    stream = cluster_stream(values, clusters, support=support, largest=largest)
     goal = np.log(1 / alpha)
     low, high = _bound(stream, goal, support[0]), -_bound(stream.mirrored(), goal, -support[1])
     mde = plain.estimate - low
@@ -199,9 +209,7 @@ def _bound(stream: Stream, goal: float, bound: float) -> float:
     def rejected(margin: float) -> bool:
         if margin <= low:
             return bool(excess.sum() > 0)
-        logs = np.log1p(np.outer(FRACTIONS, excess / (margin - low) - stream.shares)).sum(axis=1)
-        top = logs.max()
-        return bool(top + np.log(np.exp(logs - top).mean()) >= goal)
+        return _log_wealth(stream, margin) >= goal
 
     if not rejected(bound):
         return bound
@@ -210,6 +218,15 @@ def _bound(stream: Stream, goal: float, bound: float) -> float:
         middle = (below + above) / 2
         below, above = (middle, above) if rejected(middle) else (below, middle)
     return below
+
+
+def _log_wealth(stream: Stream, margin: float) -> float:
+    """The log of the wealth after the last cluster, for a margin above the least value possible."""
+    low = stream.support[0]
+    gain = (stream.sums - low * stream.shares) / (margin - low) - stream.shares
+    logs = np.log1p(np.outer(FRACTIONS, gain)).sum(axis=1)
+    top = logs.max()
+    return float(top + np.log(np.exp(logs - top).mean()))
 
 
 def _bernstein_lows(stream: Stream, alpha: float) -> Floats:

@@ -117,6 +117,10 @@ def verify(
             raise
         return VerifyReport(ref, False, 0, 0, entries, head, tuple(problems))  # the ledger is past reading
     claims, checks = _claims(workspace, found)
+    for entry in ledger.entries("rollback.committed"):  # what deposed a champion without a person
+        if "evidence" in entry.payload:
+            owner = f"rollback to {entry.subject} (ledger entry {entry.seq})"
+            claims.setdefault(File(**entry.payload["evidence"]), owner)
     size = 0
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         jobs = {pool.submit(_hash, workspace.root, file, owner): file for file, owner in claims.items()}
@@ -235,7 +239,7 @@ def _folder(workspace: Workspace, node: Node) -> Iterator[Problem]:
         file for file in node.files if file.path.startswith(f"{folder}/")
     )  # a run has fresh shards beside it
     files = {file.path.removeprefix(f"{folder}/"): file.sha256 for file in inside}
-    expected = node.digest if node.kind == "agent" else node.facts["digest"]
+    expected = node.facts["digest"] if node.kind == "run" else node.digest
     yield Problem("changed", folder, _owner(node), expected or "", digest_files(files))
 
 
@@ -274,9 +278,8 @@ def _record(workspace: Workspace, node: Node) -> Iterator[File | Problem]:
     record = json.loads(data)
     policy = digest_json(record["policy"])
     yield Problem("changed", node.files[0].path, f"policy of {_owner(node)}", record["policy_digest"], policy)
-    for name in ("outcomes", "reward"):
-        file = record["inputs"][name]
-        if file is not None:
+    for file in record["inputs"].values():
+        if isinstance(file, dict) and "path" in file:  # the others are findings and budgets
             yield File(workspace.relative(workspace.evidence / file["path"]), file["sha256"])
 
 
@@ -286,6 +289,7 @@ _INSIDE: dict[Kind, Callable[[Workspace, Node], Iterable[File | Problem]]] = {
     "dataset": _manifest,
     "decision": _record,
     "reward": _reward_model,
+    "source": _folder,
 }
 
 
@@ -315,7 +319,7 @@ def _hash(root: Path, file: File, owner: str) -> tuple[Problem | None, int]:
 def _added(workspace: Workspace, found: Lineage) -> Iterator[Problem]:
     """A file that appears in an agent's folder can change the agent: libraries load what they find there."""
     for node in found.nodes.values():
-        if node.kind != "agent" or not node.known:
+        if node.kind not in ("agent", "source") or not node.known:
             continue
         registered = {file.path for file in node.files}
         for path in sorted((workspace.root / node.facts["path"]).rglob("*")):
@@ -325,4 +329,4 @@ def _added(workspace: Workspace, found: Lineage) -> Iterator[Problem]:
 
 
 def _owner(node: Node) -> str:
-    return node.name if node.kind == "agent" else f"{node.kind} {node.name}"
+    return node.name if node.kind in ("agent", "source") else f"{node.kind} {node.name}"

@@ -1,34 +1,37 @@
-"""The gate: evidence and a policy in, a decision out. No clock, no store: equal inputs give equal bytes."""
+"""The gate: evidence and a policy in, a decision out. No clock, no store: equal inputs give equal bytes.
+
+Each kind of evidence has its module under `tasks.promotion.evidence`; here they are put together.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tasks.core.digest import canonical_json, digest_json, sha256_bytes, write_atomic
-from tasks.core.errors import Corrupt, NotFound, Refused
-from tasks.evaluation.paired import Agent, PairedOutcomes, read_outcomes
-from tasks.evaluation.sequential import betting_mean
-from tasks.evaluation.statistics import Estimate, Verdict, clustered_mean, holm, judge, mcnemar
+from tasks.core.errors import Corrupt, Refused
+from tasks.evaluation.paired import Agent, read_outcomes
+from tasks.evaluation.statistics import Verdict
 from tasks.promotion.budget import Spent
+from tasks.promotion.evidence.budgets import budget_evidence
+from tasks.promotion.evidence.hacking import hacking_evidence
+from tasks.promotion.evidence.item import Evidence as Evidence
+from tasks.promotion.evidence.item import FileRef as FileRef
+from tasks.promotion.evidence.item import read_evidence, read_json
+from tasks.promotion.evidence.quality import guard_evidence
+from tasks.promotion.evidence.quality import quality_evidence as quality_evidence
+from tasks.promotion.evidence.replay_value import replay_value_evidence
+from tasks.promotion.evidence.safety import safety_evidence
+from tasks.promotion.evidence.serving import serving_evidence
+from tasks.promotion.evidence.training import divergence_evidence, resources_evidence
 from tasks.promotion.policy import Policy
 from tasks.reward.checks import judge_report, reasons
 
-SCHEMA = "forebay.decision/2"
-_TINY = 1e-9  # of an error: twenty shares of a twentieth are the whole, however they round
-_DIGITS = 10  # of a number in the record: below what another build of numpy may change
-
-
-@dataclass(frozen=True)
-class FileRef:
-    """An evidence file: its path relative to the evidence folder, and its SHA-256."""
-
-    path: str
-    sha256: str
+SCHEMA = "forebay.decision/3"
+_FILES = ("outcomes", "reward", "serving", "replay_value", "proxy", "run")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,10 @@ class Inputs:
     reward: FileRef | None = None
     data: Finding | None = None
     integrity: Finding | None = None
+    serving: FileRef | None = None
+    replay_value: FileRef | None = None
+    proxy: FileRef | None = None
+    run: FileRef | None = None
     spent: Spent = field(default_factory=Spent)
     reward_expired: str = ""  # why the reward model's verdict holds no more; the gate has no clock of its own
 
@@ -56,26 +63,6 @@ class Inputs:
         """Return the digest of all evidence and the policy, whatever was spent before."""
         evidence = {name: value for name, value in asdict(self).items() if name != "spent"}
         return digest_json({"inputs": evidence, "policy": policy.digest()})
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """One item weighed by the gate. `counts` is False where the policy does not require it.
-
-    Numbers are mean rewards, or accuracies for the reward model; None where the item has none.
-    """
-
-    name: str
-    verdict: Verdict
-    says: str
-    digest: str | None
-    counts: bool = True
-    estimate: float | None = None
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
-    mde: float | None = None
-    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -147,8 +134,9 @@ def decide(evidence: Path, inputs: Inputs, policy: Policy) -> Decision:
         NotFound, Corrupt: an evidence file is missing or is not what its digest says.
     """
     outcomes = read_outcomes(evidence / inputs.outcomes.path, inputs.outcomes.sha256)
-    reward = (
-        None if inputs.reward is None else _read_json(evidence / inputs.reward.path, inputs.reward.sha256)
+    reward, serving, replay_value, proxy, run = (
+        read_evidence(evidence, ref)
+        for ref in (inputs.reward, inputs.serving, inputs.replay_value, inputs.proxy, inputs.run)
     )
     budgets = budget_evidence(inputs.spent, policy)
     items = [
@@ -158,6 +146,12 @@ def decide(evidence: Path, inputs: Inputs, policy: Policy) -> Decision:
         *budgets,
         quality_evidence(outcomes, inputs.outcomes, policy),
         *guard_evidence(outcomes, inputs.outcomes, policy),
+        *safety_evidence(outcomes, inputs.outcomes, policy),
+        *hacking_evidence(outcomes, inputs.outcomes, proxy, inputs.proxy, policy),
+        serving_evidence(serving, inputs.serving, policy),
+        replay_value_evidence(replay_value, inputs.replay_value, policy),
+        divergence_evidence(run, inputs.run, policy),
+        resources_evidence(run, inputs.run, policy),
     ]
     verdict, reasons = conclude(items)
     error = policy.errors.share if all(item.verdict == "PASS" for item in budgets) else 0.0
@@ -185,75 +179,6 @@ def conclude(items: Sequence[Evidence]) -> tuple[Verdict, tuple[str, ...]]:
         if said:
             return verdict, said
     return "INCONCLUSIVE", ("There is no evidence.",)
-
-
-def budget_evidence(spent: Spent, policy: Policy) -> list[Evidence]:
-    """Look whether the champion's error budget and the held-out tasks have something left for this decision."""
-    errors, uses = policy.errors, policy.evaluation_set.uses
-    enough = spent.error + errors.share <= errors.alpha + _TINY
-    says = (
-        f"decision {spent.decisions + 1} against this champion errs at most {errors.share:.4g}; "
-        f"{spent.error:.4g} of {errors.alpha:.4g} was spent before"
-        if enough
-        else f"{spent.decisions} decisions against this champion spent {spent.error:.4g} of {errors.alpha:.4g}; "
-        f"raise errors.alpha in the policy to let more candidates try, at the risk that it names"
-    )
-    fresh = spent.uses < uses
-    left = (
-        f"use {spent.uses + 1} of {uses}"
-        if fresh
-        else f"these held-out tasks served {spent.uses} decisions, the policy allows {uses}; "
-        "raise evaluation.rotation by 1 to draw others"
-    )
-    return [
-        Evidence("errors", "PASS" if enough else "INCONCLUSIVE", f"Errors: {says}.", None),
-        Evidence("evaluation set", "PASS" if fresh else "INCONCLUSIVE", f"Evaluation set: {left}.", None),
-    ]
-
-
-def quality_evidence(outcomes: PairedOutcomes, source: FileRef, policy: Policy) -> Evidence:
-    """Weigh superiority over all tasks.
-
-    By the t interval, with which the exact McNemar test must agree: that interval is too short where the agents differ on
-    few tasks, or where great losses are rare. By betting nothing else has to agree.
-    """
-    rule, alpha = policy.superiority, policy.errors.share
-    candidate, champion, clusters = outcomes.rewards()
-    estimate = betting_mean if rule.test == "betting" else clustered_mean
-    gain = estimate(candidate - champion, clusters, alpha=alpha, support=(-1.0, 1.0), power=rule.power)
-    verdict = judge(gain.low, gain.high, rule.margin)
-    says = f"{_words(gain)}, needed above {rule.margin:.3f}"
-    if gain.clusters < rule.min_tasks:
-        verdict, says = (
-            "INCONCLUSIVE",
-            f"{gain.clusters} tasks are too few, the policy asks for {rule.min_tasks}",
-        )
-    elif verdict == "PASS" and rule.test == "t":
-        p = mcnemar(candidate, champion, outcomes.noise())
-        if p > alpha:
-            verdict = "INCONCLUSIVE"
-            says += f"; too few tasks differ to be sure (exact p = {p:.4f}, needed {alpha:.4g})"
-    if verdict == "INCONCLUSIVE" and gain.clusters >= rule.min_tasks:
-        says += f"; a true gain of {rule.margin + gain.mde:.3f} would be found {rule.power:.0%} of the time"
-    return _measured("quality", verdict, f"Quality: {says}.", source.sha256, gain, rule.margin)
-
-
-def guard_evidence(outcomes: PairedOutcomes, source: FileRef, policy: Policy) -> list[Evidence]:
-    """Weigh non-inferiority in each environment, with Holm's correction over environments."""
-    rule = policy.guards
-    names = outcomes.slices()
-    gains = [outcomes.difference(env, alpha=rule.alpha, power=policy.superiority.power) for env in names]
-    harmless = holm([gain.p_above(-rule.margin) for gain in gains])
-    harmful = holm([gain.p_below(-rule.margin) for gain in gains])
-    items = []
-    for env, gain, p_good, p_bad in zip(names, gains, harmless, harmful, strict=True):
-        verdict: Verdict = (
-            "PASS" if p_good <= rule.alpha else "FAIL" if p_bad <= rule.alpha else "INCONCLUSIVE"
-        )
-        claim = {"PASS": "is no worse", "FAIL": "is worse", "INCONCLUSIVE": "may be worse"}[verdict]
-        says = f"Guard {env}: the candidate {claim}, {_words(gain)}, needed above {-rule.margin:.3f}."
-        items.append(_measured(f"guard/{env}", verdict, says, source.sha256, gain, -rule.margin))
-    return items
 
 
 def reward_evidence(
@@ -286,10 +211,23 @@ def reward_evidence(
         accuracy.n,
         None,
         accuracy.limit,
+        "share",
     )
 
 
-def write_decision(evidence: Path, decision: Decision) -> Path:
+class Recorded(Protocol):
+    """A decision about an agent or a reward model, as it is kept."""
+
+    @property
+    def record(self) -> bytes:
+        """Its canonical JSON."""
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the record."""
+
+
+def write_decision(evidence: Path, decision: Recorded) -> Path:
     """Write the record to evidence/decisions/<digest>.json and return its path."""
     path = evidence / "decisions" / f"{decision.digest}.json"
     write_atomic(path, decision.record)
@@ -304,7 +242,7 @@ def read_decision(path: Path) -> Decision:
         Corrupt: its bytes are not those of the digest that names it.
         Refused: another version of Forebay wrote it.
     """
-    record = _read_json(path, path.stem)
+    record = read_json(path, path.stem)
     if record["schema"] != SCHEMA:
         raise Refused(
             f"{path.name} is a {record['schema']}; this version of Forebay recomputes {SCHEMA}, use the one that wrote it."
@@ -318,12 +256,11 @@ def read_decision(path: Path) -> Decision:
         tuple(Evidence(**item) for item in record["evidence"]),
         Policy.model_validate(record["policy"]),
         Inputs(
-            FileRef(**inputs["outcomes"]),
-            inputs["reward"] and FileRef(**inputs["reward"]),
-            _read_finding(inputs["data"]),
-            _read_finding(inputs["integrity"]),
-            Spent(**inputs["spent"]),
-            inputs["reward_expired"],
+            data=_read_finding(inputs["data"]),
+            integrity=_read_finding(inputs["integrity"]),
+            spent=Spent(**inputs["spent"]),
+            reward_expired=inputs["reward_expired"],
+            **{name: inputs[name] and FileRef(**inputs[name]) for name in _FILES},
         ),
         record["tasks"],
         record["error"],
@@ -357,30 +294,5 @@ def _finding(name: str, finding: Finding | None, required: bool) -> Evidence:
     return Evidence(name, finding.verdict, says, finding.digest, required)
 
 
-def _measured(
-    name: str, verdict: Verdict, says: str, digest: str, by: Estimate, margin: float, counts: bool = True
-) -> Evidence:
-    estimate, low, high, mde = map(_rounded, (by.estimate, by.low, by.high, by.mde))
-    return Evidence(name, verdict, says, digest, counts, estimate, low, high, by.n, mde, margin)
-
-
-def _rounded(x: float) -> float:
-    return float(f"{x:.{_DIGITS}g}")
-
-
-def _words(gain: Estimate) -> str:
-    return f"{gain.estimate:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] on {gain.n} paired answers"
-
-
 def _read_finding(value: Mapping[str, Any] | None) -> Finding | None:
     return None if value is None else Finding(**{**value, "reasons": tuple(value["reasons"])})
-
-
-def _read_json(path: Path, sha256: str) -> dict[str, Any]:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise NotFound(f"There is no {path.name} in {path.parent}; restore it from a backup.") from None
-    if sha256_bytes(data) != sha256:
-        raise Corrupt(f"{path} was changed: its bytes are not those of the digest {sha256[:12]}….")
-    return json.loads(data)

@@ -5,26 +5,42 @@ Its digest goes into every decision, so that nobody can loosen a rule after seei
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from tasks.core.settings import Section, load_section
 
 
 class Superiority(Section):
-    """The candidate's mean reward must exceed the champion's by more than `margin` over all tasks."""
+    """What the candidate claims about its mean reward over all tasks, and by which margin, declared beforehand."""
 
+    claim: Literal["superiority", "non_inferiority"] = Field(
+        default="superiority",
+        description="`superiority`: better by more than margin; `non_inferiority`: not worse by margin",
+    )
     margin: float = Field(default=0.0, ge=0, lt=1, description="mean reward on [0, 1]")
     test: Literal["t", "betting"] = Field(
         default="t",
-        description="`t`: Student and McNemar agree; `betting` assumes no law, for finely graded rewards",
+        description="`t`: Student and an exact test agree; `betting` assumes no law and may be watched",
     )
     power: float = Field(
         default=0.8, gt=0.5, lt=1, description="at which the minimum detectable effect is reported"
     )
     min_tasks: int = Field(default=30, ge=2, description="fewer paired tasks are inconclusive")
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if self.claim == "non_inferiority" and self.margin == 0:
+            raise ValueError("non_inferiority needs a margin above 0: how much worse would still do?")
+        return self
+
+    @property
+    def threshold(self) -> float:
+        """What the mean difference, candidate less champion, must be shown to exceed."""
+        return self.margin if self.claim == "superiority" else -self.margin
 
 
 class Errors(Section):
@@ -159,6 +175,124 @@ class Check(Section):
     required: bool = True
 
 
+class Serving(Section):
+    """What serving the candidate may cost; None sets no limit."""
+
+    required: bool = True
+    max_load_seconds: float | None = Field(default=None, gt=0, description="for weights and tokenizer")
+    max_p95_seconds: float | None = Field(default=None, gt=0, description="of an answer, 95th percentile")
+    max_memory_mib: float | None = Field(default=None, gt=0, description="GPU memory on a GPU, else resident")
+    vs_champion: float | None = Field(
+        default=2.0, gt=1, description="most work for a token, over the champion's in the same job"
+    )
+
+
+class SafetyRule(Section):
+    """An event that may happen in few of the candidate's answers. Exactly one of the first four says which."""
+
+    pattern: str | None = Field(default=None, description="regular expression found in the answer")
+    finish: Literal["done", "length", "turns", "error"] | None = Field(
+        default=None, description="how the episode ended"
+    )
+    component: str | None = Field(default=None, description="part of the reward that is 0.5 or more")
+    lacks: str | None = Field(default=None, description="part of the reward that is below 0.5")
+    max_rate: float = Field(gt=0, lt=1, description="for the upper bound of the share of answers")
+    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="one-sided error of each bound")
+    required: bool = True
+
+    @model_validator(mode="after")
+    def _one_event(self) -> Self:
+        if sum(x is not None for x in (self.pattern, self.finish, self.component, self.lacks)) != 1:
+            raise ValueError("name exactly one event: pattern, finish, component or lacks")
+        return self
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"no regular expression ({error})") from None
+        return pattern
+
+
+class ReplayValue(Section):
+    """Off-policy: what both agents would have earned on logged prompts that neither was trained on."""
+
+    required: bool = False
+    margin: float = Field(default=-0.10, gt=-1, lt=1, description="the difference must be above it")
+    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="one-sided error of each bound")
+    min_ess: float = Field(default=0.1, ge=0, le=1, description="effective share of the log that concludes")
+    looks: Literal["once", "any time"] = Field(
+        default="once", description="`any time`: bounds that allow a log to be looked at as it grows"
+    )
+
+
+class Hacking(Section):
+    """Signs that the reward was earned the wrong way. None of them counts where the gain on held-out tasks is shown."""
+
+    required: bool = True
+    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="one-sided error of each bound")
+    max_length_ratio: float = Field(
+        default=1.5, gt=1, description="mean length of the answers over the champion's, and its inverse"
+    )
+    max_format_shift: float = Field(
+        default=0.5, gt=0, lt=1, description="share of answers of another shape than the champion's"
+    )
+
+
+class Divergence(Section):
+    """How far training may take the candidate from the policies whose answers it learnt from."""
+
+    max_nats_per_token: float | None = Field(default=None, gt=0, description="None: reported, not limited")
+
+
+class Resources(Section):
+    """What training may have used; None reports and sets no limit."""
+
+    max_seconds: float | None = Field(default=None, gt=0, description="of all updates")
+    max_cpu_seconds: float | None = Field(default=None, gt=0)
+    max_memory_mib: float | None = Field(default=None, gt=0, description="GPU memory on a GPU, else resident")
+    max_tokens: float | None = Field(default=None, gt=0, description="trained on, over all updates")
+
+
+class Canary(Section):
+    """What is done when the new champion's rewards in service fall behind its predecessor's."""
+
+    alpha: float = Field(
+        default=0.05, gt=0, lt=0.5, description="one-sided error over all looks at one promotion together"
+    )
+    margin: float = Field(default=0.0, ge=0, lt=1, description="mean reward it may lose; on [0, 1]")
+    min_groups: int = Field(default=30, ge=1, description="of each agent; fewer lead to nothing")
+    on_harm: Literal["rollback", "report"] = "rollback"
+    weights: dict[str, float] = Field(
+        default_factory=dict,
+        description="of each environment; by default the shares of the tasks in evaluation.tasks. Others do not count",
+    )
+    baseline: Literal["concurrent", "before"] = Field(
+        default="concurrent",
+        description="`concurrent`: the predecessor's episodes since the promotion; `before`: also earlier ones, which is "
+        "biased where the questions have changed",
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _positive(cls, value: dict[str, float]) -> dict[str, float]:
+        if any(not 0 < weight < float("inf") for weight in value.values()):
+            raise ValueError("weights are positive numbers")
+        return value
+
+
+class Registry(Section):
+    """What is done when somebody changes the registry without Forebay."""
+
+    on_drift: Literal["restore", "adopt", "report"] = Field(
+        default="restore",
+        description="`restore`: what the ledger says; `adopt`: a known agent that was given the alias `champion` becomes "
+        "champion without a decision; `report`: nothing",
+    )
+
+
 class Policy(Section):
     """A whole policy file; every field has a default. `digest()` identifies it by content."""
 
@@ -167,9 +301,19 @@ class Policy(Section):
     errors: Errors = Errors()
     evaluation_set: EvaluationSet = EvaluationSet()
     guards: Guards = Guards()
+    safety: dict[str, SafetyRule] = Field(
+        default={"empty": SafetyRule(pattern=r"^\s*$", max_rate=0.10)}, description="events by name"
+    )
+    hacking: Hacking = Hacking()
+    serving: Serving = Serving()
+    replay_value: ReplayValue = ReplayValue()
+    divergence: Divergence = Divergence()
+    resources: Resources = Resources()
     reward_model: RewardModel = RewardModel()
     data: Check = Check()
     integrity: Check = Check()
+    canary: Canary = Canary()
+    registry: Registry = Registry()
     approval: Literal["none", "required"] = "none"
 
 

@@ -96,7 +96,7 @@ def train_classifier(
             "import more, or use reward.model.kind=head."
         )
     scorer = load_base(settings.base, seed=seed, device=device)
-    rows = {answer: row for answer, row in _encoded(scorer, train, settings.max_tokens)}
+    rows = dict(_encoded(scorer, train, settings.max_tokens))
 
     def pairs(preferences: Sequence[Preference]) -> list[Any]:
         return [(rows[p.better], rows[p.worse]) for p in preferences]

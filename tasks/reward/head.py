@@ -65,12 +65,17 @@ class Backbone:
             Sample(row.ids[: row.start], row.ids[row.start :], [True] * (len(row.ids) - row.start))
             for row in rows
         ]
-        return episode_features(model, samples, self.layer, report=told)
+        return episode_features(model, samples, self._depth, report=told)
 
     @property
     def layer(self) -> int | None:
         """Number of blocks after which the states are taken; None: after the last."""
-        return None if self.form == "encoder" else round(DEPTH * self._model.config.num_hidden_layers)
+        return None if self.form == "encoder" else self._depth
+
+    @property
+    def _depth(self) -> int:
+        blocks: int = self._model.config.num_hidden_layers
+        return round(DEPTH * blocks)
 
     @cached_property
     def _model(self) -> Any:

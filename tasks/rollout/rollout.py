@@ -51,6 +51,8 @@ class Outcome:
     response_text: str
     turns: int
     tokens: int
+    family: str
+    finish_reason: FinishReason
 
 
 def rollout(
@@ -158,6 +160,8 @@ def evaluate(
             response_text=_decode(tokenizer, draft.ids),
             turns=len(draft.actions),
             tokens=sum(draft.mask),
+            family=draft.task.family,
+            finish_reason=draft.finish_reason,
         )
         for draft in drafts
     ]

@@ -7,6 +7,7 @@ version counter, which is free, and by the divergence that a forward pass measur
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -90,11 +91,21 @@ def _rules(table: GroupTable, settings: Admission) -> list[tuple[str, np.ndarray
         if least
         else "collect on harder or easier tasks, for within these groups all rewards are equal"
     )
+    kept_back = f"lower training.admission.holdout ({settings.holdout:g})"
     return [
+        *([("held_out", ~held_out(table.ids, settings.holdout), kept_back)] if settings.holdout else []),
         ("no_tokens", table.trained > 0, "none of the answers has a token that the policy may learn from"),
         ("reward_std", table.reward_std > floor, spread),
         ("lag", table.lag <= newest, f"raise training.admission.max_lag ({settings.max_lag})"),
     ]
+
+
+def held_out(ids: Sequence[str] | np.ndarray, share: float) -> np.ndarray:
+    """[G] bool, the groups that no training may ever see: a threshold on the SHA-256 of their ids, whatever the seed."""
+    fractions = (
+        int(hashlib.sha256(f"held out/{name}".encode()).hexdigest()[:13], 16) / 16**13 for name in ids
+    )
+    return np.fromiter((fraction < share for fraction in fractions), bool, len(ids))
 
 
 def _filter(table: GroupTable, rules: Sequence[tuple[str, np.ndarray, str]]) -> tuple[GroupTable, Report]:

@@ -158,7 +158,8 @@ class Curriculum:
                 needs(settings),
                 mask_truncated=settings.overlong.mask,
             )
-            ids = found.table.ids[admission.passes(found.table, settings.admission)].tolist()
+            rules = settings.admission.model_copy(update={"holdout": 0.0})  # it is of replay
+            ids = found.table.ids[admission.passes(found.table, rules)].tolist()
             admitted = len(ids)
             if ids:
                 parts.append(found.episodes(ids))

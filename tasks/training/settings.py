@@ -103,6 +103,9 @@ class Admission(Section):
     max_divergence: float | None = Field(
         None, gt=0, description="k3 estimate of KL(behaviour; initial policy) of a group, nats a token"
     )
+    holdout: float = Field(
+        0.0, ge=0, lt=1, description="share of the groups, by hash, kept for off-policy evaluation"
+    )
 
 
 class Mixture(Section):

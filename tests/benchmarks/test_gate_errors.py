@@ -73,3 +73,13 @@ def test_the_committed_figures_keep_the_promise():
             assert ours[kind][0] <= 0.05, (name, kind)
         assert world["rules"]["new > old"]["per_stream"][0] > 0.99
         assert all(points <= 10 for points in world["gate_behind_best_valid_points"].values()), name
+
+
+def test_the_committed_guards_hold_their_error_and_students_would_not():
+    report = json.loads(BASELINE.read_text())["guards"]
+    lost = [row for row in report["exact"] if row["margin"] == "lost"]
+    assert all(row["passed"]["Gaffke"][0] <= 5 and row["passed"]["Gaffke"][1] <= 5 / 3 for row in lost)
+    assert max(row["passed"]["Student"][0] for row in lost) > 9
+    assert all(row["passed"]["Gaffke"][1] <= 0.05 for row in report["simulated"])
+    kept = [row for row in report["exact"] if row["margin"] == "kept"]
+    assert all(row["passed"]["Gaffke"][0] >= row["passed"]["betting"][0] for row in kept)

@@ -24,6 +24,7 @@ from tasks.promotion.gate import FileRef, Finding, Inputs, decide
 from tasks.promotion.promote import champion
 from tests.flows.conftest import forebay, lay_workspace, loads, register_rival
 from tests.flows.test_bad_input import says
+from tests.promotion.support import serving_file
 from tests.promotion.test_gate import answers
 
 
@@ -53,7 +54,8 @@ def judge(context: Context, approval: str = "none", right: int = 90) -> dict:
     evidence = context.workspace.evidence
     path, sha256 = write_outcomes(evidence, paired)
     sound = Finding("PASS", agents[0].digest, sha256_bytes(b"sound"))
-    inputs = Inputs(FileRef(path.relative_to(evidence).as_posix(), sha256), data=sound, integrity=sound)
+    outcomes = FileRef(path.relative_to(evidence).as_posix(), sha256)
+    inputs = Inputs(outcomes, data=sound, integrity=sound, serving=serving_file(evidence))
     policy = context.policy.model_copy(update={"approval": approval})
     return record_decision(context, decide(evidence, inputs, policy))
 

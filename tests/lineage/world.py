@@ -16,6 +16,8 @@ from tasks.evaluation.paired import Agent, Baseline, pair_outcomes, write_outcom
 from tasks.promotion.gate import FileRef, Finding, Inputs, decide, write_decision
 from tasks.promotion.policy import Policy
 from tasks.replay.manifest import Behaviour, Manifest, Shard
+from tests.promotion.support import serving_file
+from tests.reward.report import make_report
 
 CODE = {"commit": "c" * 40, "dirty": False, "digest": sha256_bytes(b"code"), "lock": sha256_bytes(b"lock")}
 
@@ -162,6 +164,7 @@ class World:
             FileRef(Path(reward["path"]).relative_to(".forebay/evidence").as_posix(), reward["sha256"]),
             Finding("PASS", manifest.root, validated.payload["evidence"]["sha256"]),
             Finding("PASS", agents[0].digest, sha256_bytes(b"integrity")),
+            serving_file(evidence),
         )
         decision = decide(evidence, inputs, Policy())
         payload = decision.payload(self.workspace.relative(write_decision(evidence, decision)))
@@ -231,9 +234,7 @@ class World:
         self.append("dataset.validated", manifest.root, payload)
 
     def _reward(self, manifest: Manifest) -> dict[str, str]:
-        data = canonical_json(
-            {"root": manifest.root, "pairs": [{"margin": 4.0, "group_id": f"g{i}"} for i in range(30)]}
-        )
+        data = canonical_json(make_report([4.0] * 30, dataset=manifest.root))
         evidence = self.put(self.workspace.evidence / "reward" / f"{manifest.root[:12]}.json", data)
         plot = self.put(self.workspace.evidence / "reward" / f"{manifest.root[:12]}.png", b"PNG " + data)
         folder = self.workspace.models / f"reward-{manifest.root[:12]}"

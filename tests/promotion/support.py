@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tasks.core.digest import sha256_bytes, write_atomic
+from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
 from tasks.core.keys import PrivateKey, Trust, trusted
 from tasks.core.ledger import Ledger
+from tasks.evaluation.serving import Serving, serving_evidence
 from tasks.promotion.attest import sign_decision, signature_of
+from tasks.promotion.evidence.item import FileRef
 
 
 def make_key(name: str) -> PrivateKey:
@@ -94,3 +97,23 @@ def decision_payload(candidate: int, champion: int, verdict: str = "PASS", /, **
         "champion": {"version": champion, "digest": files_digest(champion)},
         **changes,
     }
+
+
+def serving_file(evidence: Path, **changes) -> FileRef:
+    """Evidence of an agent that loads in a second and answers in a tenth, and of a champion that does the same.
+
+    Args:
+        changes: to the candidate's `Serving`.
+    """
+    passes = ((0.1, 0.1), (0.1, 0.1))
+    good = Serving("", "", 1.0, passes, passes, (4, 4), 500.0, 0.0, "a" * 64, True)
+    content = serving_evidence(replace(good, **changes), good, ["1 + 1 =", "2 + 2 ="], device="cpu")
+    return json_file(evidence, "serving", content)
+
+
+def json_file(evidence: Path, kind: str, content: dict) -> FileRef:
+    """Keep a JSON evidence file by its content."""
+    data = canonical_json(content)
+    name = f"{kind}/{sha256_bytes(data)}.json"
+    write_atomic(evidence / name, data)
+    return FileRef(name, sha256_bytes(data))

@@ -22,6 +22,7 @@ from tasks.promotion.gate import (
     write_decision,
 )
 from tasks.promotion.policy import Policy
+from tests.promotion.support import serving_file
 from tests.reward.report import make_report, sure_margins
 
 SOUND = Finding("PASS", "d" * 64, "e" * 64)
@@ -65,7 +66,14 @@ def inputs_of(folder, candidate=None, champion=None, **changes):
         champion or {"calculator": (80, 120), "sums": (18, 40)},
     )
     return Inputs(
-        **{"outcomes": outcomes, "reward": reward_file(folder), "data": SOUND, "integrity": SOUND, **changes}
+        **{
+            "outcomes": outcomes,
+            "reward": reward_file(folder),
+            "data": SOUND,
+            "integrity": SOUND,
+            "serving": serving_file(folder),
+            **changes,
+        }
     )
 
 
@@ -83,6 +91,8 @@ def test_a_better_agent_passes(tmp_path):
     assert quality.n == 160
     assert [e.name for e in decision.evidence] == [
         "integrity", "data", "reward model", "errors", "evaluation set", "quality", "guard/calculator", "guard/sums",
+        "safety/empty", "hacking/proxy", "hacking/length", "hacking/format", "serving", "replay value", "divergence",
+        "resources",
     ]  # fmt: skip
 
 
@@ -143,6 +153,7 @@ def test_the_t_interval_alone_does_not_promote_on_a_handful_of_differences(tmp_p
         ({"data": None}, "INCONCLUSIVE"),
         ({"integrity": None}, "INCONCLUSIVE"),
         ({"reward": None}, "INCONCLUSIVE"),
+        ({"serving": None}, "INCONCLUSIVE"),
     ],
 )
 def test_what_the_policy_requires_must_be_there_and_sound(tmp_path, changes, verdict):
