@@ -247,6 +247,8 @@ def _edits(report: Report, rule: Rule) -> Iterator[Check]:
     if not edits:
         yield _absent("edits", "No prompt has both a right and a wrong answer to edit.")
     spread = metrics.spread_within(metrics.answers_of(report["samples"]), "score")
+    if not spread and report["preferences"]:  # of two scores that differ by m it is |m| / sqrt(2)
+        spread = float(np.sqrt(np.mean(np.square(_margins(report["preferences"])[0])) / 2))
     for name, rows in edits.items():
         gain = [_beats(row["edited"], row["right"]) - _beats(row["wrong"], row["right"]) for row in rows]
         shift = float(np.mean([row["edited"] - row["wrong"] for row in rows])) / spread if spread else 0.0
