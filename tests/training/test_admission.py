@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tasks.core.errors import Refused
-from tasks.training.admission import Report, admit, admit_measured
+from tasks.training.admission import Report, admit, admit_measured, held_out
 from tasks.training.groups import GroupTable
 from tasks.training.settings import Admission
 
@@ -116,3 +116,20 @@ def test_groups_of_equal_rewards_are_admitted_on_request():
     equal = table([0.0, 0.5])
     assert len(admit(equal, Admission())[0]) == 1
     assert len(admit(equal, Admission(min_reward_std=None))[0]) == 2
+
+
+def test_what_is_held_out_is_a_share_by_hash_that_never_comes_back():
+    everything = table([0.5] * 1000)
+    ids = everything.ids.tolist()
+    groups, report = admit(everything, Admission(holdout=0.1))
+    kept_back = set(ids) - set(groups.ids.tolist())
+    assert report.refused["held_out"] == len(kept_back)
+    assert 70 <= len(kept_back) <= 130  # 100 +- 3 standard deviations
+    more, _ = admit(everything, Admission(holdout=0.2))
+    assert kept_back.isdisjoint(more.ids.tolist())  # a larger share keeps what a smaller one kept
+    later = held_out(ids[500:600], 0.1)
+    assert {name for name, held in zip(ids[500:600], later, strict=True) if held} == kept_back & set(
+        ids[500:600]
+    )
+    with pytest.raises(Refused, match=r"lower training\.admission\.holdout"):
+        admit(table([0.5]), Admission(holdout=0.999))
