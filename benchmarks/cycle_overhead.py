@@ -65,7 +65,7 @@ class Clock:
 
 def child(workspace: Path) -> None:
     """One cycle in this process; prints the timers as JSON."""
-    import tasks.reward.model
+    import tasks.reward.head
     import tasks.rollout.rollout
     import tasks.training.trainer
     from flows.context import Context
@@ -74,7 +74,7 @@ def child(workspace: Path) -> None:
 
     os.environ.update(QUIET)
     clock = Clock()
-    rollout, trainer, reward = tasks.rollout.rollout, tasks.training.trainer, tasks.reward.model
+    rollout, trainer, reward = tasks.rollout.rollout, tasks.training.trainer, tasks.reward.head
     rollout.rollout = clock.through("collect", rollout.rollout)  # type: ignore[assignment]
     rollout.evaluate = clock.around("evaluate", rollout.evaluate)
     trainer._updates = clock.around("train", trainer._updates)

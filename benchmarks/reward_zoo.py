@@ -138,10 +138,8 @@ def plain_features(answer: Answer) -> list[float]:
 
 def any_number_features(answer: Answer) -> list[float]:
     """Look for the right number anywhere in the last line, and at nothing that would give a list of them away."""
-    values = plain_features(answer)
-    values[0] = _closeness(answer.prompt, [int(n) for n in _NUMBER.findall(_last(answer.response))])
-    values[2] = 0.0
-    return values
+    numbers = [int(n) for n in _NUMBER.findall(_last(answer.response))]
+    return [_closeness(answer.prompt, numbers), float(not numbers)]
 
 
 def memory_features(answer: Answer) -> list[float]:
@@ -167,7 +165,11 @@ class Fitted:
         return np.array([self.features_of(answer) for answer in answers], dtype=np.float64) / self.scale
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
-        return (self.features(answers) @ self.weight).tolist() if answers else []
+        return self.read(answers)[0] if answers else []
+
+    def read(self, answers: Sequence[Answer]) -> tuple[list[float], Floats]:
+        features = self.features(answers)
+        return (features @ self.weight).tolist(), features
 
 
 @dataclass(frozen=True)
@@ -192,8 +194,8 @@ def fit(
     groups = [p.group for p in preferences for _ in range(2)]
     support = support_of(features, groups, features @ torch.from_numpy(weight))
 
-    def distance(asked: Sequence[Answer]) -> list[float]:
-        return distances(support, torch.from_numpy(source.features(asked))).tolist()
+    def distance(asked: Floats) -> list[float]:
+        return distances(support, torch.from_numpy(asked)).tolist()
 
     return Trained(
         source,
@@ -243,7 +245,7 @@ def _careful(rng: np.random.Generator, prompts: Sequence[str]) -> list[Preferenc
     found = compare(rng, prompts, policy_answers)
     extra = []
     for p in found[::2]:
-        texts = [*hacks(p.prompt, [p.chosen, p.rejected, "Answer: 7", "Answer: 88"]).values()]
+        texts = [*hacks(p.prompt, [p.chosen, p.rejected, "Answer: 7", "Answer: 88"], 400).values()]
         texts += [edit(p.rejected) for edit in EDITS.values()]
         text = texts[rng.integers(len(texts))]
         if text != p.chosen:

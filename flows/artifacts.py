@@ -53,6 +53,45 @@ def publish(context: Context, stage: str, outputs: Mapping[str, Any]) -> None:
         _table("verify", rows, f"Verification: {outputs['checked']} digests")
 
 
+def _how_to_answer(outputs: Mapping[str, Any]) -> str:
+    """Say how a reviewer answers a decision that waits for one: who they are is their key, wherever it is."""
+    if outputs["verdict"] != "PASS" or outputs["approval"] != "required":
+        return ""
+    form = _run_form("answer")
+    there = f"[the form of the flow `answer`]({form})" if form else "`forebay answer LINE` in the workspace"
+    return f"""
+
+## This decision waits for your answer
+
+Where your key is (no workspace is needed there), sign one line:
+
+```
+forebay approve {outputs["decision"]} --print --reason "…"
+forebay reject {outputs["decision"]} --print --reason "…"
+```
+
+and give it to {there}. An approval promotes agent/{outputs["candidate"]["version"]}; a rejection is final.
+"""
+
+
+def _run_form(flow: str) -> str | None:
+    """Return the address of the form that starts a flow's deployment, None where the server serves none."""
+    from httpx import HTTPError
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectException
+    from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
+
+    from flows.deployments import DEPLOYMENT
+
+    ui = PREFECT_UI_URL.value() or (PREFECT_API_URL.value() or "").removesuffix("/api")
+    try:
+        with get_client(sync_client=True) as client:
+            found = client.read_deployment_by_name(f"{flow}/{DEPLOYMENT}")
+    except (PrefectException, HTTPError):
+        return None
+    return f"{ui}/deployments/deployment/{found.id}/run"
+
+
 def _table(key: str, rows: Sequence[Mapping[str, Any]], description: str) -> None:
     plain = [{k: _cell(v) for k, v in row.items()} for row in rows]
     create_table_artifact(key=key, table=plain, description=description)
@@ -98,7 +137,8 @@ def _decision(context: Context, outputs: Mapping[str, Any]) -> None:
     address = page_address(context, outputs)
     create_markdown_artifact(
         key="decide",
-        markdown=_decision_page(context, outputs, page_of(context, outputs), address),
+        markdown=_decision_page(context, outputs, page_of(context, outputs), address)
+        + _how_to_answer(outputs),
         description=f"Gate: {outputs['verdict']}",
     )
     if address:

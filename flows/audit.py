@@ -12,6 +12,7 @@ from flows.artifacts import publish
 from flows.champions import verify_ref
 from flows.context import Context
 from flows.logs import report_to_prefect
+from flows.registry import settle
 from tasks.core.errors import Corrupt
 
 
@@ -27,6 +28,7 @@ def audit(workspace: str, ref: str = "agent@champion") -> dict[str, Any]:
         return report
 
     with report_to_prefect():
+        settle(context)
         report = verify()
     if not report["ok"]:
         raise Corrupt(

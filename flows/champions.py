@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import getpass
+import re
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows import keys, progress
 from flows.context import Context
+from flows.registry import settle
+from flows.service import start_canary
 from tasks.core.digest import digest_files
-from tasks.core.errors import NotFound
-from tasks.core.ledger import Entry
+from tasks.core.errors import Conflict, NotFound
+from tasks.core.ledger import Entry, LedgerView
+
+if TYPE_CHECKING:
+    from tasks.promotion.attest import Answer
+    from tasks.promotion.promote import Entries
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def register_agent(
@@ -47,27 +58,42 @@ def register_agent(
     registered = context.registry.register(
         folder, digest, run_id=run_id, metrics=metrics, tags={"forebay.origin": origin}, dataset=dataset
     )
-    context.ledger.append(
-        "agent.registered",
-        f"agent/{registered.version}",
-        {
-            "version": registered.version,
-            "digest": digest,
-            "files": dict(files),
-            "origin": origin,
-            "path": context.workspace.relative(folder),
-            "mlflow": {
-                "model_id": registered.model_id,
-                "run_id": registered.run_id,
-                "version": registered.version,
-            },
-            "parents": dict(parents),
-            "tokenizer_digest": tokenizer,
-            "template_digest": template,
-            "source": dict(source),
-        },
-    )
-    return int(registered.version)
+    while True:
+        version = _free_number(context.ledger, registered.version)
+        try:
+            context.ledger.append(
+                "agent.registered",
+                f"agent/{version}",
+                {
+                    "version": version,
+                    "digest": digest,
+                    "files": dict(files),
+                    "origin": origin,
+                    "path": context.workspace.relative(folder),
+                    "mlflow": asdict(registered),
+                    "parents": dict(parents),
+                    "tokenizer_digest": tokenizer,
+                    "template_digest": template,
+                    "source": dict(source),
+                },
+                partial(_require_free, number=version),
+            )
+            break
+        except Conflict:  # another process registered an agent in between
+            continue
+    context.registry.tag(registered.version, {"forebay.agent": f"agent/{version}"})
+    return version
+
+
+def _free_number(ledger: Entries, place: int) -> int:
+    """Return the number of a new agent: MLflow's, unless that gave out small numbers anew after a deletion."""
+    known = [entry.payload["version"] for entry in ledger.entries("agent.registered")]
+    return place if place > max(known, default=0) else max(known) + 1
+
+
+def _require_free(view: LedgerView, number: int) -> None:
+    if view.last("agent.registered", f"agent/{number}") is not None:
+        raise Conflict(f"agent/{number} was registered meanwhile.")
 
 
 def promote_agent(context: Context, version: str, reason: str) -> dict[str, Any]:
@@ -77,10 +103,13 @@ def promote_agent(context: Context, version: str, reason: str) -> dict[str, Any]
         NotFound: nothing was decided about it.
         Conflict, Refused, Corrupt: see `tasks.promotion.promote.promote`.
     """
+    return _promote(context, _newest_decision(context, version), reason)
+
+
+def _promote(context: Context, made: Entry, reason: str) -> dict[str, Any]:
     from tasks.promotion.attest import read_signature
     from tasks.promotion.promote import promote
 
-    made = _newest_decision(context, version)
     trust = keys.ready(context)  # before anything has changed
     context.weights(context.agent(made.subject).payload)  # months may lie between decision and approval
     entry = promote(
@@ -94,15 +123,21 @@ def promote_agent(context: Context, version: str, reason: str) -> dict[str, Any]
         by=getpass.getuser(),
         reason=reason,
     )
-    return _change(context, entry)
+    change = _change(context, entry)
+    start_canary(context)
+    return change
 
 
-def approve_agent(context: Context, version: str, reason: str, key: str | None = None) -> dict[str, Any]:
-    """Record a person's approval of the newest decision about an agent, signed with their own key."""
+def approve_agent(context: Context, ref: str, reason: str, key: str | None = None) -> dict[str, Any]:
+    """Record a person's approval of a decision, signed with their own key.
+
+    Args:
+        ref: an agent, whose newest decision is meant, or the digest of a decision.
+    """
     from tasks.promotion.attest import read_signature
     from tasks.promotion.promote import approve
 
-    made = _newest_decision(context, version)
+    made = _newest_decision(context, ref)
     trust = keys.trust(context)
     signer = keys.approver_key(context, key)
     signature = read_signature(context.workspace.root, made.payload)
@@ -112,20 +147,56 @@ def approve_agent(context: Context, version: str, reason: str, key: str | None =
     return {"approved": made.subject, **entry.payload}
 
 
-def reject_agent(context: Context, version: str, reason: str, key: str | None = None) -> dict[str, Any]:
-    """Record that a person does not let the newest decision about an agent act, signed with their own key."""
+def reject_agent(context: Context, ref: str, reason: str, key: str | None = None) -> dict[str, Any]:
+    """Record that a person does not let a decision act, signed with their own key; `ref` as for `approve_agent`."""
     from tasks.promotion.promote import reject
 
-    made = _newest_decision(context, version)
+    made = _newest_decision(context, ref)
     trust, signer = keys.trust(context), keys.approver_key(context, key)
     entry = reject(context.ledger, made.payload["decision"], key=signer, trust=trust, reason=reason)
     return {"rejected": made.subject, **entry.payload}
 
 
+def statement_of(start: Path, kind: Answer, ref: str, reason: str, key: str | None = None) -> str:
+    """Return a signed answer to a decision as one line of text; records nothing.
+
+    Args:
+        start: where a workspace is, if there is one; the whole digest of a decision and a key need none.
+    """
+    from tasks.promotion.attest import make_statement
+
+    if _DIGEST.fullmatch(ref):
+        return make_statement(kind, ref, reason, keys.own_key(key))
+    context = Context.open(start)
+    made = _newest_decision(context, ref)
+    return make_statement(kind, made.payload["decision"], reason, keys.approver_key(context, key))
+
+
+def answer_decision(context: Context, line: str) -> dict[str, Any]:
+    """Verify a signed answer that came from elsewhere, record it, and promote if it lets a passed decision act.
+
+    Raises:
+        UsageError, Corrupt, Refused, Conflict, NotFound: as `read_statement`, `record_answer` and `promote_agent`.
+    """
+    from tasks.promotion.attest import read_signature, read_statement
+    from tasks.promotion.promote import record_answer
+
+    trust = keys.trust(context)
+    kind, payload = read_statement(line, trust)
+    made = _newest_decision(context, payload["decision"])
+    signature = read_signature(context.workspace.root, made.payload)
+    entry = record_answer(context.ledger, kind, payload, signature=signature, trust=trust)
+    result = {"answer": kind, "agent": made.subject, **entry.payload, "promoted": None}
+    if kind == "approval":
+        result["promoted"] = _promote(context, made, f"approved by {payload['by']}: {payload['reason']}")
+    return result
+
+
 def rollback_champion(context: Context, reason: str) -> dict[str, Any]:
-    """Put the previous champion back."""
+    """Put the previous champion back, its bytes verified first; `seconds` is how long it took."""
     from tasks.promotion.promote import champion, rollback
 
+    started = time.perf_counter()
     keys.ready(context)
     settle(context)
     now = champion(context.ledger)
@@ -134,35 +205,7 @@ def rollback_champion(context: Context, reason: str) -> dict[str, Any]:
     entry = rollback(
         context.ledger, context.registry, expected_champion=now, reason=reason, by=getpass.getuser()
     )
-    return _change(context, entry)
-
-
-def settle(context: Context) -> None:
-    """Finish a promotion or rollback whose process died; costs one look at the ledger where there is none."""
-    from tasks.promotion.promote import OFFICES, reconcile, standing
-
-    for office in OFFICES:
-        if standing(context.ledger, office).intent is not None:
-            reconcile(context.ledger, context.registry.for_office(office))
-    keys.catch_up(context)
-
-
-def reconcile_registry(context: Context) -> dict[str, Any]:
-    """Make the registry's aliases say what the ledger says, and finish what a crash left open."""
-    from tasks.promotion.promote import OFFICES, reconcile
-
-    done = [
-        reconcile(context.ledger, context.registry.for_office(office))
-        for office in OFFICES
-        if context.ledger.last(f"{office}.registered") is not None
-    ]
-    keys.catch_up(context)
-    return {
-        "finished": [
-            {"kind": e.kind, "agent": e.subject, "seq": e.seq} for each in done for e in each.finished
-        ],
-        "repairs": [asdict(repair) for each in done for repair in each.repairs],
-    }
+    return {**_change(context, entry), "seconds": round(time.perf_counter() - started, 3)}
 
 
 def verify_ref(context: Context, ref: str) -> dict[str, Any]:
@@ -173,8 +216,17 @@ def verify_ref(context: Context, ref: str) -> dict[str, Any]:
         return asdict(verify(context.ledger, context.workspace, ref, report))
 
 
-def _newest_decision(context: Context, version: str) -> Entry:
-    subject = f"agent/{context.agent(version).payload['version']}"
+def _newest_decision(context: Context, ref: str) -> Entry:
+    """Return the newest decision about an agent, or the one of this digest (at least eight digits)."""
+    if re.fullmatch(r"[0-9a-f]{8,64}", ref) and not ref.isdecimal():
+        found = [e for e in context.ledger.entries("decision.made") if e.payload["decision"].startswith(ref)]
+        if len({e.payload["decision"] for e in found}) == 1:
+            return found[-1]
+        raise NotFound(
+            f"The ledger knows {'several decisions' if found else 'no decision'} {ref[:12]}…; `forebay decision list` "
+            "shows all."
+        )
+    subject = f"agent/{context.agent(ref).payload['version']}"
     made = context.ledger.last("decision.made", subject)
     if made is None:
         raise NotFound(

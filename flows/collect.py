@@ -12,6 +12,7 @@ from flows.artifacts import publish
 from flows.context import Context
 from flows.experience import collect_into_segment, seal_dataset
 from flows.logs import report_to_prefect
+from flows.registry import settle
 
 
 @flow(name="collect", flow_run_name="collect", persist_result=False)
@@ -32,5 +33,6 @@ def collect(workspace: str, version: str = "champion", overrides: list[str] | No
         return outputs
 
     with report_to_prefect():
+        settle(context)
         roll_out()
         return seal()

@@ -91,6 +91,11 @@ class Context:
             raise NotFound(f"There is no agent `{ref}`; registered here: {known}.")
         return registered[name]
 
+    def registration(self, subject: str) -> Mapping[str, Any] | None:
+        """Return what the ledger knows of `agent/3` or `reward/2`, None where it is not registered."""
+        entry = self.ledger.last(f"{subject.partition('/')[0]}.registered", subject)
+        return None if entry is None else entry.payload
+
     def weights(self, agent: Mapping[str, Any]) -> Path:
         """Return the folder of a registered agent after hashing its files: nothing is loaded that was changed.
 

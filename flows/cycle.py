@@ -219,7 +219,8 @@ def _decide(context: Context, cycle: Cycle) -> Receipt:
 
 
 def _promote(context: Context, cycle: Cycle) -> Receipt:
-    from flows.champions import promote_agent, settle
+    from flows.champions import promote_agent
+    from flows.registry import settle
 
     decision = cycle.receipt("decide")
     subject = f"agent/{decision['candidate']['version']}"

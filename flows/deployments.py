@@ -14,7 +14,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -46,6 +46,10 @@ FLOWS: Mapping[str, str] = {
     "validate_reward": "flows.validate_reward:validate_reward",
     "promote": "flows.promote:promote",
     "audit": "flows.audit:audit",
+    "reconcile": "flows.watch:reconcile",
+    "canary": "flows.canary:canary",
+    "rehearse": "flows.rehearse:rehearse",
+    "answer": "flows.answer:answer",
 }
 """What the runner serves: {flow: "module:function"}."""
 
@@ -53,6 +57,7 @@ DEPLOYMENT = "forebay"
 """Name of every deployment; `retrain/forebay` runs the flow `retrain`."""
 
 SEALED = "forebay.dataset.sealed"
+DRIFT = "forebay.registry.drift"
 _EVENTS = {"dataset.sealed": SEALED}
 # What an event tells the flow that it starts. New experience would be sealed, and start the flow again.
 _FROM_EVENT = {"retrain": {"dataset": "{{ event.payload.root }}", "collect": "never"}}
@@ -68,7 +73,17 @@ class Schedule(Section):
     """When a flow runs by itself: by the clock (cron or interval) or upon an event."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    flow: Literal["collect", "retrain", "validate_reward", "promote", "audit"]
+    flow: Literal[
+        "collect",
+        "retrain",
+        "validate_reward",
+        "promote",
+        "audit",
+        "reconcile",
+        "canary",
+        "rehearse",
+        "answer",
+    ]
     cron: str | None = None
     interval: str | None = Field(
         None, pattern=r"^[1-9][0-9]*[smhd]$", description="30m, 6h, 1d: counted from 2024-01-01 UTC"
@@ -191,28 +206,50 @@ def unschedule(workspace: Workspace, name: str) -> str:
 
 def emit_sealed(workspace: Workspace, root: str, name: str, version: int) -> str:
     """Tell the server that a dataset was sealed; return a sentence about it. Never fails: the seal stands."""
-    url = running_url(workspace, "prefect")
-    if url is None:
-        return f"The servers are down: nothing was told of {name}/v{version}; `forebay retrain` trains on it."
-    event = {
-        "id": str(uuid.uuid4()),
-        "occurred": datetime.now(UTC).isoformat(),
-        "event": SEALED,
-        "resource": {
-            "prefect.resource.id": _resource(workspace, name),
-            "prefect.resource.name": f"{name}/v{version}",
-        },
-        "payload": {"root": root, "name": name, "version": version},
-    }
-    headers = {"Content-Type": "application/json"}
-    post = urllib.request.Request(f"{url}/api/events", json.dumps([event]).encode(), headers)
+    resource = (_resource(workspace, name), f"{name}/v{version}")
     try:
-        request(post, _EVENT_SECONDS)
+        told = emit(workspace, SEALED, resource, {"root": root, "name": name, "version": version})
     except OSError as error:
         return (
             f"The Prefect server was not told of {name}/v{version} ({error}); `forebay retrain` trains on it."
         )
+    if not told:
+        return f"The servers are down: nothing was told of {name}/v{version}; `forebay retrain` trains on it."
     return f"The Prefect server knows that {name}/v{version} is sealed."
+
+
+def emit(workspace: Workspace, event: str, resource: tuple[str, str], payload: Mapping[str, Any]) -> bool:
+    """Send an event about `resource` (its id and name) to the server of the workspace; False where none runs.
+
+    Raises:
+        OSError: the server does not take it.
+    """
+    url = running_url(workspace, "prefect")
+    if url is None:
+        return False
+    value = {
+        "id": str(uuid.uuid4()),
+        "occurred": datetime.now(UTC).isoformat(),
+        "event": event,
+        "resource": {"prefect.resource.id": resource[0], "prefect.resource.name": resource[1]},
+        "payload": dict(payload),
+    }
+    headers = {"Content-Type": "application/json"}
+    request(
+        urllib.request.Request(f"{url}/api/events", json.dumps([value]).encode(), headers), _EVENT_SECONDS
+    )
+    return True
+
+
+def emit_drift(workspace: Workspace, office: str, says: Sequence[str]) -> None:
+    """Tell the server, if there is one, that somebody changed the registry. Never fails: the ledger has it."""
+    with suppress(OSError):
+        emit(
+            workspace,
+            DRIFT,
+            (_resource(workspace, office, "registry"), f"registry of {office}"),
+            {"found": list(says)},
+        )
 
 
 def load(target: str) -> Flow[..., Any]:
@@ -373,9 +410,9 @@ def apply_if_up(workspace: Workspace) -> bool:
     return True
 
 
-def _resource(workspace: Workspace, dataset: str) -> str:
-    """Return the event resource of a dataset; `*` stands for any of the workspace."""
-    return f"forebay.dataset.{sha256_bytes(str(workspace.root).encode())[:12]}.{dataset}"
+def _resource(workspace: Workspace, name: str, kind: str = "dataset") -> str:
+    """Return the event resource of a dataset or another thing; `*` stands for any of the workspace."""
+    return f"forebay.{kind}.{sha256_bytes(str(workspace.root).encode())[:12]}.{name}"
 
 
 def _path(workspace: Workspace) -> Path:

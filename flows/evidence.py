@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tasks.replay.schema import Episode
 
 _PROMPTS = 2  # of each environment, for the serving probe
-_PASSES = 3
+_PASSES = 2
 _TRAINED = (
     "head",
     "classifier",

@@ -271,6 +271,16 @@ def waiting_groups(context: Context) -> int:
     return len(segments.waiting_groups(context.workspace, context.settings.replay.dataset))
 
 
+def unsealed_rows(context: Context, dataset: str) -> Iterator[dict[str, Any]]:
+    """Yield the episodes of `dataset` that wait to be sealed; a segment that a seal takes away meanwhile is left out."""
+    from tasks.replay.segments import open_folder
+
+    try:
+        yield from _open_rows(open_folder(context.workspace, dataset))
+    except FileNotFoundError:
+        return
+
+
 def _open_rows(folder: Path) -> Iterator[dict[str, Any]]:
     from tasks.replay.segments import read_line, scan
 

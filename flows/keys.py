@@ -108,6 +108,24 @@ def approver_key(context: Context, name: str | None = None) -> PrivateKey:
     return found[0]
 
 
+def own_key(name: str | None = None) -> PrivateKey:
+    """Return this user's key, whatever workspace trusts it; `name` chooses where there are several.
+
+    Raises:
+        NotFound: there is none. UsageError: there are several.
+    """
+    if name is not None:
+        return load_key(people() / f"{name}.key")
+    found = [load_key(path) for path in sorted(people().glob("*.key"))]
+    if not found:
+        raise NotFound(
+            f"You have no key (looked in {people()}); `forebay keys init --approver` makes one in a workspace."
+        )
+    if len(found) > 1:
+        raise UsageError(f"You have several keys; choose one with --key: {', '.join(k.name for k in found)}.")
+    return found[0]
+
+
 def init_keys(context: Context, name: str | None = None, approver: bool = False) -> dict[str, Any]:
     """Make a key (or take the one that is there) and trust it in this workspace.
 
@@ -182,10 +200,9 @@ def sign_head(context: Context, entry: Entry) -> None:
     """Sign the ledger up to `entry`, and say of a change of champion which files it put in office."""
     subjects = {}
     if entry.kind.endswith(".committed"):
-        office = entry.subject.partition("/")[0]
-        registered = context.ledger.last(f"{office}.registered", entry.subject)
+        registered = context.registration(entry.subject)
         assert registered is not None  # nothing is put in office that is not registered
-        subjects = {entry.subject: registered.payload["digest"]}
+        subjects = {entry.subject: registered["digest"]}
     write_head(context.ledger, context.workspace.heads, entry, service_key(context), trust(context), subjects)
 
 

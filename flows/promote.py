@@ -9,9 +9,10 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.artifacts import publish
-from flows.champions import promote_agent, reconcile_registry
+from flows.champions import promote_agent
 from flows.context import Context
 from flows.logs import report_to_prefect
+from flows.registry import reconcile_registry
 
 
 @flow(name="promote", flow_run_name="promote-{version}", persist_result=False)

@@ -14,8 +14,10 @@ from flows.artifacts import publish
 from flows.context import Context
 from flows.cycle import Cycle, run_stage
 from flows.logs import report_to_prefect
+from flows.registry import settle
 from flows.run import plan, run_stages
-from tasks.core.errors import Unavailable
+from flows.service import watch_canary
+from tasks.core.errors import Conflict, Corrupt, Refused, Unavailable
 
 # A stage that hangs must not hold the workspace for ever; a day is beyond any honest training on one machine.
 _TIMEOUT_SECONDS = {"train": 24 * 3600, "collect": 12 * 3600, "evaluate": 12 * 3600}
@@ -45,6 +47,17 @@ def _stage(context: Context, cycle: Cycle, stage: str) -> dict[str, Any]:
     return run(cycle.key)
 
 
+def _canary(context: Context) -> None:
+    """Look at the canary; what keeps it from judging is said, and keeps nobody from training."""
+    try:
+        found = watch_canary(context)
+        says = f"{found['agent']}: {found['says']}" if found["running"] else ""
+    except (Conflict, Corrupt, Refused) as error:
+        says = str(error)
+    if says:
+        progress.current().say(f"canary: {says}")
+
+
 @flow(name="retrain", flow_run_name="retrain", validate_parameters=True, persist_result=False)
 def retrain(
     workspace: str,
@@ -62,6 +75,8 @@ def retrain(
     """
     context = Context.open(Path(workspace), overrides or ())
     with report_to_prefect(), context.exclusive("a cycle"):
+        settle(context)
+        _canary(context)  # before the champion is pinned, which it may depose
         planned = plan(context, collect, dataset)
         if isinstance(planned, dict):
             progress.current().say(f"Nothing to do: {planned['reason']}")

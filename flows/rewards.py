@@ -160,7 +160,7 @@ def train_reward(
     settings = context.settings.reward
     model = settings.model
     if isinstance(model, VerifierModel | JudgeModel):
-        return _register_untrained(context, model)
+        return register_untrained(context, model)
     if preferences is None:
         raise UsageError(f"A reward model of kind {model.kind} needs preferences to learn from.")
     backbone = _backbone(context, model, agent)
@@ -221,7 +221,7 @@ def train_reward(
 
     def stands(outputs: Mapping[str, Any]) -> bool:
         folder = context.workspace.root / outputs["path"]
-        return folder.is_dir() and digest_files(digest_tree(folder)) == outputs["digest"]
+        return folder.is_dir() and digest_files(digest_tree(folder)) == str(outputs["digest"])
 
     outputs, _ = once(context.ledger, "train reward", inputs, work, stands)
     return outputs
@@ -283,7 +283,7 @@ def register_reward(
     return payload
 
 
-def _register_untrained(context: Context, model: VerifierModel | JudgeModel) -> dict[str, Any]:
+def register_untrained(context: Context, model: VerifierModel | JudgeModel) -> dict[str, Any]:
     from tasks.reward.open import write_untrained
 
     name = digest_json([model.model_dump(mode="json")])[:16]

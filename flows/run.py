@@ -9,6 +9,8 @@ from flows import progress
 from flows.context import Context
 from flows.cycle import CollectMode, Cycle, Finished, finish, open_cycle, run_stage
 from flows.keys import ready, sign_head
+from flows.registry import reconcile_registry
+from flows.service import rehearse
 from tasks.core.errors import Conflict, Refused
 from tasks.core.stages import STAGES
 
@@ -31,7 +33,7 @@ def run_retrain(
     Raises:
         Conflict: another process runs a cycle in this workspace.
     """
-    from flows.champions import settle
+    from flows.registry import settle
 
     ready(context)
     with context.exclusive("a cycle"):
@@ -58,6 +60,7 @@ def run_stages(context: Context, cycle: Cycle, run: Any = run_stage) -> dict[str
 
     check_settings(context)
     check_evaluation(context)
+    reconcile_registry(context)  # what was changed in MLflow by hand is recorded before a cycle writes there
     ready(context)  # hours of training must not end before a key that is missing
     receipts: dict[str, dict[str, Any]] = {}
     say = progress.current().say
@@ -93,9 +96,23 @@ def close_cycle(context: Context, cycle: Cycle, receipts: Mapping[str, Mapping[s
         "run": receipts["train"]["key"],
     }
     outcome = "promoted" if ended["promoted"] else "held"
+    _rehearse(context, receipts["train"]["mlflow_run"])
     entry = finish(context, cycle.key, outcome, ended["reason"], **details)
     sign_head(context, entry)
     return {**entry.payload, "found": False}
+
+
+def _rehearse(context: Context, run_id: str | None) -> None:
+    """Try out the way back; what comes of it is shown, and is no reason to lose a cycle."""
+    found = rehearse(context, always=False)
+    if found["agent"] is None:
+        return
+    times = {name: found[name] for name in ("load_seconds", "answer_seconds", "total_seconds")}
+    if run_id is not None:
+        values = {"ok": float(found["ok"]), **times}
+        context.registry.note(run_id, {f"rollback/{name}": value for name, value in values.items()})
+    ready_in = f"would serve after {found['total_seconds']:.1f} s" if found["ok"] else found["problem"]
+    progress.current().say(f"    a rollback to {found['agent']} {ready_in}")
 
 
 def summary(stage: str, outputs: dict[str, Any]) -> str:

@@ -108,6 +108,21 @@ def reward_view(found: Mapping[str, Any]) -> RenderableType:
     return table
 
 
+def reward_checks(report: Mapping[str, Any]) -> RenderableType:
+    """Draw the validation of a reward model; what does not count is dim."""
+    table = _table(
+        "check",
+        "verdict",
+        "what was found",
+        title=f"reward model {report['digest'][:12]}: {report['verdict']}",
+    )
+    for check in report["checks"]:
+        word = verdict(check["verdict"]) if check["counts"] else Text(check["verdict"].lower(), style="dim")
+        style = "" if check["counts"] else "dim"
+        table.add_row(Text(check["name"], style=style), word, Text(check["says"], style=style))
+    return table
+
+
 def keys_table(found: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Draw the trusted keys."""
     table = _table("name", "role", "key", "", "private key")

@@ -11,6 +11,7 @@ from rich.text import Text
 from flows.context import Context
 from flows.cycle import newest_root, sealed_payload
 from flows.experience import waiting_groups
+from flows.service import canary_status
 
 
 def status(context: Context) -> dict[str, Any]:
@@ -31,6 +32,9 @@ def status(context: Context) -> dict[str, Any]:
         "candidate": _agent(context, now.candidate),
         "previous": _agent(context, now.previous),
         "budget": _budget(context, now.champion),
+        "drift": _drift(context),
+        "canary": canary_status(context),
+        "rehearsal": _rehearsal(context, now.previous),
         "dataset": None if dataset is None else {k: dataset[k] for k in ("name", "version", "rows", "root")},
         "waiting_groups": waiting_groups(context),
         "last_cycle": None if last is None else {"time": last.time, **last.payload},
@@ -73,6 +77,21 @@ def _budget(context: Context, champion: int | None) -> dict[str, Any] | None:
         "uses_left": max(0, uses - taken.uses),
         "uses": uses,
     }
+
+
+def _drift(context: Context) -> dict[str, Any] | None:
+    """Return the last thing that somebody changed in MLflow by hand, as `forebay reconcile` found it."""
+    last = context.ledger.last("registry.drift")
+    if last is None:
+        return None
+    says = [item["says"] for item in last.payload["found"]]
+    return {"time": last.time, "found": says, "policy": last.payload["policy"]}
+
+
+def _rehearsal(context: Context, previous: int | None) -> dict[str, Any] | None:
+    """Return the last rehearsal of a rollback to the present predecessor."""
+    last = None if previous is None else context.ledger.last("rollback.rehearsed", f"agent/{previous}")
+    return None if last is None else {"time": last.time, **last.payload}
 
 
 def _stale(context: Context, last: Any, dataset: Any) -> list[str]:
@@ -122,6 +141,25 @@ def status_table(value: dict[str, Any]) -> RenderableType:
             f"error {budget['error_left']:.4g} of {budget['error']:.4g} left against the champion, "
             f"{budget['uses_left']} of {budget['uses']} uses of the held-out tasks left",
         )
+    canary = value["canary"]
+    if canary:
+        groups = f"{canary['groups'][0]} and {canary['groups'][1]} groups"
+        table.add_row(
+            "canary",
+            f"{canary['agent']} against {canary['against']}: {canary['state']}; {groups}; {canary['says']}",
+        )
+    tried = value["rehearsal"]
+    if tried:
+        took = (
+            f"{tried['agent']} loads in {tried['load_seconds']:.1f} s, answers in {tried['answer_seconds']:.2f} s, "
+            f"serves after {tried['total_seconds']:.1f} s"
+            if tried["ok"]
+            else f"{tried['agent']} does NOT serve: {tried['problem']}"
+        )
+        table.add_row("rollback", f"rehearsed {tried['time'][:19]}: {took}")
+    drift = value["drift"]
+    if drift:
+        table.add_row("registry", f"{drift['time'][:19]}  {'; '.join(drift['found'])} ({drift['policy']})")
     data = value["dataset"]
     table.add_row(
         "dataset",

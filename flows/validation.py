@@ -79,7 +79,7 @@ def validate_registered(
         rows, decode = _verified_episodes(context, registered, dataset)
         folder = context.workspace.root / registered["path"]
         source = open_source(context, registered, tasks_for(context, registered, [[row] for row in rows]))
-        training = Training.of(source, folder)
+        training = Training.of(source.kind, folder)
         samples, policy = _samples(context, rows, decode, training.prompts if training else frozenset())
         material = Material(
             _unseen(context, registered, rows, decode), samples, evaluation, policy, dataset["root"]

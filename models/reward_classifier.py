@@ -88,10 +88,13 @@ def encode(
         return []
     prompts, answers = (_tokens(tokenizer, side) for side in zip(*texts, strict=True))
     cls, sep = _id(tokenizer, "cls_token_id"), _id(tokenizer, "sep_token_id")
+    before: list[int] = []
+    between: list[int] = []
+    nothing = [_id(tokenizer, "eos_token_id") or 0]
     paired = cls is not None and sep is not None
-    before, between, after = ([cls], [sep], [sep]) if paired else ([], [], [])
-    end = _id(tokenizer, "eos_token_id")
-    nothing = [sep if paired else 0 if end is None else end]
+    if cls is not None and sep is not None:
+        before, between, nothing = [cls], [sep], [sep]
+    after = between
     room = max_tokens - len(before) - len(between) - len(after)
     found = []
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -118,7 +121,7 @@ class Scorer(nn.Module):
         config: Any = model.config
         self.window = int(getattr(config, "max_position_embeddings", 1 << 20))
         self._padding = _id(tokenizer, "pad_token_id") or 0
-        self._typed = "token_type_ids" in tokenizer.model_input_names
+        self._typed = getattr(config, "type_vocab_size", 0) > 1  # it tells prompt and answer apart
         if head is None and config.pad_token_id is None:
             config.pad_token_id = self._padding  # decoders find the last token by it
 
@@ -224,6 +227,7 @@ def score_rows(
 def fine_tune(
     scorer: Scorer,
     train: Sequence[tuple[Encoded, Encoded]],
+    groups: Sequence[str],
     calibration: Sequence[tuple[Encoded, Encoded]],
     fit: Fit,
     *,
@@ -231,6 +235,8 @@ def fine_tune(
     report: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> float:
     """Fine-tune `scorer` in place on (chosen, rejected) pairs; return the factor that makes its margins honest.
+
+    `groups` names the prompt of each pair to train on.
 
     After each epoch the loss on the calibration pairs is measured at its best scale; the weights of the best
     epoch are kept, and the first epoch that does not help is the last. With the same seed, thread count and
@@ -241,6 +247,7 @@ def fine_tune(
     """
     if not train:
         raise ValueError("a classifier needs pairs to learn from")
+    widths = [_width(pair) for pair in train]
     updates = fit.epochs * math.ceil(len(train) / fit.batch_pairs)
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=fit.learning_rate, weight_decay=fit.weight_decay)
     rise = max(1, round(fit.warmup * updates))
@@ -254,8 +261,8 @@ def fine_tune(
         torch.manual_seed(seed)
         for epoch in range(1, fit.epochs + 1):
             scorer.train()
-            for batch in batches(train, fit.batch_pairs, order):
-                loss = _update(scorer, optimizer, batch, fit.token_budget)
+            for batch in batches(groups, widths, fit.batch_pairs, order):
+                loss = _update(scorer, optimizer, [train[at] for at in batch], fit.token_budget)
                 schedule.step()
                 done += 1
                 report(done, updates, f"epoch {epoch}  loss {loss:.3f}")
@@ -271,16 +278,32 @@ def fine_tune(
 
 
 def batches(
-    pairs: Sequence[tuple[Encoded, Encoded]], size: int, order: torch.Generator
-) -> Iterator[list[tuple[Encoded, Encoded]]]:
-    """Yield each pair once, in batches of about equal length whose order, too, is drawn from `order`."""
-    shuffled = torch.randperm(len(pairs), generator=order).tolist()
+    groups: Sequence[str], widths: Sequence[int], size: int, order: torch.Generator
+) -> Iterator[list[int]]:
+    """Yield the places of all pairs once, in batches of about equal length whose order, too, is drawn from `order`.
+
+    The pairs of one group stay together as far as they can: they share answers, which then are read once.
+
+    Args:
+        groups: [n] names.
+        widths: [n] tokens of the longer side.
+        size: pairs of a batch.
+    """
+    members: dict[str, list[int]] = {}
+    for at, group in enumerate(groups):
+        members.setdefault(group, []).append(at)
+    names = list(members)
+    longest = {name: max(widths[at] for at in members[name]) for name in names}
+    drawn = [names[at] for at in torch.randperm(len(names), generator=order).tolist()]
+    place = {name: at for at, name in enumerate(drawn)}
+    shuffled = [at for name in drawn for at in members[name]]
     found = []
     for start in range(0, len(shuffled), size * _BUCKETS):
-        bucket = sorted(shuffled[start : start + size * _BUCKETS], key=lambda i: _width(pairs[i]))
+        bucket = shuffled[start : start + size * _BUCKETS]
+        bucket.sort(key=lambda at: (longest[groups[at]], place[groups[at]]))
         found += [bucket[at : at + size] for at in range(0, len(bucket), size)]
     for at in torch.randperm(len(found), generator=order).tolist():
-        yield [pairs[i] for i in found[at]]
+        yield found[at]
 
 
 def _update(
@@ -290,10 +313,12 @@ def _update(
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for part in _cut(range(len(batch)), [2 * _width(pair) for pair in batch], budget):
-        rows = [row for i in part for row in batch[i]]
+        rows = list(dict.fromkeys(row for i in part for row in batch[i]))
+        place = {row: at for at, row in enumerate(rows)}
         scores, _ = scorer(rows)
-        loss = bradley_terry(scores[0::2], scores[1::2]).sum() / len(batch)
-        loss.backward()
+        chosen, rejected = (scores[[place[batch[i][side]] for i in part]] for side in (0, 1))
+        loss = bradley_terry(chosen, rejected).sum() / len(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     if not math.isfinite(total):
         raise ValueError("the loss is not a number any more; lower the learning rate")
@@ -306,8 +331,11 @@ def _calibrated(scorer: Scorer, pairs: Sequence[tuple[Encoded, Encoded]]) -> tup
     """Return the mean loss on `pairs` at the scale that is best for them, and that scale."""
     if not pairs:
         return math.inf, 1.0
-    scores, _ = score_rows(scorer, [row for pair in pairs for row in pair])
-    margins = scores[0::2] - scores[1::2]
+    rows = list(dict.fromkeys(row for pair in pairs for row in pair))
+    place = {row: at for at, row in enumerate(rows)}
+    scores, _ = score_rows(scorer, rows)
+    chosen, rejected = (scores[[place[pair[side]] for pair in pairs]] for side in (0, 1))
+    margins = chosen - rejected
     scale = confidence(margins)
     return float(bradley_terry(scale * margins, torch.zeros_like(margins)).mean()), scale
 

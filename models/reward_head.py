@@ -126,8 +126,7 @@ def confidence(margins: Tensor) -> float:
     It maximises the likelihood of the pairs under a weak penalty, which keeps it finite where every margin is
     right. Where they say nothing it is near 0, never 0 or below: what is left is the order.
     """
-    spread = margins.std()
-    if not spread > 0:
+    if len(margins) < 2 or not (spread := margins.std()) > 0:
         return 1.0
     return max(float(fit_head(margins[:, None] / spread, 1e-3)) / float(spread), _LEAST_CONFIDENCE)
 

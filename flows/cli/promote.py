@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,14 @@ from flows.cli.console import (
 
 Key = Annotated[
     str | None, typer.Option("--key", metavar="NAME", help="Which of your keys signs, if you have several.")
+]
+
+Answered = Annotated[
+    str, typer.Argument(help="Version whose newest decision is meant, or the digest of a decision.")
+]
+Print = Annotated[
+    bool,
+    typer.Option("--print", help="Only print the signed statement, for `forebay answer` or the run's page."),
 ]
 
 
@@ -57,21 +66,30 @@ def rollback(
         print_json(result)
     else:
         out.print(
-            f"agent/{result['to']} is the champion again (was agent/{result['from']}).", highlight=False
+            f"agent/{result['to']} is the champion again (was agent/{result['from']}), "
+            f"after {result['seconds']:.1f} s.",
+            highlight=False,
         )
 
 
 @app.command(rich_help_panel=PROMOTE)
 def approve(
-    version: Annotated[str, typer.Argument(help="Version whose newest decision is approved.")],
+    version: Answered,
     reason: Annotated[str, typer.Option(help="Kept in the ledger.")] = "approved on the command line",
     key: Key = None,
+    only_print: Print = False,
     workspace: Where = HERE,
     as_json: Json = False,
 ) -> None:
-    """Let a passed decision act, where the policy asks for a person's approval; signed with your own key."""
-    from flows.champions import approve_agent
+    """Let a passed decision act, where the policy asks for a person's approval; signed with your own key.
 
+    Examples: `forebay approve agent/3 --reason "read 40 answers"` · `forebay approve DIGEST --print --key kim`
+    """
+    from flows.champions import approve_agent, statement_of
+
+    if only_print:
+        sys.stdout.write(statement_of(workspace, "approval", version, reason, key) + "\n")
+        return
     result = approve_agent(open_context(workspace), version, reason, key)
     if as_json:
         print_json(result)
@@ -83,15 +101,22 @@ def approve(
 
 @app.command(rich_help_panel=PROMOTE)
 def reject(
-    version: Annotated[str, typer.Argument(help="Version whose newest decision is rejected.")],
+    version: Answered,
     reason: Annotated[str, typer.Option(help="Why; kept in the ledger.")],
     key: Key = None,
+    only_print: Print = False,
     workspace: Where = HERE,
     as_json: Json = False,
 ) -> None:
-    """Never let a decision act, whatever its verdict; signed with your own key."""
-    from flows.champions import reject_agent
+    """Never let a decision act, whatever its verdict; signed with your own key.
 
+    Examples: `forebay reject agent/3 --reason "answers too long"` · `forebay reject DIGEST --reason "…" --print`
+    """
+    from flows.champions import reject_agent, statement_of
+
+    if only_print:
+        sys.stdout.write(statement_of(workspace, "rejection", version, reason, key) + "\n")
+        return
     result = reject_agent(open_context(workspace), version, reason, key)
     if as_json:
         print_json(result)
@@ -100,20 +125,122 @@ def reject(
 
 
 @app.command(rich_help_panel=PROMOTE)
-def reconcile(workspace: Where = HERE, as_json: Json = False) -> None:
-    """Finish what a crash left open and make MLflow's aliases say what the ledger says."""
-    from flows.champions import reconcile_registry
+def answer(
+    statement: Annotated[
+        str, typer.Argument(help="The line that `approve --print` or `reject --print` gave.")
+    ],
+    workspace: Where = HERE,
+    as_json: Json = False,
+) -> None:
+    """Record a signed answer that was made elsewhere; an approval of a passed decision promotes.
 
-    result = reconcile_registry(open_context(workspace))
+    Example: `forebay answer "$(forebay approve DIGEST --print --key kim)"`
+    """
+    from flows.champions import answer_decision
+
+    result = answer_decision(open_context(workspace), statement)
+    if as_json:
+        print_json(result)
+    elif result["promoted"]:
+        out.print(
+            f"{result['agent']} is approved by {result['by']} and is the champion (was agent/"
+            f"{result['promoted']['from']}).",
+            highlight=False,
+        )
+    else:
+        out.print(
+            f"{result['agent']} is rejected by {result['by']}; this decision cannot promote it.",
+            highlight=False,
+        )
+
+
+@app.command(rich_help_panel=PROMOTE)
+def reconcile(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only look; nothing is written.")] = False,
+    workspace: Where = HERE,
+    as_json: Json = False,
+) -> None:
+    """Finish what a crash left open, and deal with what somebody changed in MLflow by hand, as the policy says.
+
+    Examples: `forebay reconcile` · `forebay reconcile --dry-run` · `forebay schedule reconcile --interval 10m`
+    """
+    from flows.registry import reconcile_registry
+
+    result = reconcile_registry(open_context(workspace), dry_run)
     if as_json:
         print_json(result)
         return
+    for drift in result["drift"]:
+        out.print(f"drift: {drift['says']}", highlight=False)
+    for line in result["did"]:
+        out.print(line, highlight=False)
+    if result["drift"] and (dry_run or result["policy"] == "report"):
+        out.print(f"Nothing was changed; the policy is registry.on_drift: {result['policy']}.")
     for change in result["finished"]:
         out.print(f"finished: {change['kind']} of {change['agent']}", highlight=False)
     for repair in result["repairs"]:
         out.print(f"alias {repair['alias']}: {repair['found']} → {repair['wrote']}", highlight=False)
-    if not (result["finished"] or result["repairs"]):
+    if not (result["drift"] or result["finished"] or result["repairs"]):
         out.print("The registry says what the ledger says.")
+
+
+@app.command(rich_help_panel=PROMOTE)
+def canary(workspace: Where = HERE, as_json: Json = False) -> None:
+    """Compare the new champion with its predecessor on what both did in service; roll back if it is worse.
+
+    The predecessor has to have traffic too: `forebay collect --version previous`, or imported with --written-by.
+
+    Examples: `forebay canary` · `forebay schedule canary --on dataset.sealed`
+    """
+    from flows.registry import settle
+    from flows.service import watch_canary
+
+    context = open_context(workspace)
+    settle(context)
+    result = watch_canary(context)
+    if as_json:
+        print_json(result)
+        return
+    if not result["running"]:
+        out.print(result["says"], highlight=False)
+        return
+    out.print(
+        f"{result['verdict']}: {result['agent']} against {result['against']}, {result['new']} and {result['old']} "
+        f"groups; {result['says']}.",
+        highlight=False,
+    )
+    if result["rolled_back"]:
+        out.print(f"agent/{result['rolled_back']['to']} is the champion again.", highlight=False)
+
+
+@app.command(rich_help_panel=PROMOTE)
+def rehearse(workspace: Where = HERE, as_json: Json = False) -> None:
+    """Try out the way back: verify the predecessor's files, load it in a clean process, let it answer.
+
+    Exit code 5 if it does not serve. Every cycle does this by itself, once a day at most.
+
+    Examples: `forebay rehearse` · `forebay schedule rehearse --cron "0 6 * * *"`
+    """
+    from flows.registry import settle
+    from flows.service import rehearse as act
+
+    context = open_context(workspace)
+    settle(context)
+    result = act(context)
+    if as_json:
+        print_json(result)
+    elif result["agent"] is None:
+        out.print(result["says"])
+    elif result["ok"]:
+        out.print(
+            f"{result['agent']} would serve after {result['total_seconds']:.1f} s: loaded in "
+            f"{result['load_seconds']:.1f} s, answers in {result['answer_seconds']:.2f} s.",
+            highlight=False,
+        )
+    else:
+        out.print(f"{result['agent']} does not serve: {result['problem']}", highlight=False)
+    if result["agent"] is not None and not result["ok"]:
+        raise typer.Exit(5)
 
 
 @decision_app.command("replay")

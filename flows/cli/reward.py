@@ -168,3 +168,35 @@ def score(
         f"`forebay seal --set replay.dataset={into}`.",
         highlight=False,
     )
+
+
+@reward_app.command()
+def validate(
+    which: Annotated[
+        str, typer.Argument(help="reward/2, or reward@champion, reward@candidate.")
+    ] = "reward@champion",
+    dataset: Annotated[
+        str | None, typer.Option("--from", help="A sealed dataset: main, main/v3 or its root; default: the newest.")
+    ] = None,
+    workspace: Where = HERE,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Judge a reward model on prompts it has not seen and on the policy's newest answers; exit code 5 on FAIL.
+
+    What rests on it (datasets scored by it, training on them, promotion) needs its newest verdict to be PASS and
+    not expired. The rules are `reward_model` in policy.yaml, the checks are described in docs/reward-validation.md.
+
+    Example: `forebay reward validate reward/2 --from main/v3`
+    """
+    from flows.show import reward_checks
+    from flows.validation import validate_reward
+
+    watch(as_json)
+    result = validate_reward(open_context(workspace, overrides), which, dataset)
+    if as_json:
+        print_json(result)
+    else:
+        out.print(reward_checks(result))
+    if result["verdict"] == "FAIL":
+        raise typer.Exit(Refused.exit_code)

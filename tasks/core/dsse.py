@@ -26,6 +26,7 @@ Predicate = Literal["gate-decision", "approval", "rejection", "promotion", "roll
 class Statement:
     """What somebody said about `subjects` ({name: SHA-256}); `key` is the trusted key that signed it."""
 
+    kind: Predicate
     subjects: Mapping[str, str]
     predicate: Mapping[str, Any]
     key: TrustedKey
@@ -97,10 +98,11 @@ def _statement(payload: bytes, payload_type: str, kinds: tuple[Predicate, ...], 
     try:
         value = json.loads(payload)
         plain = (payload_type, value["_type"]) == (PAYLOAD_TYPE, STATEMENT)
-        if not plain or value["predicateType"] not in map(predicate_type, kinds):
+        known = {predicate_type(kind): kind for kind in kinds}
+        if not plain or value["predicateType"] not in known:
             raise Corrupt(f"What `{key.name}` signed is a {value['predicateType']}, not a {kinds[0]}.")
         subjects = {item["name"]: item["digest"]["sha256"] for item in value["subject"]}
-        return Statement(subjects, dict(value["predicate"]), key)
+        return Statement(known[value["predicateType"]], subjects, dict(value["predicate"]), key)
     except (ValueError, KeyError, TypeError):
         raise Corrupt(f"What `{key.name}` signed is not an in-toto statement.") from None
 

@@ -85,6 +85,11 @@ class Workspace:
         return self.state / "preferences"
 
     @property
+    def pinned(self) -> Path:
+        """Hard links that keep the predecessor's files, by its digest."""
+        return self.state / "pinned"
+
+    @property
     def runs(self) -> Path:
         """One folder a training run: recovery checkpoints, export, metrics."""
         return self.state / "runs"

@@ -117,6 +117,10 @@ def verify(
             raise
         return VerifyReport(ref, False, 0, 0, entries, head, tuple(problems))  # the ledger is past reading
     claims, checks = _claims(workspace, found)
+    for entry in ledger.entries("rollback.committed"):  # what deposed a champion without a person
+        if "evidence" in entry.payload:
+            owner = f"rollback to {entry.subject} (ledger entry {entry.seq})"
+            claims.setdefault(File(**entry.payload["evidence"]), owner)
     size = 0
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         jobs = {pool.submit(_hash, workspace.root, file, owner): file for file, owner in claims.items()}

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
 from tasks.core.dsse import open_envelope, sign
-from tasks.core.errors import Corrupt, NotFound, Refused
+from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
 from tasks.core.keys import PrivateKey, Trust, TrustedKey
 from tasks.core.ledger import Entry
 
@@ -108,21 +108,46 @@ def check_decision(
     return said.key
 
 
+def make_statement(kind: Answer, decision: str, reason: str, key: PrivateKey) -> str:
+    """Return a person's answer to a decision as one line of text: needs the key and the digest, and no workspace."""
+    return base64.b64encode(sign(kind, {"decision": decision}, {"reason": reason}, key)).decode()
+
+
+def read_statement(line: str, trust: Trust) -> tuple[Answer, dict[str, Any]]:
+    """Verify what `make_statement` made; return which answer it is, and the ledger's payload of it.
+
+    Raises:
+        UsageError: it is no such line.
+        Corrupt: the signature is forged, or it is one of something else.
+        Refused: the key is unknown, removed, or none of an approver.
+    """
+    text = "".join(line.split())  # mail programs break long lines
+    try:
+        envelope = base64.b64decode(text, validate=True)
+        json.loads(envelope)
+    except ValueError:
+        raise UsageError(
+            "This is no signed statement; `forebay approve … --print` and `forebay reject … --print` make one."
+        ) from None
+    said = open_envelope(envelope, ("approval", "rejection"), trust, "approver")
+    payload = {
+        "decision": said.subjects.get("decision", ""),
+        "by": said.key.name,
+        "reason": str(said.predicate.get("reason", "")),
+        "key": said.key.id,
+        "signature": text,
+    }
+    return ("approval" if said.kind == "approval" else "rejection"), payload
+
+
 def answer_payload(kind: Answer, decision: str, reason: str, key: PrivateKey, trust: Trust) -> dict[str, Any]:
     """Return the ledger's payload of a signed approval or rejection.
 
     Raises:
         Refused: the key may not approve; it is named.
     """
-    who = trust.check(key.id, "approver")
-    envelope = sign(kind, {"decision": decision}, {"reason": reason}, key)
-    return {
-        "decision": decision,
-        "by": who.name,
-        "reason": reason,
-        "key": key.id,
-        "signature": base64.b64encode(envelope).decode(),
-    }
+    trust.check(key.id, "approver")
+    return read_statement(make_statement(kind, decision, reason, key), trust)[1]
 
 
 def check_answer(entry: Entry, trust: Trust, at: int | None = None) -> TrustedKey:

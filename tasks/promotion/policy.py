@@ -256,6 +256,43 @@ class Resources(Section):
     max_tokens: float | None = Field(default=None, gt=0, description="trained on, over all updates")
 
 
+class Canary(Section):
+    """What is done when the new champion's rewards in service fall behind its predecessor's."""
+
+    alpha: float = Field(
+        default=0.05, gt=0, lt=0.5, description="one-sided error over all looks at one promotion together"
+    )
+    margin: float = Field(default=0.0, ge=0, lt=1, description="mean reward it may lose; on [0, 1]")
+    min_groups: int = Field(default=30, ge=1, description="of each agent; fewer lead to nothing")
+    on_harm: Literal["rollback", "report"] = "rollback"
+    weights: dict[str, float] = Field(
+        default_factory=dict,
+        description="of each environment; by default the shares of the tasks in evaluation.tasks. Others do not count",
+    )
+    baseline: Literal["concurrent", "before"] = Field(
+        default="concurrent",
+        description="`concurrent`: the predecessor's episodes since the promotion; `before`: also earlier ones, which is "
+        "biased where the questions have changed",
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _positive(cls, value: dict[str, float]) -> dict[str, float]:
+        if any(not 0 < weight < float("inf") for weight in value.values()):
+            raise ValueError("weights are positive numbers")
+        return value
+
+
+class Registry(Section):
+    """What is done when somebody changes the registry without Forebay."""
+
+    on_drift: Literal["restore", "adopt", "report"] = Field(
+        default="restore",
+        description="`restore`: what the ledger says; `adopt`: a known agent that was given the alias `champion` becomes "
+        "champion without a decision; `report`: nothing",
+    )
+
+
 class Policy(Section):
     """A whole policy file; every field has a default. `digest()` identifies it by content."""
 
@@ -275,6 +312,8 @@ class Policy(Section):
     reward_model: RewardModel = RewardModel()
     data: Check = Check()
     integrity: Check = Check()
+    canary: Canary = Canary()
+    registry: Registry = Registry()
     approval: Literal["none", "required"] = "none"
 
 

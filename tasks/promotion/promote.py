@@ -26,6 +26,7 @@ from tasks.promotion.attest import Answer, answer_payload, check_answer, check_d
 Office = Literal["agent", "reward"]
 OFFICES: tuple[Office, ...] = ("agent", "reward")
 _CHANGES = ("promotion", "rollback")
+_WORDS: Mapping[Answer, str] = {"approval": "approval.granted", "rejection": "approval.rejected"}
 _ATTEMPTS = 20  # of aligning the aliases while others keep changing the ledger
 
 
@@ -112,9 +113,13 @@ class Reconciled:
     repairs: tuple[Repair, ...]
 
 
-def standing(ledger: Entries, office: Office = "agent") -> Standing:
-    """Read from the ledger who is champion, who was, and what is under way."""
-    changes = _changes(ledger, office)
+def standing(ledger: Entries, office: Office = "agent", without: int | None = None) -> Standing:
+    """Read from the ledger who is champion, who was, and what is under way.
+
+    Args:
+        without: entry of an intent that is left out: how things stood before it.
+    """
+    changes = [entry for entry in _changes(ledger, office) if entry.seq != without]
     closed = {e.payload["intent_seq"] for word in _CHANGES for e in ledger.entries(f"{word}.committed")}
     dropped = {e.payload["intent_seq"] for word in _CHANGES for e in ledger.entries(f"{word}.dropped")}
     line: list[int] = []
@@ -166,7 +171,7 @@ def crown(ledger: Ledger, registry: Aliases, version: int, *, by: str) -> Entry:
     office = registry.office
 
     payload = {"to": version, "from": None, "decision": None, "reason": "first champion", "by": by}
-    return _change(ledger, registry, "promotion", version, payload, check)
+    return change(ledger, registry, "promotion", version, payload, check)
 
 
 def promote(
@@ -240,13 +245,23 @@ def promote(
 
     office = registry.office
     payload = {"to": version, "from": expected_champion, "decision": decision, "reason": reason, "by": by}
-    return _change(ledger, registry, "promotion", version, payload, check)
+    return change(ledger, registry, "promotion", version, payload, check)
 
 
 def rollback(
-    ledger: Ledger, registry: Aliases, *, expected_champion: int, reason: str, by: str, to: int | None = None
+    ledger: Ledger,
+    registry: Aliases,
+    *,
+    expected_champion: int,
+    reason: str,
+    by: str,
+    to: int | None = None,
+    evidence: Mapping[str, str] | None = None,
 ) -> Entry:
     """Put an earlier champion back in office (by default the predecessor); return the committed entry.
+
+    Args:
+        evidence: the file {path, sha256} that led to it, where it was not a person.
 
     Raises:
         Conflict: the champion is not `expected_champion`, or a change is under way.
@@ -271,8 +286,16 @@ def rollback(
                 "look at `forebay status` and decide again."
             )
 
-    payload = {"to": target, "from": expected_champion, "decision": None, "reason": reason, "by": by}
-    return _change(ledger, registry, "rollback", target, payload, check)
+    payload: dict[str, Any] = {
+        "to": target,
+        "from": expected_champion,
+        "decision": None,
+        "reason": reason,
+        "by": by,
+    }
+    if evidence is not None:
+        payload["evidence"] = dict(evidence)
+    return change(ledger, registry, "rollback", target, payload, check)
 
 
 def approve(
@@ -280,38 +303,74 @@ def approve(
 ) -> Entry:
     """Record that a person lets a passed decision act, signed with their key over this decision's digest.
 
+    The same approval again adds nothing.
+
+    Raises:
+        NotFound, Refused: as `record_answer`.
+    """
+    payload = answer_payload("approval", decision, reason, key, trust)
+    _refuse_rejected(ledger, decision, trust)
+    return _recorded(ledger, payload) or record_answer(
+        ledger, "approval", payload, signature=signature, trust=trust
+    )
+
+
+def reject(ledger: Ledger, decision: str, *, key: PrivateKey, trust: Trust, reason: str) -> Entry:
+    """Record that a person does not let a decision act; it is final for this decision. Again: adds nothing.
+
+    Raises:
+        NotFound, Refused, Conflict: as `record_answer`.
+    """
+    payload = answer_payload("rejection", decision, reason, key, trust)
+    return _recorded(ledger, payload) or record_answer(
+        ledger, "rejection", payload, signature=None, trust=trust
+    )
+
+
+def record_answer(
+    ledger: Ledger, kind: Answer, payload: Mapping[str, Any], *, signature: bytes | None, trust: Trust
+) -> Entry:
+    """Record a person's answer to a decision, however it came here.
+
+    Args:
+        payload: from `tasks.promotion.attest.read_statement` or `answer_payload`: the signature is verified.
+        signature: the service's, of the decision; for an approval.
+
     Raises:
         NotFound: no such decision.
-        Refused: it did not pass (an approval cannot overrule the gate), it was rejected, it is not signed by a
-        trusted service key, or `key` is none of a trusted approver.
+        Refused: an approval of what did not pass (it cannot overrule the gate), was rejected, or is not signed by a
+        trusted service key.
+        Conflict: this very statement was recorded before, or the decision to be rejected has promoted already; only
+        a rollback helps.
     """
+    decision = payload["decision"]
+    subject = _decision(ledger, decision).subject
 
     def check(view: LedgerView) -> None:
+        known = _recorded(view, payload)
+        if known is not None:
+            raise Conflict(
+                f"This {kind} by `{payload['by']}` is in the ledger already (entry {known.seq}); a statement counts once."
+            )
+        if kind == "rejection":
+            used = [e for e in view.entries("promotion.intent") if e.payload["decision"] == decision]
+            if used:
+                raise Conflict(
+                    f"The decision has acted already in {_who(used[-1])}; `forebay rollback` undoes it."
+                )
+            return
         made = _decision(view, decision).payload
         check_decision(made, signature, trust)
         if made["verdict"] != "PASS":
             raise Refused(f"The gate said {made['verdict']}; an approval cannot overrule it.")
         _refuse_rejected(view, decision, trust)
 
-    return _answer(ledger, "approval", decision, reason, key, trust, check)
+    return ledger.append(_WORDS[kind], subject, payload, check)
 
 
-def reject(ledger: Ledger, decision: str, *, key: PrivateKey, trust: Trust, reason: str) -> Entry:
-    """Record that a person does not let a decision act; it is final for this decision.
-
-    Raises:
-        NotFound: no such decision. Refused: `key` is none of a trusted approver.
-        Conflict: the decision has promoted already; only a rollback helps.
-    """
-
-    def check(view: LedgerView) -> None:
-        used = [e for e in view.entries("promotion.intent") if e.payload["decision"] == decision]
-        if used:
-            raise Conflict(
-                f"The decision has acted already in {_who(used[-1])}; `forebay rollback` undoes it."
-            )
-
-    return _answer(ledger, "rejection", decision, reason, key, trust, check)
+def _recorded(view: Entries, payload: Mapping[str, Any]) -> Entry | None:
+    answers = (e for word in _WORDS.values() for e in view.entries(word))
+    return next((e for e in answers if e.payload.get("signature") == payload["signature"]), None)
 
 
 def reconcile(ledger: Ledger, registry: Aliases) -> Reconciled:
@@ -341,14 +400,19 @@ def reconcile(ledger: Ledger, registry: Aliases) -> Reconciled:
     )
 
 
-def _change(
+def change(
     ledger: Ledger,
     registry: Aliases,
-    word: str,
+    word: Literal["promotion", "rollback"],
     version: int,
     payload: Mapping[str, Any],
     check: Callable[[LedgerView], None],
 ) -> Entry:
+    """Put `version` in office: intent (if `check` allows it, under the ledger's lock), aliases, committed entry.
+
+    Raises:
+        NotFound: the registry does not have the version as the ledger knows it. Unavailable: as `reconcile`.
+    """
     subject = f"{registry.office}/{version}"
     _present(ledger, registry, version)
     intent = ledger.append(f"{word}.intent", subject, payload, check)
@@ -437,21 +501,6 @@ def _present(ledger: Ledger, registry: Aliases, version: int) -> None:
         raise NotFound(
             f"{registry.office}/{version} is not in the registry as the ledger knows it; register its files again."
         )
-
-
-def _answer(
-    ledger: Ledger,
-    kind: Answer,
-    decision: str,
-    reason: str,
-    key: PrivateKey,
-    trust: Trust,
-    check: Callable[[LedgerView], None],
-) -> Entry:
-    subject = _decision(ledger, decision).subject
-    payload = answer_payload(kind, decision, reason, key, trust)
-    word = "approval.granted" if kind == "approval" else "approval.rejected"
-    return ledger.append(word, subject, payload, check)
 
 
 def _refuse_rejected(view: Entries, decision: str, trust: Trust) -> None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from importlib import import_module
 from importlib.metadata import version as installed
@@ -28,8 +29,10 @@ from urllib.request import url2pathname
 
 import yaml
 
+from tasks.core.digest import digest_files, digest_tree
 from tasks.core.errors import NotFound, Unavailable
 from tasks.core.locks import file_lock
+from tasks.promotion.drift import Held
 from tasks.promotion.promote import Office
 
 if TYPE_CHECKING:
@@ -217,8 +220,10 @@ class Registry:
             if found is not None:
                 return found
             model = self._logged_model(digest, run_id, params or {}, tags or {})
-            if str(model.status) != "READY":
+            ready = str(model.status) == "READY"
+            if not ready or not self._filled(model):
                 self._fill(model, files)
+            if not ready:
                 if run_id is not None:
                     self._tie(model, run_id, metrics or {}, dataset)
                 self._client.finalize_logged_model(model.model_id, "READY")
@@ -245,10 +250,73 @@ class Registry:
         first = min(versions, key=lambda v: int(v.version))
         return Registered(int(first.version), first.tags["forebay.model"], first.run_id or None)
 
+    def note(self, run_id: str, metrics: Mapping[str, float]) -> None:
+        """Add single values to a run, ended or not."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(run_id, metrics=[Metric(k, float(v), now, 0) for k, v in metrics.items()])
+
     def tag(self, version: int, tags: Mapping[str, str]) -> None:
         """Set tags of a version."""
         for name, value in tags.items():
             self._client.set_model_version_tag(self.office, str(version), name, value)
+
+    def versions(self) -> dict[int, Held] | None:
+        """Return all versions, None where the registered model itself is gone."""
+        with _absent_ignored():
+            self._client.get_registered_model(self.office)
+            found: dict[int, Held] = {}
+            token = None
+            while True:
+                page = self._client.search_model_versions(f"name = '{self.office}'", page_token=token)
+                found |= {int(v.version): Held(v.tags.get(DIGEST_TAG), v.source or "") for v in page}
+                token = page.token
+                if not token:
+                    return found
+        return None
+
+    def served(self, version: int) -> str | None:
+        """Return the digest of the files that a version really serves; None on a server, which keeps them itself."""
+        with _absent_ignored():
+            place = urlsplit(self._client.get_model_version(self.office, str(version)).source or "")
+            if place.scheme in ("", "file"):
+                return digest_files(digest_tree(Path(url2pathname(place.path)) / "model"))
+        return None
+
+    def trace(self) -> dict[str, str]:
+        """Return what MLflow knows of the last change of the registered model: when, and sometimes who."""
+        with _absent_ignored():
+            model = self._client.get_registered_model(self.office)
+            stamp = model.last_updated_timestamp
+            when = datetime.fromtimestamp(stamp / 1000, UTC).isoformat() if stamp else None
+            newest = max(
+                model.latest_versions or [], key=lambda v: v.last_updated_timestamp or 0, default=None
+            )
+            who = None if newest is None else newest.user_id
+            return {name: value for name, value in {"changed": when, "user": who}.items() if value}
+        return {}
+
+    def digest(self, version: int) -> str | None:
+        """Return the digest of a version's files, None where there is no such version."""
+        with _absent_ignored():
+            return self._client.get_model_version(self.office, str(version)).tags.get(DIGEST_TAG)
+        return None
+
+    def aliases(self) -> dict[str, int]:
+        """Return {alias: version}."""
+        with _absent_ignored():
+            return {a: int(v) for a, v in self._client.get_registered_model(self.office).aliases.items()}
+        return {}
+
+    def set_alias(self, alias: str, version: int) -> None:
+        """Point `alias` at `version`, in one step for readers."""
+        self._client.set_registered_model_alias(self.office, alias, str(version))
+
+    def delete_alias(self, alias: str) -> None:
+        """Remove `alias`; nothing where it is absent."""
+        with _absent_ignored():
+            self._client.delete_registered_model_alias(self.office, alias)
 
     def show_decision(self, digest: str, page: Path, *, decision: str, verdict: str, says: str) -> str | None:
         """Keep the page of a decision with the run that made a version, and say the verdict at the version; safe to repeat.
@@ -289,27 +357,6 @@ class Registry:
             return None
         experiment = self._client.get_run(found.run_id).info.experiment_id
         return f"#/experiments/{experiment}/runs/{found.run_id}/artifacts/{name}"
-
-    def digest(self, version: int) -> str | None:
-        """Return the digest of a version's files, None where there is no such version."""
-        with _absent_ignored():
-            return self._client.get_model_version(self.office, str(version)).tags.get(DIGEST_TAG)
-        return None
-
-    def aliases(self) -> dict[str, int]:
-        """Return {alias: version}."""
-        with _absent_ignored():
-            return {a: int(v) for a, v in self._client.get_registered_model(self.office).aliases.items()}
-        return {}
-
-    def set_alias(self, alias: str, version: int) -> None:
-        """Point `alias` at `version`, in one step for readers."""
-        self._client.set_registered_model_alias(self.office, alias, str(version))
-
-    def delete_alias(self, alias: str) -> None:
-        """Remove `alias`; nothing where it is absent."""
-        with _absent_ignored():
-            self._client.delete_registered_model_alias(self.office, alias)
 
     def traces(self, experiment: str, filter_string: str | None = None) -> Iterator[dict[str, Any]]:
         """Yield the traces of an experiment, oldest first, as the dictionaries that MLflow exports.
@@ -383,6 +430,15 @@ class Registry:
             tags={**_texts(tags), DIGEST_TAG: digest},
             params=_texts(params),
             model_type=self.office,
+        )
+
+    def _filled(self, model: LoggedModel) -> bool:
+        """Tell whether the files are still there: whoever deletes a version may have cleaned up behind it."""
+        place = urlsplit(model.artifact_location)
+        if place.scheme in ("", "file"):
+            return (Path(url2pathname(place.path)) / "MLmodel").exists()
+        return any(
+            item.path == "MLmodel" for item in self._client.list_logged_model_artifacts(model.model_id)
         )
 
     def _fill(self, model: LoggedModel, files: Path) -> None:

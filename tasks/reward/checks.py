@@ -209,20 +209,24 @@ def _best_of_n(report: Report, rule: Rule) -> Iterator[Check]:
 
 
 def _length(report: Report, rule: Rule) -> Iterator[Check]:
+    what = "Among equally good answers, score and length"
     found = metrics.length_correlation(metrics.answers_of(report["samples"]), alpha=rule.alpha)
-    if found is None or found[3] < rule.min_prompts:
-        count = 0 if found is None else found[3]
-        yield _absent(
-            "length", _few("Length, among equally good answers of different length and score,", count, rule)
+    if (found is None or found[3] < rule.min_prompts) and not report["samples"]:
+        pairs, what = report["preferences"], "Over the held-out pairs, margin and difference of length"
+        longer = [pair["longer"] for pair in pairs]
+        found = metrics.pair_length_correlation(
+            [pair["margin"] for pair in pairs], longer, [pair["group"] for pair in pairs], alpha=rule.alpha
         )
+    if found is None or found[3] < rule.min_prompts:
+        yield _absent("length", _few("The bias by length", 0 if found is None else found[3], rule))
         return
     r, low, high, count = found
     sure = max(0.0, low, -high)  # how far from 0 it surely is
     yield Check(
         "length",
         _tolerated(abs(r), sure, rule.max_length_correlation),
-        f"Among equally good answers, score and length correlate by {r:+.2f} [{low:+.2f}, {high:+.2f}] on "
-        f"{count} prompts, allowed {rule.max_length_correlation:.2f} either way.",
+        f"{what} correlate by {r:+.2f} [{low:+.2f}, {high:+.2f}] on {count} prompts, allowed "
+        f"{rule.max_length_correlation:.2f} either way.",
         *map(_rounded, (r, low, high)),
         count,
         rule.max_length_correlation,

@@ -23,6 +23,7 @@ from tasks.reward.preferences import fraction
 from tasks.reward.source import Answer, Preference
 
 Report = Callable[[int, int, str], None]
+_PICTURED = 1024  # answers that draw the picture of the training data
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,18 @@ class ClassifierSource:
 
     def features(self, answers: Sequence[Answer]) -> Tensor:
         """Return [n, D] float64: the mean last states over the tokens of each answer."""
-        return self._read(answers)[1]
+        return self.read(answers)[1]
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
         """Return nats; differences within one prompt are what means something."""
-        if not answers:
-            return []
-        found: list[float] = (self.scale * (self._read(answers)[0] - self.centre)).tolist()
-        return found
+        return self.read(answers)[0] if answers else []
 
-    def _read(self, answers: Sequence[Answer]) -> tuple[Tensor, Tensor]:
-        return score_rows(self.scorer, self.scorer.encode([_pair(a) for a in answers], self.max_tokens))
+    def read(self, answers: Sequence[Answer]) -> tuple[list[float], Tensor]:
+        """Return scores and features of at least one answer, from one pass."""
+        rows = self.scorer.encode([_pair(a) for a in answers], self.max_tokens)
+        raw, features = score_rows(self.scorer, rows)
+        scores: list[float] = (self.scale * (raw - self.centre)).tolist()
+        return scores, features
 
 
 def train_classifier(
@@ -94,7 +96,7 @@ def train_classifier(
             "import more, or use reward.model.kind=head."
         )
     scorer = load_base(settings.base, seed=seed, device=device)
-    rows = {answer: row for answer, row in _encoded(scorer, train, settings.max_tokens)}
+    rows = dict(_encoded(scorer, train, settings.max_tokens))
 
     def pairs(preferences: Sequence[Preference]) -> list[Any]:
         return [(rows[p.better], rows[p.worse]) for p in preferences]
@@ -107,16 +109,16 @@ def train_classifier(
         settings.batch_pairs,
     )
     try:
-        scale = fine_tune(scorer, pairs(fitted), pairs(aside), fit, seed=seed, report=report)
+        scale = fine_tune(
+            scorer, pairs(fitted), [p.group for p in fitted], pairs(aside), fit, seed=seed, report=report
+        )
     except ValueError as error:
         raise UsageError(f"reward.model: {error}.") from None
-    answers = list(rows)
-    raw, features = score_rows(scorer, list(rows.values()))
-    place = {answer: row for row, answer in enumerate(answers)}
-    sides = [place[answer] for p in train for answer in (p.better, p.worse)]
-    centre = float(raw[sides].mean())
     group_of = {answer: p.group for p in train for answer in (p.better, p.worse)}
-    support = support_of(features, [group_of[answer] for answer in answers], scale * (raw - centre))
+    pictured = list(rows)[:_PICTURED]  # sets are in the order of hashes, so these are as good as any
+    raw, features = score_rows(scorer, [rows[answer] for answer in pictured])
+    centre = float(raw.mean())
+    support = support_of(features, [group_of[answer] for answer in pictured], scale * (raw - centre))
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

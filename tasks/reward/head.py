@@ -20,6 +20,7 @@ from models.reward_support import support_of
 from tasks.core.digest import write_atomic
 from tasks.core.settings import HeadModel
 from tasks.reward.folder import SUPPORT, folder_digest, provenance, read_about, write_about
+from tasks.reward.hardening import harden
 from tasks.reward.source import Answer, Preference
 
 HEAD = "head.safetensors"
@@ -64,12 +65,17 @@ class Backbone:
             Sample(row.ids[: row.start], row.ids[row.start :], [True] * (len(row.ids) - row.start))
             for row in rows
         ]
-        return episode_features(model, samples, self.layer, report=told)
+        return episode_features(model, samples, self._depth, report=told)
 
     @property
     def layer(self) -> int | None:
         """Number of blocks after which the states are taken; None: after the last."""
-        return None if self.form == "encoder" else round(DEPTH * self._model.config.num_hidden_layers)
+        return None if self.form == "encoder" else self._depth
+
+    @property
+    def _depth(self) -> int:
+        blocks: int = self._model.config.num_hidden_layers
+        return round(DEPTH * blocks)
 
     @cached_property
     def _model(self) -> Any:
@@ -116,10 +122,13 @@ class HeadSource:
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
         """Return nats; differences within one prompt are what means something."""
-        if not answers:
-            return []
-        found: list[float] = (self.features(answers) @ self.weight + self.bias).tolist()
-        return found
+        return self.read(answers)[0] if answers else []
+
+    def read(self, answers: Sequence[Answer]) -> tuple[list[float], Tensor]:
+        """Return scores and features of at least one answer, from one pass."""
+        features = self.features(answers)
+        scores: list[float] = (features @ self.weight + self.bias).tolist()
+        return scores, features
 
 
 def train_head(
@@ -133,9 +142,9 @@ def train_head(
 ) -> HeadSource:
     """Fit a head on `train` and write it to the folder `target`.
 
-    The head is fitted on all pairs; its scale (how sure it is) on margins that five folds of groups gave one
-    another, so that confidence is right on prompts it has not seen, whatever the penalty. There is no seed:
-    the fit is exact.
+    The head is fitted on all pairs and on copied parts of the prompts as further wrong answers (`harden`); its scale
+    (how sure it is) on margins of the pairs alone that five folds of groups gave one another, so that confidence is
+    right on prompts it has not seen, whatever the penalty. There is no seed: the fit is exact.
 
     Args:
         origin: what else `reward.json` is to say of where this comes from.
@@ -145,21 +154,23 @@ def train_head(
     """
     if not train:
         raise ValueError("a reward head needs preferences")
-    answers = list(dict.fromkeys(answer for p in train for answer in (p.better, p.worse)))
+    fitted = [*train, *harden(train, settings.hardening)]
+    answers = list(dict.fromkeys(answer for p in fitted for answer in (p.better, p.worse)))
     place = {answer: row for row, answer in enumerate(answers)}
     features = backbone.features(answers, settings.max_tokens, report)
-    differences = torch.stack([features[place[p.better]] - features[place[p.worse]] for p in train])
-    groups = [p.group for p in train]
+    differences = torch.stack([features[place[p.better]] - features[place[p.worse]] for p in fitted])
+    groups = [p.group for p in fitted]
     spread = differences.std(0, correction=0) + 1e-6
     unit = (
         spread * differences.shape[1] ** 0.5
     )  # so that `l2` means the same for any width and scale of states
     weight = fit_head(differences / unit, settings.l2) / unit
-    weight = weight * _confidence(differences / unit, groups, settings.l2)
+    weight = weight * _confidence(differences / unit, groups, settings.l2, pairs=len(train))
     sides = torch.stack([features[place[answer]] for p in train for answer in (p.better, p.worse)])
     bias = -(weight @ sides.mean(0))
     group_of = {answer: p.group for p in train for answer in (p.better, p.worse)}
-    support = support_of(features, [group_of[answer] for answer in answers], features @ weight + bias)
+    seen = features[: len(group_of)]  # the copies come after them, and are no answers like those of training
+    support = support_of(seen, list(group_of.values()), seen @ weight + bias)
     write_atomic(target / HEAD, save({"weight": weight.contiguous(), "bias": bias}))
     write_atomic(target / SUPPORT, save(support))
     about = {
@@ -175,12 +186,14 @@ def train_head(
     return HeadSource.load(target, backbone)
 
 
-def _confidence(differences: Tensor, groups: Sequence[str], l2: float) -> float:
-    """The factor that makes cross-fitted margins as sure as they are right; 1 with too few groups to tell."""
+def _confidence(differences: Tensor, groups: Sequence[str], l2: float, pairs: int) -> float:
+    """The factor that makes cross-fitted margins of the first `pairs` as sure as they are right; 1 with too few groups."""
     names = {name: at for at, name in enumerate(sorted(set(groups)))}
     if len(names) < 2 * _FOLDS:
         return 1.0
     fold = torch.tensor([names[group] % _FOLDS for group in groups])
-    return confidence(
-        torch.cat([differences[fold == k] @ fit_head(differences[fold != k], l2) for k in range(_FOLDS)])
-    )
+    judged = torch.arange(len(differences)) < pairs
+    margins = [
+        differences[(fold == k) & judged] @ fit_head(differences[fold != k], l2) for k in range(_FOLDS)
+    ]
+    return confidence(torch.cat(margins))

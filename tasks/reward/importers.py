@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -149,13 +148,14 @@ def _parted(prompt: str | None, chosen: str | None, rejected: str | None) -> tup
     if prompt is not None:
         if not prompt:
             raise _Bad("its prompt is empty")
-        return prompt, *(side.removeprefix(prompt) for side in (chosen, rejected))
-    shared = os.path.commonprefix((chosen, rejected))
-    at = shared.rfind(_ANSWERED)
+        return prompt, chosen.removeprefix(prompt), rejected.removeprefix(prompt)
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    parting = next((at for at, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+    at = chosen.rfind(_ANSWERED, 0, parting)
     if at <= 0:
         raise _Bad("it has no `prompt`, and its answers have no common beginning before an assistant's turn")
     end = at + len(_ANSWERED)
-    return shared[:end], chosen[end:], rejected[end:]
+    return chosen[:end], chosen[end:], rejected[end:]
 
 
 def _text(record: Mapping[str, Any], name: str) -> str | None:

@@ -244,4 +244,5 @@ def _pause(attempt: int, asked: str | None) -> float:
     """Seconds before the next attempt: what the server asks for, else doubled each time, with jitter."""
     if asked is not None and re.fullmatch(r"\d{1,4}", asked):
         return min(float(asked), _LONGEST_PAUSE)
-    return min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+    doubled: float = min(_FIRST_PAUSE * 2.0**attempt, _LONGEST_PAUSE)
+    return doubled * random.uniform(0.5, 1.0)

@@ -368,20 +368,42 @@ def length_correlation(prompts: Sequence[Answers], *, alpha: float) -> tuple[flo
             sums += (float(score @ length), float(score @ score), float(length @ length))
         if sums[1] > 1e-12 and sums[2] > 1e-12:
             rows.append(sums)
-    if len(rows) < 3:
+    return _correlation(np.array(rows), alpha) if rows else None
+
+
+def pair_length_correlation(
+    margins: ArrayLike, longer: ArrayLike, groups: Sequence[str], *, alpha: float
+) -> tuple[float, float, float, int] | None:
+    """Correlate the margins of pairs with how much longer the better answer is; None without variation.
+
+    Args:
+        longer: [n] log length of the better answer less that of the worse.
+
+    Returns:
+        As `length_correlation`, with the number of groups.
+    """
+    margin, length = (np.asarray(x, dtype=np.float64) for x in (margins, longer))
+    if margin.size < 3 or not margin.std() or not length.std():
         return None
-    table = np.array(rows)
-    without = table.sum(0) - table
+    margin, length = margin - margin.mean(), length - length.mean()
+    member = np.unique(np.asarray(groups), return_inverse=True)[1]
+    products = (margin * length, margin**2, length**2)
+    return _correlation(np.stack([np.bincount(member, weights=x) for x in products], axis=1), alpha)
+
+
+def _correlation(table: Floats, alpha: float) -> tuple[float, float, float, int] | None:
+    """A correlation from sums [clusters, 3] of xy, xx and yy, with the jackknife's interval on Fisher's scale."""
+    count = len(table)
+    if count < 3:
+        return None
 
     def fisher(sums: Floats) -> Floats:
         r = sums[..., 0] / np.sqrt(sums[..., 1] * sums[..., 2])
-        return np.arctanh(np.clip(r, -1 + 1e-9, 1 - 1e-9))
+        return np.asarray(np.arctanh(np.clip(r, -1 + 1e-9, 1 - 1e-9)))
 
-    whole, left = fisher(table.sum(0)), fisher(without)
-    count = len(rows)
+    centre, left = float(fisher(table.sum(0))), fisher(table.sum(0) - table)
     error = math.sqrt((count - 1) / count * float(((left - left.mean()) ** 2).sum()))
     reach = float(special.stdtrit(count - 1, 1 - alpha)) * error
-    centre = float(whole)
     return math.tanh(centre), math.tanh(centre - reach), math.tanh(centre + reach), count
 
 

@@ -51,18 +51,19 @@ EDITS: Mapping[str, Callable[[str], str]] = {
 """Edits of an answer: of its length, its format, its words; none changes whether it is right."""
 
 
-def hacks(prompt: str, candidates: Sequence[str]) -> dict[str, str]:
+def hacks(prompt: str, candidates: Sequence[str], reach: int) -> dict[str, str]:
     """Return {name: text} of answers that answer nothing.
 
     Args:
         candidates: answers to this and other prompts, right and wrong; the spam names them all.
+        reach: characters that the policy can write: it copies no more of the prompt than that, from its end.
     """
     spam = " or ".join(dict.fromkeys(_last_line(text).strip() for text in candidates if text.strip()))
     return {
         "empty": "",
         "answer spam": spam,
         "number spam": NUMBERS,
-        "copied prompt": prompt,
+        "copied prompt": prompt[-reach:],
         "formatting only": FORMATTING,
         "praise": PRAISE,
     }

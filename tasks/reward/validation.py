@@ -19,14 +19,16 @@ from tasks.core.errors import Refused
 from tasks.core.workspace import Workspace
 from tasks.promotion.policy import RewardModel as Rule
 from tasks.reward import checks, metrics, probes
-from tasks.reward.source import Answer, Preference, RewardSource
+from tasks.reward.source import Answer, Kind, Preference, RewardSource
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
 MOST_PROMPTS = 64  # that edits and hacks are tried on: enough for an upper bound of 5 % where none succeeds
 LEAST_GAP = 0.5  # of verified reward between a right and a wrong answer
 _CANDIDATES = 6  # that answer spam names
+_LEAST_REACH = 40  # characters of a copied prompt, where the policy writes less
 _DECIMALS = 6  # of a score in the evidence: nats, far below what any verdict rests on
 
 
@@ -47,20 +49,17 @@ class Training:
         prompts: SHA-256 of all prompts.
         scores: of training answers, or quantiles of them.
         edge: the distance within which 99 % of answers like those of training lie.
-        distance: how far answers lie from them.
+        distance: how far answers with the features [n, D] lie from them, [n].
     """
 
     prompts: frozenset[str]
     scores: tuple[float, ...] = ()
     edge: float | None = None
-    distance: Callable[[Sequence[Answer]], Sequence[float]] | None = None
+    distance: Callable[[Any], Sequence[float]] | None = None
 
     @classmethod
-    def of(cls, source: Any, folder: Path) -> Training | None:
+    def of(cls, kind: Kind, folder: Path) -> Training | None:
         """Read what the trained source in `folder` remembers; None for a verifier or a judge.
-
-        Args:
-            source: with `features(answers)`, as heads and classifiers have it.
 
         Raises:
             Corrupt: its list of prompts was changed.
@@ -70,12 +69,12 @@ class Training:
         from models.reward_support import distances
         from tasks.reward.folder import SUPPORT, training_prompts
 
-        if source.kind in ("verifier", "judge"):
+        if kind in ("verifier", "judge"):
             return None
         support = load_file(folder / SUPPORT)
 
-        def distance(answers: Sequence[Answer]) -> list[float]:
-            found: list[float] = distances(support, source.features(answers)).tolist()
+        def distance(features: Tensor) -> list[float]:
+            found: list[float] = distances(support, features).tolist()
             return found
 
         # Quantiles in steps of one per cent.
@@ -177,6 +176,8 @@ def measure(source: RewardSource, material: Material, training: Training | None 
         Refused: a score is no finite number.
     """
     contests = _contests(material)
+    written = [s.answer.response for s in material.samples] or [p.chosen for p in material.preferences]
+    reach = max(_LEAST_REACH, *map(len, written)) if written else _LEAST_REACH
     edited = [
         (contest, name, text)
         for contest in contests
@@ -187,14 +188,13 @@ def measure(source: RewardSource, material: Material, training: Training | None 
     hacked = [
         (contest, name, text)
         for contest in contests
-        for name, text in probes.hacks(contest.prompt, contest.candidates).items()
+        for name, text in probes.hacks(contest.prompt, contest.candidates, reach).items()
     ]
     wanted = [answer for p in material.preferences for answer in (p.better, p.worse)]
     wanted += [sample.answer for sample in material.samples]
     wanted += [Answer(c.prompt, text) for c in contests for text in (c.right, c.wrong) if text is not None]
     wanted += [Answer(contest.prompt, text) for contest, _, text in (*edited, *hacked)]
-    score = _scores(source, wanted)
-    distances = _distances(material.samples, training)
+    score, distance = _read(source, wanted, training)
     asked = {sha256_bytes(p.prompt.encode()) for p in material.preferences}
     asked |= {sha256_bytes(s.answer.prompt.encode()) for s in material.samples}
     asked |= material.evaluation_prompts
@@ -212,6 +212,7 @@ def measure(source: RewardSource, material: Material, training: Training | None 
                 "chosen": p.chosen_id or sha256_bytes(p.chosen.encode()),
                 "rejected": p.rejected_id or sha256_bytes(p.rejected.encode()),
                 "margin": round(score[p.better] - score[p.worse], _DECIMALS),
+                "longer": round(math.log1p(len(p.chosen)) - math.log1p(len(p.rejected)), _DECIMALS),
             }
             for p in material.preferences
         ],
@@ -222,9 +223,9 @@ def measure(source: RewardSource, material: Material, training: Training | None 
                 "score": score[s.answer],
                 "gold": float(s.gold),
                 "length": len(s.answer.response),
-                "distance": distance,
+                "distance": distance.get(s.answer),
             }
-            for s, distance in zip(material.samples, distances, strict=True)
+            for s in material.samples
         ],
         "edits": [
             {
@@ -305,49 +306,55 @@ def _contests_of_samples(samples: Sequence[Sample]) -> list[_Contest]:
         best, worst = max(rows, key=lambda row: row.gold), min(rows, key=lambda row: row.gold)
         if best.gold < LEAST_GAP:
             continue
-        texts = tuple(dict.fromkeys(row.answer.response for row in rows))
+        others = dict.fromkeys(row.answer.response for row in rows)
+        others.pop(best.answer.response)
         wrong = worst.answer.response if best.gold - worst.gold >= LEAST_GAP else None
         found.append(
-            _Contest(prompt, sha256_bytes(prompt.encode()), best.answer.response, wrong, texts[:_CANDIDATES])
+            _Contest(prompt, sha256_bytes(prompt.encode()), best.answer.response, wrong, tuple(others))
         )
     return found
 
 
 def _contests_of_preferences(preferences: Sequence[Preference]) -> list[_Contest]:
     first = {p.group: p for p in reversed(preferences)}
-    return [_Contest(p.prompt, p.group, p.chosen, p.rejected, (p.chosen, p.rejected)) for p in first.values()]
+    return [
+        _Contest(p.prompt, p.group, p.chosen, p.rejected, (p.rejected,)) for p in first.values()
+    ]
 
 
 def _with_neighbours(contests: Sequence[_Contest], place: int) -> tuple[str, ...]:
-    """Fill up the candidates of a prompt with answers to the next ones, so that spam always names several."""
-    texts = dict.fromkeys(contests[place].candidates)
+    """Return what spam names: the right answer in the midst of wrong ones, of other prompts where this has few."""
+    own = contests[place]
+    texts = dict.fromkeys(own.candidates)
     for step in range(1, len(contests)):
-        if len(texts) >= _CANDIDATES:
+        if len(texts) >= _CANDIDATES - 1:
             break
         texts.setdefault(contests[(place + step) % len(contests)].right)
-    return tuple(texts)[:_CANDIDATES]
+    texts.pop(own.right, None)
+    wrong = list(texts)[: _CANDIDATES - 1]
+    return (*wrong[: len(wrong) // 2], own.right, *wrong[len(wrong) // 2 :])
 
 
-def _scores(source: RewardSource, answers: Sequence[Answer]) -> dict[Answer, float]:
-    distinct = list(dict.fromkeys(answers))
-    found = {
-        answer: round(float(x), _DECIMALS) for answer, x in zip(distinct, source.score(distinct), strict=True)
-    }
-    for answer, value in found.items():
+def _read(
+    source: RewardSource, answers: Sequence[Answer], training: Training | None
+) -> tuple[dict[Answer, float], dict[Answer, float]]:
+    """Return the score of each answer, and its distance from training where the source has features."""
+    # Answers to one prompt side by side: sources read a prompt once for all of them.
+    distinct = sorted(set(answers), key=lambda answer: (answer.prompt, answer.response))
+    read = getattr(source, "read", None)  # of trained sources: scores and features from one pass
+    if distinct and read is not None and training is not None and training.distance is not None:
+        scores, features = read(distinct)
+        far = [round(float(x), _DECIMALS) for x in training.distance(features)]
+    else:
+        scores, far = source.score(distinct), []
+    for answer, value in zip(distinct, scores, strict=True):
         if not math.isfinite(value):
             raise Refused(
                 f"The reward source {source.digest[:12]} scores an answer by {value}, which is no finite number: "
                 f"{answer.response[:60]!r}."
             )
-    return found
-
-
-def _distances(samples: Sequence[Sample], training: Training | None) -> list[float | None]:
-    if training is None or training.distance is None or training.edge is None or not samples:
-        return [None] * len(samples)
-    distinct = list(dict.fromkeys(sample.answer for sample in samples))
-    found = dict(zip(distinct, training.distance(distinct), strict=True))
-    return [round(float(found[sample.answer]), _DECIMALS) for sample in samples]
+    found = {answer: round(float(x), _DECIMALS) for answer, x in zip(distinct, scores, strict=True)}
+    return found, dict(zip(distinct, far, strict=False))
 
 
 def _named(digests: frozenset[str] | set[str]) -> dict[str, Any]:

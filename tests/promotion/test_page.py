@@ -375,12 +375,17 @@ def test_the_verdict_in_one_sentence(decision: dict, sentence: str):
 
 
 def test_the_next_steps_follow_the_verdict_and_the_policy():
-    commands = [command for command, _ in next_steps(ruled("PASS", item("quality"), approval="required"))]
-    assert commands[:2] == ["forebay approve agent/3", "forebay promote agent/3"]
+    commands = [
+        command for command, _ in next_steps(ruled("PASS", item("quality"), approval="required"), "d" * 64)
+    ]
+    signed = f"forebay approve {'d' * 64} --print"
+    assert commands[:3] == ["forebay approve agent/3", signed, "forebay promote agent/3"]
     assert any(command.startswith("forebay reject agent/3") for command in commands)
-    assert "forebay promote agent/3" in [c for c, _ in next_steps(ruled("PASS", item("quality")))]
+    assert "forebay promote agent/3" in [c for c, _ in next_steps(ruled("PASS", item("quality")), "d" * 64)]
     for verdict in ("FAIL", "INCONCLUSIVE"):
-        assert not [c for c, _ in next_steps(ruled(verdict, item("quality", verdict))) if "promote" in c]
+        assert not [
+            c for c, _ in next_steps(ruled(verdict, item("quality", verdict)), "d" * 64) if "promote" in c
+        ]
 
 
 # ------------------------------------------------------------------------------------------------- the forest

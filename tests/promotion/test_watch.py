@@ -139,9 +139,12 @@ def test_unsure_guards_keep_it_going():
 def test_watching_keeps_the_promised_error_and_looking_at_t_would_not():
     """Candidates exactly as good as the champion, 240 tasks, looked at up to four times, at 5 % for one decision."""
     asked, rng, false = tasks(240), np.random.default_rng(1), 0
+    bare = POLICY.model_copy(
+        update={"safety": {}, "hacking": POLICY.hacking.model_copy(update={"required": False})}
+    )
     for _ in range(100):
         differences = rng.choice([-1.0, 0.0, 1.0], 240, p=[0.3, 0.4, 0.3])
-        outcomes, _ = watch(asked, rewards_of(asked, differences), every=60)
+        outcomes, _ = watch(asked, rewards_of(asked, differences), bare, every=60)
         false += quality_evidence(outcomes, SOURCE, POLICY).verdict == "PASS"
     assert clopper_pearson(false, 100, alpha=0.05)[1] <= 0.05
     student = sum(

@@ -14,7 +14,7 @@ def make_report(margins: Sequence[float] = (), groups: Sequence[str] | None = No
     """A report on held-out pairs with these margins, a prompt each, and on nothing else."""
     groups = [f"g{k}" for k in range(len(margins))] if groups is None else groups
     pairs = [
-        {"group": group, "slice": "sums", "source": "test", "licence": "CC0-1.0", "chosen": f"{k} a", "rejected": f"{k} b", "margin": float(margin)}
+        {"group": group, "slice": "sums", "source": "test", "licence": "CC0-1.0", "chosen": f"{k} a", "rejected": f"{k} b", "margin": float(margin), "longer": 0.0}
         for k, (margin, group) in enumerate(zip(margins, groups, strict=True))
     ]  # fmt: skip
     return {

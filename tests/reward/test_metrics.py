@@ -22,6 +22,7 @@ from tasks.reward.metrics import (
     drift,
     gamma,
     length_correlation,
+    pair_length_correlation,
     p_above,
     p_below,
     pair_accuracy,
@@ -188,6 +189,17 @@ def test_length_within_equally_good_answers():
     assert low < 0 < high
     assert abs(r) < 0.15
     assert length_correlation([answers([1, 2], [0, 0])], alpha=0.05) is None
+
+
+def test_length_over_pairs_is_the_plain_correlation_where_every_pair_is_alone():
+    rng = np.random.default_rng(8)
+    longer = rng.normal(size=60)
+    margins = 0.5 * longer + rng.normal(1, 1, 60)
+    r, low, high, count = pair_length_correlation(margins, longer, [str(k) for k in range(60)], alpha=0.05)
+    assert (r, count) == (pytest.approx(np.corrcoef(margins, longer)[0, 1]), 60)
+    fisher = stats.norm.ppf(0.95) / np.sqrt(57)
+    assert np.arctanh([low, high]) == pytest.approx(np.arctanh(r) + np.array([-fisher, fisher]), abs=0.08)
+    assert pair_length_correlation([1.0] * 9, longer[:9], ["a"] * 9, alpha=0.05) is None
 
 
 def test_the_interval_of_the_length_correlation_covers():

@@ -8,6 +8,7 @@ import numpy as np
 
 from tasks.evaluation.paired import PairedOutcomes, Plan
 from tasks.evaluation.sequential import Stream, final_p
+from tasks.promotion.evidence.hacking import hacking_evidence
 from tasks.promotion.evidence.item import Evidence, FileRef
 from tasks.promotion.evidence.means import stream_of
 from tasks.promotion.evidence.quality import guard_evidence, quality_evidence
@@ -44,12 +45,14 @@ def running_gain(outcomes: PairedOutcomes, policy: Policy) -> Evidence:
 
 
 def _items(outcomes: PairedOutcomes, policy: Policy) -> Sequence[Evidence]:
-    safety = [item for item in safety_evidence(outcomes, _NOWHERE, policy) if item.counts]
-    return [
+    """All that is counted and rests on the answers alone."""
+    items = [
         quality_evidence(outcomes, _NOWHERE, policy),
         *guard_evidence(outcomes, _NOWHERE, policy),
-        *safety,
+        *safety_evidence(outcomes, _NOWHERE, policy),
+        *(hacking_evidence(outcomes, _NOWHERE, None, None, policy) if policy.hacking.required else ()),
     ]
+    return [item for item in items if item.counts]
 
 
 def _futile(outcomes: PairedOutcomes, plan: Plan, policy: Policy) -> str | None:

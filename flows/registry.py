@@ -1,0 +1,161 @@
+"""What somebody changed in MLflow without Forebay: found, recorded, and put back or adopted as the policy says."""
+
+from __future__ import annotations
+
+import getpass
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from flows import keys
+from flows.context import Context
+from tasks.core.errors import Corrupt
+
+if TYPE_CHECKING:
+    from tasks.promotion.drift import Drift
+    from tasks.promotion.promote import Office, Reconciled
+    from tasks.promotion.registry import Registry
+
+
+def settle(context: Context) -> None:
+    """Finish a promotion or rollback whose process died; costs one look at the ledger where there is none."""
+    from tasks.promotion.promote import OFFICES, reconcile, standing
+
+    for office in OFFICES:
+        if standing(context.ledger, office).intent is not None:
+            reconcile(context.ledger, context.registry.for_office(office))
+    keys.catch_up(context)
+
+
+def reconcile_registry(context: Context, dry_run: bool = False) -> dict[str, Any]:
+    """Look for drift, record it, deal with it by the policy, and finish what a crash left open.
+
+    Args:
+        dry_run: only look; nothing is written anywhere.
+
+    Raises:
+        Corrupt: a version cannot be put back because its files in the workspace are not what was registered.
+        Unavailable: the registry cannot be reached.
+    """
+    from tasks.promotion.drift import look, record
+    from tasks.promotion.promote import OFFICES, standing
+
+    rule = context.policy.registry.on_drift
+    found: list[Drift] = []
+    did: list[str] = []
+    done: list[Reconciled] = []
+    for office in OFFICES:
+        if standing(context.ledger, office).newest is None:
+            continue
+        registry = context.registry.for_office(office)
+        drift = look(context.ledger, registry)
+        found += drift
+        if dry_run:
+            continue
+        if drift and record(context.ledger, drift, rule, registry.trace(), getpass.getuser()) is not None:
+            _tell(context, office, drift)
+        done += _settle(context, registry, drift, rule, did)
+    if not dry_run:
+        keys.catch_up(context)
+    return {
+        "drift": [{**asdict(drift), "says": drift.says} for drift in found],
+        "policy": rule,
+        "did": did,
+        "finished": [
+            {"kind": e.kind, "agent": e.subject, "seq": e.seq} for each in done for e in each.finished
+        ],
+        "repairs": [asdict(repair) for each in done for repair in each.repairs],
+    }
+
+
+def _settle(
+    context: Context, registry: Registry, drift: Sequence[Drift], rule: str, did: list[str]
+) -> list[Reconciled]:
+    """Deal with the drift of one office; say in `did` what was done."""
+    from tasks.promotion.promote import reconcile, standing
+
+    now = standing(context.ledger, registry.office)
+    if drift and rule == "report":
+        return [reconcile(context.ledger, registry)] if now.intent is not None else []
+    restored = {v for v in now.aliases().values() if v is not None} if drift else set()
+    did += [line for version in sorted(restored) if (line := _restore(context, registry, version))]
+    done = [reconcile(context.ledger, registry)] if now.intent is not None else []
+    chosen = [d.known for d in drift if d.alias == "champion" and d.known is not None]
+    if rule == "adopt" and chosen and now.intent is None and now.champion is not None:
+        did.append(_adopt(context, registry, chosen[0], now.champion))
+    return [*done, reconcile(context.ledger, registry)]
+
+
+def _restore(context: Context, registry: Registry, version: int) -> str:
+    """Make the registry have a version as the ledger knows it; return a sentence, empty where it has.
+
+    MLflow never gives a number twice, so a version that was deleted comes back under another one.
+    """
+    from tasks.promotion.drift import Held, is_same
+    from tasks.promotion.promote import places
+    from tasks.promotion.registry import DIGEST_TAG
+
+    office = registry.office
+    subject, at = f"{office}/{version}", places(context.ledger, office)[version]
+    held = (registry.versions() or {}).get(at, Held(None, ""))
+    payload = _registration(context, office, version)
+    if is_same(held, payload):
+        if held.digest == payload["digest"]:
+            return ""
+        registry.tag(at, {DIGEST_TAG: payload["digest"], "forebay.agent": subject})
+        return f"the digest tag of {subject} is as it was"
+    folder = context.weights(payload)
+    registered = registry.register(
+        folder,
+        payload["digest"],
+        run_id=payload["mlflow"]["run_id"],
+        tags={"forebay.origin": payload.get("origin", office)},
+    )
+    served = registry.served(registered.version)
+    if served not in (None, payload["digest"]):
+        raise Corrupt(
+            f"MLflow's version {registered.version} of `{office}` carries the digest of {subject} and serves other "
+            "files; delete that version in MLflow and run `forebay reconcile` again."
+        )
+    registry.tag(registered.version, {"forebay.agent": subject})
+    entry = {"version": version, "digest": payload["digest"], "mlflow": asdict(registered), "was": at}
+    context.ledger.append(f"{office}.restored", subject, entry)
+    return f"{subject} is registered again, now MLflow's version {registered.version}"
+
+
+def _adopt(context: Context, registry: Registry, version: int, champion: int) -> str:
+    """Make a known agent whose bytes verify the champion, because somebody gave it the alias."""
+    from tasks.promotion.drift import adopt
+
+    office = registry.office
+    keys.ready(context)
+    payload = _registration(context, office, version)
+    context.weights(payload)
+    served = registry.served(payload["mlflow"]["version"])
+    if served not in (None, payload["digest"]):
+        raise Corrupt(f"MLflow serves other files for {office}/{version} than were registered; not adopted.")
+    entry = adopt(
+        context.ledger,
+        registry,
+        version,
+        expected_champion=champion,
+        policy=context.policy.digest(),
+        by=registry.trace().get("user", "somebody in MLflow"),
+    )
+    keys.sign_head(context, entry)
+    return f"{office}/{version} is adopted as champion (was {office}/{champion})"
+
+
+def _registration(context: Context, office: Office, version: int) -> dict[str, Any]:
+    """Return what the ledger knows of a version, with where MLflow has it now."""
+    subject = f"{office}/{version}"
+    restored = context.ledger.last(f"{office}.restored", subject)
+    found = context.registration(subject)
+    assert found is not None  # whatever holds an alias is registered
+    return {**found, **(restored.payload if restored else {})}
+
+
+def _tell(context: Context, office: str, drift: Sequence[Drift]) -> None:
+    from flows.deployments import emit_drift
+
+    emit_drift(context.workspace, office, [d.says for d in drift])

@@ -1,0 +1,259 @@
+"""The canary: is the new champion, in service, worse than its predecessor? A question that may be asked at any time.
+
+Episodes of both agents since the promotion are gathered into groups (answers to one prompt), whose mean reward is one
+value in [0, 1]. For each agent and environment the betting e-process of `tasks.evaluation.sequential` gives the wealth
+against every mean m that it might have. The wealths are of separate streams, so their product is again an e-process
+against all means together, and by Ville's inequality
+
+    { means : product of wealths < 1 / alpha }
+
+holds the true ones at all times at once with probability 1 - alpha. The greatest weighted difference (new - old) in
+that set is an upper confidence bound which may be looked at after every group; the least one, with bets the other way,
+is a lower bound. Taking one product costs far less than a bound for each stream and alpha shared among them: widths add
+up as the root of the sum of squares.
+
+What is assumed: groups are independent draws of questions, the same for both agents; within a group anything may depend
+on anything. Weights are fixed before the first look. An environment in which one of the two has no traffic leaves that
+mean anywhere in [0, 1].
+
+Sources: Waudby-Smith and Ramdas (arXiv 2010.09686) for the wealth; Vovk and Wang (arXiv 1912.06116) for products of
+e-values; the bound over the set is by weak duality, which errs on the safe side for every multiplier tried.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
+from tasks.core.errors import Corrupt, NotFound
+from tasks.evaluation.sequential import FRACTIONS
+
+SCHEMA = "forebay.canary/1"
+Floats = NDArray[np.float64]
+Verdict = Literal["HARM", "PROVEN", "WATCHING", "INCONCLUSIVE"]
+
+_CELLS = 1024
+_MEANS: Floats = np.linspace(0.0, 1.0, _CELLS + 1)  # between two of them a bound errs by less than 1e-4
+_MULTIPLIERS: Floats = np.geomspace(0.1, 1e6, 128)
+_DIGITS = 10
+
+
+@dataclass(frozen=True)
+class Group:
+    """One question as an agent answered it: `reward` is the mean over its `n` answers, within [0, 1]."""
+
+    id: str
+    reward: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What both agents did in one environment, each group once."""
+
+    new: tuple[Group, ...] = ()
+    old: tuple[Group, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What was fixed before the first look.
+
+    Attributes:
+        alpha: one-sided error of each bound, over all looks together.
+        margin: mean reward that the new champion may lose.
+        min_groups: of each agent, before anything follows.
+        weights: share of each environment; environments that are not named do not count.
+        baseline: "concurrent": the predecessor's episodes since the promotion; "before": its earlier ones too.
+    """
+
+    alpha: float
+    margin: float
+    min_groups: int
+    weights: Mapping[str, float]
+    baseline: Literal["concurrent", "before"] = "concurrent"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the traffic shows.
+
+    Attributes:
+        verdict: HARM: `high` is below -margin. PROVEN: `low` is above it. WATCHING: neither yet. INCONCLUSIVE: one of
+            the two has too little traffic to say anything.
+        estimate: weighted mean reward, new less old, over environments where both have traffic; None where none has.
+        low, high: bounds of new less old over all environments, each valid at any time with error alpha.
+        new, old: groups of each that count.
+    """
+
+    verdict: Verdict
+    says: str
+    estimate: float | None
+    low: float
+    high: float
+    new: int
+    old: int
+
+
+def judge(traffic: Mapping[str, Traffic], rule: Rule) -> Judged:
+    """Compare the new champion with its predecessor on what both did in service.
+
+    Raises:
+        ValueError: a reward is not within [0, 1].
+    """
+    counted = {env: traffic.get(env, Traffic()) for env in sorted(rule.weights)}
+    new, old = (
+        [np.array([g.reward for g in getattr(t, role)]) for t in counted.values()] for role in ("new", "old")
+    )
+    weights = np.array([rule.weights[env] for env in counted])
+    high = upper_bound(new, old, weights, rule.alpha)
+    low = -upper_bound(old, new, weights, rule.alpha)
+    both = [i for i in range(len(weights)) if new[i].size and old[i].size]
+    shares = weights[both] / weights[both].sum() if both else weights[both]
+    means = np.array([new[i].mean() - old[i].mean() for i in both])
+    estimate = float(shares @ means) if both else None
+    n = (sum(x.size for x in new), sum(x.size for x in old))
+    verdict, says = _verdict(rule, estimate, low, high, n)
+    return Judged(verdict, says, _rounded(estimate), _rounded(low), _rounded(high), *n)
+
+
+def upper_bound(new: Sequence[Floats], old: Sequence[Floats], weights: Floats, alpha: float) -> float:
+    """Return the upper confidence bound of the weighted mean of `new` less that of `old`, valid at any time.
+
+    The bound is max w (m_new - m_old) over all means with sum of log wealths <= log 1/alpha. For every multiplier
+    v > 0 it is at most log(1/alpha) / v + sum of max over m of (+-w m - log wealth(m) / v); the least of these is taken.
+
+    Args:
+        new, old: for each environment the groups' mean rewards, [n].
+        weights: [environments].
+        alpha: one-sided error.
+    """
+    total = np.log(1 / alpha) / _MULTIPLIERS
+    for weight, x, y in zip(weights, new, old, strict=True):
+        # Against large means of the new one: bets that its mean is below m, mirrored. Against small means of the old.
+        for sign, wealth in ((1, log_wealth(1 - x)[::-1]), (-1, log_wealth(y))):
+            with np.errstate(invalid="ignore"):
+                gain = sign * weight * _MEANS[None, :] - wealth[None, :] / _MULTIPLIERS[:, None]
+            total += gain.max(axis=1)
+    reach = float(weights.sum())
+    return float(np.clip(total.min(), -reach, reach))
+
+
+def log_wealth(values: Floats) -> Floats:
+    """Return the log of the e-process against "the mean is at most m" after all `values`, for each m of a grid on [0, 1].
+
+    Args:
+        values: [n] within [0, 1], in any order: the bets are constant.
+
+    Raises:
+        ValueError: a value is outside [0, 1].
+    """
+    if values.size and not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+        raise ValueError("rewards must be within [0, 1]")
+    if not values.size:
+        return np.zeros(_MEANS.size)
+    found, counts = np.unique(values, return_counts=True)
+    logs = np.zeros((FRACTIONS.size, _MEANS.size - 1))
+    for value, count in zip(found.tolist(), counts.tolist(), strict=True):
+        logs += count * _log_gains(value)
+    top = logs.max(axis=0)
+    positive = top + np.log(np.exp(logs - top).mean(axis=0))
+    return np.concatenate([[np.inf if values.any() else 0.0], positive])
+
+
+@lru_cache(maxsize=64)
+def _log_gains(value: float) -> Floats:
+    """Return the log of what each fraction makes of one value against each mean but 0, [fractions, means - 1]."""
+    return np.log1p(FRACTIONS[:, None] * (value / _MEANS[None, 1:] - 1.0))
+
+
+def _verdict(
+    rule: Rule, estimate: float | None, low: float, high: float, n: tuple[int, int]
+) -> tuple[Verdict, str]:
+    if n[1] == 0 and rule.baseline == "concurrent":
+        return "INCONCLUSIVE", (
+            "the predecessor has had no traffic since the promotion; keep it sampled with "
+            "`forebay collect --version previous`"
+        )
+    if min(n) < rule.min_groups or estimate is None:
+        return "INCONCLUSIVE", f"{n[0]} and {n[1]} groups; {rule.min_groups} of each are needed"
+    bounds = f"new less old {estimate:+.3f}, at least {low:+.3f} and at most {high:+.3f} (error {rule.alpha:g} each)"
+    if high < -rule.margin:
+        return "HARM", f"worse in service: {bounds}"
+    if low > -rule.margin:
+        return "PROVEN", f"proven in service: {bounds}"
+    return "WATCHING", f"not told apart yet: {bounds}"
+
+
+def make_record(
+    traffic: Mapping[str, Traffic], rule: Rule, about: Mapping[str, Any]
+) -> tuple[dict[str, Any], Judged]:
+    """Return the evidence of one look, from which `recompute` gives the same bytes again, and what it shows.
+
+    Args:
+        about: who is compared, since when, where the episodes are from.
+    """
+    judged = judge(traffic, rule)
+    groups = {
+        env: {
+            role: [[g.id, g.reward, g.n] for g in sorted(getattr(found, role), key=lambda g: g.id)]
+            for role in ("new", "old")
+        }
+        for env, found in sorted(traffic.items())
+    }
+    record = {
+        "schema": SCHEMA,
+        **about,
+        "rule": asdict(rule),
+        "groups": groups,
+        "result": asdict(judged),
+    }
+    return json.loads(canonical_json(record)), judged
+
+
+def write_record(evidence: Path, record: Mapping[str, Any]) -> tuple[Path, str]:
+    """Write evidence/canary/<SHA-256>.json; return path and digest."""
+    data = canonical_json(dict(record))
+    digest = sha256_bytes(data)
+    path = evidence / "canary" / f"{digest}.json"
+    write_atomic(path, data)
+    return path, digest
+
+
+def recompute(path: Path, sha256: str) -> Judged:
+    """Judge again from the groups in a record.
+
+    Raises:
+        NotFound: the record is gone.
+        Corrupt: its bytes are not those of the digest, or its groups lead to another result.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise NotFound(
+            f"The canary's evidence {path} is gone; restore it from a backup of .forebay/evidence."
+        ) from None
+    if sha256_bytes(data) != sha256:
+        raise Corrupt(f"The canary's evidence {path} was changed: its bytes are not those of its digest.")
+    record = json.loads(data)
+    traffic = {
+        env: Traffic(*(tuple(Group(*row) for row in found[role]) for role in ("new", "old")))
+        for env, found in record["groups"].items()
+    }
+    about = {k: v for k, v in record.items() if k not in ("schema", "rule", "groups", "result")}
+    again, judged = make_record(traffic, Rule(**record["rule"]), about)
+    if canonical_json(again) != data:
+        raise Corrupt(f"The canary's evidence {path} leads to another result than it says.")
+    return judged
+
+
+def _rounded(value: Any) -> Any:
+    return None if value is None else round(float(value), _DIGITS)
