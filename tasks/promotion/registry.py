@@ -297,27 +297,6 @@ class Registry:
             return {name: value for name, value in {"changed": when, "user": who}.items() if value}
         return {}
 
-    def digest(self, version: int) -> str | None:
-        """Return the digest of a version's files, None where there is no such version."""
-        with _absent_ignored():
-            return self._client.get_model_version(self.office, str(version)).tags.get(DIGEST_TAG)
-        return None
-
-    def aliases(self) -> dict[str, int]:
-        """Return {alias: version}."""
-        with _absent_ignored():
-            return {a: int(v) for a, v in self._client.get_registered_model(self.office).aliases.items()}
-        return {}
-
-    def set_alias(self, alias: str, version: int) -> None:
-        """Point `alias` at `version`, in one step for readers."""
-        self._client.set_registered_model_alias(self.office, alias, str(version))
-
-    def delete_alias(self, alias: str) -> None:
-        """Remove `alias`; nothing where it is absent."""
-        with _absent_ignored():
-            self._client.delete_registered_model_alias(self.office, alias)
-
     def show_decision(self, digest: str, page: Path, *, decision: str, verdict: str, says: str) -> str | None:
         """Keep the page of a decision with the run that made a version, and say the verdict at the version; safe to repeat.
 
@@ -357,6 +336,27 @@ class Registry:
             return None
         experiment = self._client.get_run(found.run_id).info.experiment_id
         return f"#/experiments/{experiment}/runs/{found.run_id}/artifacts/{name}"
+
+    def digest(self, version: int) -> str | None:
+        """Return the digest of a version's files, None where there is no such version."""
+        with _absent_ignored():
+            return self._client.get_model_version(self.office, str(version)).tags.get(DIGEST_TAG)
+        return None
+
+    def aliases(self) -> dict[str, int]:
+        """Return {alias: version}."""
+        with _absent_ignored():
+            return {a: int(v) for a, v in self._client.get_registered_model(self.office).aliases.items()}
+        return {}
+
+    def set_alias(self, alias: str, version: int) -> None:
+        """Point `alias` at `version`, in one step for readers."""
+        self._client.set_registered_model_alias(self.office, alias, str(version))
+
+    def delete_alias(self, alias: str) -> None:
+        """Remove `alias`; nothing where it is absent."""
+        with _absent_ignored():
+            self._client.delete_registered_model_alias(self.office, alias)
 
     def traces(self, experiment: str, filter_string: str | None = None) -> Iterator[dict[str, Any]]:
         """Yield the traces of an experiment, oldest first, as the dictionaries that MLflow exports.
