@@ -120,11 +120,9 @@ def next_steps(decision: Mapping[str, Any], digest: str) -> list[tuple[str, str]
     """Return what a reader can do now: (command, what it does)."""
     candidate, champion = _agents(decision)
     if decision["verdict"] != "PASS":
-        retry = (
-            "Trains another candidate on new experience; the gate asks again."
-            if decision["verdict"] == "FAIL"
-            else "Brings more experience and another candidate. More tasks in `evaluation.tasks` find smaller gains."
-        )
+        retry = "Brings new experience and another candidate; the gate asks again."
+        if any(e["verdict"] == "INCONCLUSIVE" and _about_tasks(e["name"]) for e in decision["evidence"]):
+            retry += " More tasks in `evaluation.tasks` find smaller gains."
         return [
             ("forebay status", f"Who is in office: this decision changes nothing, {champion} stays."),
             ("forebay retrain --collect always", retry),
@@ -142,6 +140,10 @@ def next_steps(decision: Mapping[str, Any], digest: str) -> list[tuple[str, str]
             *steps,
         ]
     return [("forebay status", "Who is in office now: a cycle promotes by itself."), *steps]
+
+
+def _about_tasks(name: str) -> bool:
+    return name == "quality" or name.startswith("guard/")
 
 
 def _agents(decision: Mapping[str, Any]) -> tuple[str, str]:

@@ -225,19 +225,19 @@ def _replay_value(report: Mapping[str, Any], policy: Policy) -> Section:
 def _proxy(report: Mapping[str, Any], policy: Policy) -> Section:
     margins = np.array([row["candidate"] - row["champion"] for row in report["answers"]])
     edges = np.linspace(-1, 1, 21)
-    counts = np.histogram(np.tanh(margins / 2), bins=edges)[0]
+    counts = np.histogram(np.tanh(margins[margins != 0] / 2), bins=edges)[0]
     says = (
-        f"The reward model {report['reward'][:12]} scored both answers to {len(margins):,} held-out tasks and liked the "
-        f"candidate's better in {int((margins > 0).sum())}, the champion's in {int((margins < 0).sum())}."
+        f"The reward model {report['reward'][:12]} scored both answers to {len(margins):,} held-out tasks: it liked the "
+        f"candidate's better in {int((margins > 0).sum())}, the champion's in {int((margins < 0).sum())}, neither in "
+        f"{int((margins == 0).sum())}."
     )
-    caption = "How much it prefers the candidate's answer: +1 surely better, −1 surely worse, 0 cannot tell."
-    return Section(
-        "What the reward model thinks of the answers",
-        (says,),
-        charts=(Chart(figures.histogram(edges.tolist(), counts.tolist(), says), caption),)
-        if len(margins)
-        else (),
+    caption = (
+        "How much it prefers the candidate's answer where it prefers one: +1 surely better, −1 surely worse."
     )
+    drawn = (
+        (Chart(figures.histogram(edges.tolist(), counts.tolist(), says), caption),) if counts.any() else ()
+    )
+    return Section("What the reward model thinks of the answers", (says,), drawn)
 
 
 def _run(report: Mapping[str, Any], policy: Policy) -> Section:
