@@ -18,7 +18,7 @@ from tasks.promotion.page import figures
 from tasks.promotion.page.document import Recorded, headline, next_steps, read_record, render
 from tasks.promotion.page.figures import Axis, Interval, Item
 from tasks.promotion.page.forest import forest, forest_picture
-from tasks.promotion.page.parts import bounded, plain
+from tasks.promotion.page.parts import bounded, number, plain
 from tasks.promotion.policy import Policy
 from tasks.reward import metrics
 from tasks.reward.checks import judge_report
@@ -456,3 +456,19 @@ def test_verdicts_differ_by_shape_and_not_only_by_colour():
         re.search(r' d="([^"]+)"', figures.verdict_mark(v))[1] for v in ("PASS", "FAIL", "INCONCLUSIVE")
     }
     assert len(shapes) == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "signed", "text"),
+    [
+        (0.1234, False, "0.123"),
+        (0.1234, True, "+0.123"),
+        (-0.2, True, "−0.200"),
+        (-0.0004, True, "0.000"),
+        (181.42, False, "181.4"),
+        (40960.0, False, "40,960"),
+        (None, True, ""),
+    ],
+)
+def test_numbers_keep_as_many_digits_as_they_are_worth(value: float | None, signed: bool, text: str):
+    assert number(value, signed=signed) == text

@@ -81,7 +81,9 @@ def _check_row(check: Check, axis: Axis) -> Row:
         value = Interval(check.estimate, check.low, check.high)
         words = bounded(value) if _drawn(check) else f"{check.estimate:.0f}"
         if _drawn(check):
-            figure = figures.strip(axis, Item(check.name, check.verdict, value, check.limit, None, words))
+            figure = figures.strip(
+                axis, Item(check.name, check.verdict, value, check.limit, None, words, not check.counts)
+            )
     limit = "" if check.limit is None else f"{check.limit:.0f}" if not _drawn(check) else number(check.limit)
     cells = (words, limit, "" if check.n is None else f"{check.n:,}")
     return Row(plain(check.name), figure, cells, check.verdict, "" if check.counts else "does not count")
@@ -188,7 +190,9 @@ def _replay_value(report: Mapping[str, Any], policy: Policy) -> Section:
     rows = []
     for name, e in found.items():
         words = bounded(values[name], signed=True)
-        item = Item(_ESTIMATORS[name], e.verdict, values[name], rule.margin, None, words)
+        item = Item(
+            _ESTIMATORS[name], e.verdict, values[name], rule.margin, None, words, name != by.estimator
+        )
         told = "" if name == by.estimator else "for comparison"
         rows.append(Row(item.name, figures.strip(axis, item), (words,), e.verdict, told))
     weights = found[by.estimator].overlap
