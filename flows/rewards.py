@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows import progress
 from flows.context import Context
+from flows.registry import enter
 from tasks.core.digest import digest_files, digest_json, digest_tree, sha256_file
 from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
 from tasks.core.ledger import Entry
@@ -261,29 +262,23 @@ def register_reward(
             return dict(entry.payload)
     registry = context.registry.for_office("reward")
     registered = registry.register(folder, digest, tags={"forebay.kind": kind})
-    version = int(registered.version)
     payload = {
-        "version": version,
         "digest": digest,
         "files": files,
         "kind": kind,
         "path": context.workspace.relative(folder),
-        "mlflow": {
-            "model_id": registered.model_id,
-            "run_id": registered.run_id,
-            "version": registered.version,
-        },
         "parents": {"preferences": None, "dataset": None, "backbone": None, **parents},
         "holdout": holdout,
         "licences": sorted(licences),
         "serving": dict(serving or {}),
     }
-    context.ledger.append(REGISTERED, f"reward/{version}", payload)
+    entry = enter(context, "reward", registered, payload)
     reconcile(context.ledger, registry)
-    return payload
+    return dict(entry.payload)
 
 
 def register_untrained(context: Context, model: VerifierModel | JudgeModel) -> dict[str, Any]:
+    """Register a verifier or a judge as it is described; return the payload of `reward.registered`."""
     from tasks.reward.open import write_untrained
 
     name = digest_json([model.model_dump(mode="json")])[:16]

@@ -261,7 +261,7 @@ def frame_of(report: Mapping[str, Any]) -> pd.DataFrame:
     """Return one line a scored pair or answer of a report, for the suite of expectations."""
     import pandas as pd
 
-    rows = [
+    rows: list[tuple[Any, ...]] = [
         ("pair", p["group"], p["slice"], f"{p['chosen']} {p['rejected']}", p["margin"], None, p["licence"])
         for p in report["preferences"]
     ]
@@ -317,9 +317,7 @@ def _contests_of_samples(samples: Sequence[Sample]) -> list[_Contest]:
 
 def _contests_of_preferences(preferences: Sequence[Preference]) -> list[_Contest]:
     first = {p.group: p for p in reversed(preferences)}
-    return [
-        _Contest(p.prompt, p.group, p.chosen, p.rejected, (p.rejected,)) for p in first.values()
-    ]
+    return [_Contest(p.prompt, p.group, p.chosen, p.rejected, (p.rejected,)) for p in first.values()]
 
 
 def _with_neighbours(contests: Sequence[_Contest], place: int) -> tuple[str, ...]:
