@@ -166,15 +166,16 @@ def _decision_page(context: Context, outputs: Mapping[str, Any], page: Path, add
             "",
             f"![intervals of all evidence](data:image/svg+xml;base64,{picture})",
             "",
-            "| evidence | verdict | says | n | detectable |",
-            "|---|---|---|--:|--:|",
+            "| evidence | verdict | n | detectable |",
+            "|---|---|--:|--:|",
             *(_evidence_row(item) for item in record["evidence"]),
+            "",
+            *(f"- {item['says']}" for item in record["evidence"]),
         ]
     )
 
 
 def _evidence_row(item: Mapping[str, Any]) -> str:
     name = item["name"] if item["counts"] else f"{item['name']} (not required)"
-    says = item["says"].replace("|", "\\|").replace("\n", " ")
     n, mde = (item["n"] or ""), ("" if item["mde"] is None else f"{item['mde']:.3f}")
-    return f"| {name} | {item['verdict']} | {says} | {n} | {mde} |"
+    return f"| {name} | {item['verdict']} | {n} | {mde} |"

@@ -181,6 +181,7 @@ def _number(value: float | None, signed: bool = False) -> str:
     if value is None:
         return ""
     digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 3
+    value = round(value, digits) + 0.0  # no sign before a zero
     return f"{value:{'+' if signed and value else ''}.{digits}f}"
 
 

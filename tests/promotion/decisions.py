@@ -77,6 +77,7 @@ def reward_report(**changes: Any) -> dict[str, Any]:
             "chosen": f"{k} a",
             "rejected": f"{k} b",
             "margin": round(float(rng.normal(1.4, 1.5)), 6),
+            "longer": round(float(rng.normal(0, 0.3)), 6),
         }
         for k in range(150)
     ]

@@ -18,7 +18,7 @@ from tasks.promotion.page import figures
 from tasks.promotion.page.document import Recorded, headline, next_steps, read_record, render
 from tasks.promotion.page.figures import Axis, Interval, Item
 from tasks.promotion.page.forest import forest, forest_picture
-from tasks.promotion.page.parts import bounded, plain
+from tasks.promotion.page.parts import bounded, number, plain
 from tasks.promotion.policy import Policy
 from tasks.reward import metrics
 from tasks.reward.checks import judge_report
@@ -276,7 +276,7 @@ def test_the_page_of_the_gates_own_decision_has_every_section_and_sentence(judge
     assert content["verdict"] == "FAIL"
     assert "reward model failed" in found.text
     for evidence in content["evidence"]:
-        assert evidence["says"] in found.text
+        assert evidence["says"].replace("`", "") in found.text
     for title in ("Reward model", "What the reward model thinks", "On logged traffic", "Serving", "Training"):
         assert title in found.text
     assert len(found.ids) == len(set(found.ids))
@@ -290,7 +290,9 @@ def test_the_reward_model_is_shown_by_the_checks_that_the_gate_makes(judged: Pat
     assert f"{verdict}, by {sum(c.counts for c in checks)} checks that count of {len(checks)}" in text
     for check in checks:
         assert check.name in text
-        assert (check.says in text) == (not check.counts or check.verdict != "PASS"), check.name
+        assert (check.says.replace("`", "") in text) == (not check.counts or check.verdict != "PASS"), (
+            check.name
+        )
     curve = metrics.best_of_n(reward_report())
     assert ", ".join(f"n = {point.n}: {point.gold:.3f}" for point in curve) in page_of(judged)
 
@@ -375,12 +377,17 @@ def test_the_verdict_in_one_sentence(decision: dict, sentence: str):
 
 
 def test_the_next_steps_follow_the_verdict_and_the_policy():
-    commands = [command for command, _ in next_steps(ruled("PASS", item("quality"), approval="required"))]
-    assert commands[:2] == ["forebay approve agent/3", "forebay promote agent/3"]
+    commands = [
+        command for command, _ in next_steps(ruled("PASS", item("quality"), approval="required"), "d" * 64)
+    ]
+    signed = f"forebay approve {'d' * 64} --print"
+    assert commands[:3] == ["forebay approve agent/3", signed, "forebay promote agent/3"]
     assert any(command.startswith("forebay reject agent/3") for command in commands)
-    assert "forebay promote agent/3" in [c for c, _ in next_steps(ruled("PASS", item("quality")))]
+    assert "forebay promote agent/3" in [c for c, _ in next_steps(ruled("PASS", item("quality")), "d" * 64)]
     for verdict in ("FAIL", "INCONCLUSIVE"):
-        assert not [c for c, _ in next_steps(ruled(verdict, item("quality", verdict))) if "promote" in c]
+        assert not [
+            c for c, _ in next_steps(ruled(verdict, item("quality", verdict)), "d" * 64) if "promote" in c
+        ]
 
 
 # ------------------------------------------------------------------------------------------------- the forest
@@ -449,3 +456,19 @@ def test_verdicts_differ_by_shape_and_not_only_by_colour():
         re.search(r' d="([^"]+)"', figures.verdict_mark(v))[1] for v in ("PASS", "FAIL", "INCONCLUSIVE")
     }
     assert len(shapes) == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "signed", "text"),
+    [
+        (0.1234, False, "0.123"),
+        (0.1234, True, "+0.123"),
+        (-0.2, True, "−0.200"),
+        (-0.0004, True, "0.000"),
+        (181.42, False, "181.4"),
+        (40960.0, False, "40,960"),
+        (None, True, ""),
+    ],
+)
+def test_numbers_keep_as_many_digits_as_they_are_worth(value: float | None, signed: bool, text: str):
+    assert number(value, signed=signed) == text

@@ -77,7 +77,7 @@ def render(record: bytes, evidence: Path, recorded: Recorded | None = None) -> s
         time=None if recorded is None else _moment(recorded.time),
         headline=headline(decision),
         lead=lead(decision),
-        steps=next_steps(decision),
+        steps=next_steps(decision, sha256_bytes(record)),
         power=policy.superiority.power,
         forest=forest(decision["evidence"]),
         confidence=1 - 2 * policy.guards.alpha,
@@ -116,15 +116,13 @@ def lead(decision: Mapping[str, Any]) -> list[str]:
     return gains or list(decision["reasons"][:1])
 
 
-def next_steps(decision: Mapping[str, Any]) -> list[tuple[str, str]]:
+def next_steps(decision: Mapping[str, Any], digest: str) -> list[tuple[str, str]]:
     """Return what a reader can do now: (command, what it does)."""
     candidate, champion = _agents(decision)
     if decision["verdict"] != "PASS":
-        retry = (
-            "Trains another candidate on new experience; the gate asks again."
-            if decision["verdict"] == "FAIL"
-            else "Brings more experience and another candidate. More tasks in `evaluation.tasks` find smaller gains."
-        )
+        retry = "Brings new experience and another candidate; the gate asks again."
+        if any(e["verdict"] == "INCONCLUSIVE" and _about_tasks(e["name"]) for e in decision["evidence"]):
+            retry += " More tasks in `evaluation.tasks` find smaller gains."
         return [
             ("forebay status", f"Who is in office: this decision changes nothing, {champion} stays."),
             ("forebay retrain --collect always", retry),
@@ -135,8 +133,17 @@ def next_steps(decision: Mapping[str, Any]) -> list[tuple[str, str]]:
         (f'forebay reject {candidate} --reason "…"', "Never lets this decision act, whatever its verdict."),
     ]
     if decision["policy"].get("approval") == "required":
-        return [(f"forebay approve {candidate}", "A person signs with their own key; needed first."), *steps]
+        elsewhere = "The same where your key is and no workspace: prints one signed line for `forebay answer` or the run's page."
+        return [
+            (f"forebay approve {candidate}", "A person signs with their own key; needed first."),
+            (f"forebay approve {digest} --print", elsewhere),
+            *steps,
+        ]
     return [("forebay status", "Who is in office now: a cycle promotes by itself."), *steps]
+
+
+def _about_tasks(name: str) -> bool:
+    return name == "quality" or name.startswith("guard/")
 
 
 def _agents(decision: Mapping[str, Any]) -> tuple[str, str]:

@@ -38,7 +38,7 @@ svg .bar { stroke: currentColor; stroke-width: 2; } svg .fill { fill: currentCol
 svg .grid { stroke: var(--line); stroke-width: 1; shape-rendering: crispEdges; }
 svg .zero { stroke: var(--soft); stroke-width: 1; shape-rendering: crispEdges; }
 svg .margin { stroke: var(--ink); stroke-width: 1.5; stroke-dasharray: 3 2; }
-svg .margin.baseline { stroke: currentColor; } svg .faint { opacity: 0.5; }
+svg .margin.baseline { stroke: currentColor; } .faint { opacity: 0.5; }
 """
 _SHAPES = {
     "circle": "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0Z",
@@ -99,6 +99,7 @@ class Item:
         margin: which value the interval is held against, a dashed line.
         found: the smallest true value that would have been found, a small triangle.
         words: the numbers as text.
+        idle: it is not required and drawn fainter.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Item:
     margin: float | None
     found: float | None
     words: str
+    idle: bool = False
 
 
 def verdict_mark(verdict: str, size: int = 12) -> Markup:
@@ -122,6 +124,8 @@ def verdict_mark(verdict: str, size: int = 12) -> Markup:
 def strip(axis: Axis, item: Item) -> Markup:
     """Draw one row of a forest plot."""
     picture = _picture(_STRIP, f"{item.name}: {item.verdict}, {item.words}")
+    if item.idle:
+        picture.set("class", "faint")
     picture.extend(_strip(axis, item))
     return _text(picture)
 
@@ -184,9 +188,12 @@ def forest(groups: Sequence[tuple[str, Axis, tuple[str, str], Sequence[Item]]]) 
         picture.append(_words("16", top + 14, title, "start", class_="strong"))
         top += 26
         for item in items:
-            picture.append(_words("16", top + 17, item.name, "start", class_="strong"))
+            tone = "" if item.idle else "strong"
+            picture.append(_words("16", top + 17, item.name, "start", class_=tone))
             picture.append(_within(names, top, middle, _strip(axis, item)))
-            picture.append(_words(f"{width - 16}", top + 17, item.words, "end", class_="strong"))
+            if item.idle:
+                picture[-1].set("class", "faint")
+            picture.append(_words(f"{width - 16}", top + 17, item.words, "end", class_=tone))
             top += _STRIP
         picture.append(_within(names, top, middle, _ruler(axis, left=left, right=right, signed=bool(left))))
         top += 48

@@ -104,6 +104,7 @@ def _item(unit: str, item: Record) -> Item:
         margin=margin,
         found=margin + mde if margin is not None and mde is not None else None,
         words=bounded(value, signed=unit == _REWARD),
+        idle=not item["counts"],
     )
 
 

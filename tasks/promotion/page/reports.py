@@ -81,7 +81,9 @@ def _check_row(check: Check, axis: Axis) -> Row:
         value = Interval(check.estimate, check.low, check.high)
         words = bounded(value) if _drawn(check) else f"{check.estimate:.0f}"
         if _drawn(check):
-            figure = figures.strip(axis, Item(check.name, check.verdict, value, check.limit, None, words))
+            figure = figures.strip(
+                axis, Item(check.name, check.verdict, value, check.limit, None, words, not check.counts)
+            )
     limit = "" if check.limit is None else f"{check.limit:.0f}" if not _drawn(check) else number(check.limit)
     cells = (words, limit, "" if check.n is None else f"{check.n:,}")
     return Row(plain(check.name), figure, cells, check.verdict, "" if check.counts else "does not count")
@@ -188,7 +190,9 @@ def _replay_value(report: Mapping[str, Any], policy: Policy) -> Section:
     rows = []
     for name, e in found.items():
         words = bounded(values[name], signed=True)
-        item = Item(_ESTIMATORS[name], e.verdict, values[name], rule.margin, None, words)
+        item = Item(
+            _ESTIMATORS[name], e.verdict, values[name], rule.margin, None, words, name != by.estimator
+        )
         told = "" if name == by.estimator else "for comparison"
         rows.append(Row(item.name, figures.strip(axis, item), (words,), e.verdict, told))
     weights = found[by.estimator].overlap
@@ -225,19 +229,19 @@ def _replay_value(report: Mapping[str, Any], policy: Policy) -> Section:
 def _proxy(report: Mapping[str, Any], policy: Policy) -> Section:
     margins = np.array([row["candidate"] - row["champion"] for row in report["answers"]])
     edges = np.linspace(-1, 1, 21)
-    counts = np.histogram(np.tanh(margins / 2), bins=edges)[0]
+    counts = np.histogram(np.tanh(margins[margins != 0] / 2), bins=edges)[0]
     says = (
-        f"The reward model {report['reward'][:12]} scored both answers to {len(margins):,} held-out tasks and liked the "
-        f"candidate's better in {int((margins > 0).sum())}, the champion's in {int((margins < 0).sum())}."
+        f"The reward model {report['reward'][:12]} scored both answers to {len(margins):,} held-out tasks: it liked the "
+        f"candidate's better in {int((margins > 0).sum())}, the champion's in {int((margins < 0).sum())}, neither in "
+        f"{int((margins == 0).sum())}."
     )
-    caption = "How much it prefers the candidate's answer: +1 surely better, −1 surely worse, 0 cannot tell."
-    return Section(
-        "What the reward model thinks of the answers",
-        (says,),
-        charts=(Chart(figures.histogram(edges.tolist(), counts.tolist(), says), caption),)
-        if len(margins)
-        else (),
+    caption = (
+        "How much it prefers the candidate's answer where it prefers one: +1 surely better, −1 surely worse."
     )
+    drawn = (
+        (Chart(figures.histogram(edges.tolist(), counts.tolist(), says), caption),) if counts.any() else ()
+    )
+    return Section("What the reward model thinks of the answers", (says,), drawn)
 
 
 def _run(report: Mapping[str, Any], policy: Policy) -> Section:
