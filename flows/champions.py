@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flows import keys, progress
 from flows.context import Context
 from flows.registry import enter, settle
+from flows.scoring import require_valid_reward
 from flows.service import start_canary
 from tasks.core.digest import digest_files
 from tasks.core.errors import NotFound
@@ -84,6 +85,9 @@ def _promote(context: Context, made: Entry, reason: str) -> dict[str, Any]:
     from tasks.promotion.promote import promote
 
     trust = keys.ready(context)  # before anything has changed
+    dataset = context.agent(made.subject).payload["parents"].get("dataset")
+    if dataset:
+        require_valid_reward(context, dataset)
     context.weights(context.agent(made.subject).payload)  # months may lie between decision and approval
     entry = promote(
         context.ledger,

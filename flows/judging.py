@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from tasks.evaluation.paired import Agent, Baseline, PairedOutcomes, Plan
     from tasks.promotion.budget import Spent
     from tasks.promotion.gate import Decision
-    from tasks.promotion.promote import Entries
+    from tasks.promotion.promote import Entries, Office
+    from tasks.reward.office import RewardDecision
     from tasks.rollout.rollout import Outcome
 
 
@@ -201,7 +202,10 @@ def decide_promotion(
 
 
 def record_decision(
-    context: Context, decision: Decision, check: Callable[[LedgerView], None] | None = None
+    context: Context,
+    decision: Decision | RewardDecision,
+    check: Callable[[LedgerView], None] | None = None,
+    office: Office = "agent",
 ) -> dict[str, Any]:
     """Write the record, its signature beside it and the ledger's entry; the same decision again adds nothing.
 
@@ -218,7 +222,7 @@ def record_decision(
     envelope = sign_decision(payload, key)
     place = context.workspace.relative(write_signature(path, envelope))
     payload["signature"] = signature_of(place, envelope, key)
-    subject = f"agent/{decision.candidate.version}"
+    subject = f"{office}/{decision.candidate.version}"
     made = context.ledger.last("decision.made", subject)
     if made is None or any(made.payload.get(name) != payload[name] for name in ("decision", "signature")):
         made = context.ledger.append("decision.made", subject, payload, check)
@@ -274,7 +278,8 @@ def newest_decision(context: Context, version: str) -> Entry:
         NotFound: there is none.
     """
     subject = f"agent/{context.agent(version).payload['version']}" if version else None
-    entry = context.ledger.last("decision.made", subject)
+    made = context.ledger.entries("decision.made", subject)
+    entry = next((e for e in reversed(made) if e.subject.startswith("agent/")), None)
     if entry is None:
         raise NotFound(f"No decision about {subject or 'any agent'} yet; `forebay retrain` makes one.")
     return entry

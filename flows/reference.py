@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -21,8 +21,23 @@ def rows(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from rows(kind, f"{prefix}{name}.")
+        elif field.discriminator is not None:
+            yield from _kinds(get_args(kind), str(field.discriminator), f"{prefix}{name}.", field)
         else:
             yield f"{prefix}{name}", _type(field), _default(field), field.description or ""
+
+
+def _kinds(
+    options: Sequence[type[BaseModel]], tag: str, prefix: str, field: FieldInfo
+) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the rows of a choice among classes: the tag that chooses, then the keys of each."""
+    names = [str(option.model_fields[tag].default) for option in options]
+    chosen = field.get_default(call_default_factory=True)
+    yield f"{prefix}{tag}", str(names), getattr(chosen, tag), "chooses the keys below"
+    for option, name in zip(options, names, strict=True):
+        for key, kind, default, text in rows(option, prefix):
+            if key != f"{prefix}{tag}":
+                yield key, kind, default, f"{name}: {text}".removesuffix(": ")
 
 
 def settings_page() -> str:

@@ -278,6 +278,7 @@ def register_reward(
 
 
 def register_untrained(context: Context, model: VerifierModel | JudgeModel) -> dict[str, Any]:
+    """Register a verifier or a judge as it is described; return the payload of `reward.registered`."""
     from tasks.reward.open import write_untrained
 
     name = digest_json([model.model_dump(mode="json")])[:16]

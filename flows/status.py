@@ -64,7 +64,7 @@ def _budget(context: Context, champion: int | None) -> dict[str, Any] | None:
     """Return what the gate has left: error against the champion, uses of the held-out tasks of the last decision."""
     from tasks.promotion.budget import spent
 
-    made = context.ledger.entries("decision.made")
+    made = [e for e in context.ledger.entries("decision.made") if e.subject.startswith("agent/")]
     if champion is None or not made:
         return None
     tasks = made[-1].payload.get("tasks", {})

@@ -30,7 +30,8 @@ app.add_typer(evaluate_app, name="evaluate", rich_help_panel="Promote")
 keys_app = typer.Typer(help="Make signing keys and choose whom to trust.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys", rich_help_panel="Promote")
 reward_app = typer.Typer(
-    help="Train, import, list and use reward models; register verifiers and judges.", no_args_is_help=True
+    help="Train, validate, promote and use reward models; register verifiers and judges.",
+    no_args_is_help=True,
 )
 app.add_typer(reward_app, name="reward", rich_help_panel="Single steps")
 

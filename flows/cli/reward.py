@@ -171,12 +171,93 @@ def score(
 
 
 @reward_app.command()
+def decide(which: Which, workspace: Where = HERE, as_json: Json = False) -> None:
+    """Weigh a reward model against the one in office, on comparisons neither has seen; the record is signed.
+
+    It passes if its newest validation does, and it is not surely less accurate. Exit code 5 where it does not pass.
+
+    Example: `forebay reward decide reward/2`
+    """
+    from flows.reward_office import decide_reward
+
+    watch(as_json)
+    result = decide_reward(open_context(workspace), which)
+    if as_json:
+        print_json(result)
+    else:
+        out.print(f"reward/{result['candidate']['version']}: {result['verdict']}", highlight=False)
+        for reason in result["reasons"]:
+            out.print(f"· {reason}", highlight=False, markup=False)
+    if result["verdict"] != "PASS":
+        raise typer.Exit(Refused.exit_code)
+
+
+@reward_app.command()
+def promote(
+    which: Which,
+    reason: Annotated[str, typer.Option(help="Kept in the ledger.")] = "promoted on the command line",
+    workspace: Where = HERE,
+    as_json: Json = False,
+) -> None:
+    """Put a reward model in office, if its newest decision says PASS against the one in office now.
+
+    Example: `forebay reward promote reward/2`
+    """
+    from flows.reward_office import promote_reward
+
+    result = promote_reward(open_context(workspace), which, reason)
+    if as_json:
+        print_json(result)
+    else:
+        was = "nobody" if result["from"] is None else f"reward/{result['from']}"
+        out.print(f"reward/{result['to']} is in office (was {was}).", highlight=False)
+
+
+@reward_app.command()
+def rollback(
+    reason: Annotated[str, typer.Option(help="Why; kept in the ledger.")] = "rolled back on the command line",
+    workspace: Where = HERE,
+    as_json: Json = False,
+) -> None:
+    """Put the previous reward model back in office, with a record.
+
+    Example: `forebay reward rollback --reason "marks long answers too well"`
+    """
+    from flows.reward_office import rollback_reward
+
+    result = rollback_reward(open_context(workspace), reason)
+    if as_json:
+        print_json(result)
+    else:
+        out.print(f"reward/{result['to']} is in office again (was reward/{result['from']}).", highlight=False)
+
+
+@reward_app.command()
+def replay(which: Which, workspace: Where = HERE, as_json: Json = False) -> None:
+    """Verify the signature of a reward model's newest decision and decide again from the evidence: the same bytes.
+
+    Example: `forebay reward replay reward/2`
+    """
+    from flows.reward_office import replay_reward_decision
+
+    result = replay_reward_decision(open_context(workspace), which)
+    if as_json:
+        print_json(result)
+    else:
+        out.print(
+            f"{result['decision'][:12]}: {result['verdict']} again, the same bytes; signed by {result['signed_by']}.",
+            highlight=False,
+        )
+
+
+@reward_app.command()
 def validate(
     which: Annotated[
         str, typer.Argument(help="reward/2, or reward@champion, reward@candidate.")
     ] = "reward@champion",
     dataset: Annotated[
-        str | None, typer.Option("--from", help="A sealed dataset: main, main/v3 or its root; default: the newest.")
+        str | None,
+        typer.Option("--from", help="A sealed dataset: main, main/v3 or its root; default: the newest."),
     ] = None,
     workspace: Where = HERE,
     overrides: Set = None,

@@ -19,13 +19,14 @@ from tasks.core.workspace import Workspace
 from tasks.promotion.promote import standing
 
 Kind = Literal[
-    "agent", "base", "run", "code", "lock", "dataset", "shard", "validation", "reward",
+    "agent", "base", "run", "code", "lock", "dataset", "shard", "validation", "reward", "source", "preferences",
     "evaluation", "decision", "policy", "promotion", "outside",
 ]  # fmt: skip
 Relation = Literal[
     "trained by", "converted from", "descends from", "judged by", "in office",  # of an agent
     "run by code", "with packages", "trained on", "started from",  # of a run
-    "holds", "checked by", "continues", "sampled from",  # of a dataset
+    "holds", "checked by", "continues", "sampled from", "scored from", "rewarded by",  # of a dataset
+    "learnt from", "reads states of", "made from", "judges",  # of a reward model and its preferences
     "under policy", "rests on", "compared with",  # of a decision
 ]  # fmt: skip
 Ref = tuple[Kind, str]
@@ -122,7 +123,8 @@ class Records:
         "promotion.committed", "promotion.dropped", "promotion.intent",
         "rollback.committed", "rollback.dropped", "rollback.intent",
         "approval.granted", "approval.rejected", "decision.made", "evaluation.done", "agent.registered",
-        "run.finished", "run.started", "reward.validated", "dataset.validated", "dataset.sealed",
+        "run.finished", "run.started", "reward.validated", "reward.registered", "dataset.validated",
+        "dataset.scored", "preferences.made", "preferences.imported", "dataset.sealed",
     )  # fmt: skip
 
     def __init__(self, ledger: Ledger) -> None:
@@ -176,6 +178,11 @@ class Records:
         return {alias: version for alias, version in standing(self).aliases().items() if version is not None}
 
     @cached_property
+    def sources(self) -> Mapping[str, Entry]:
+        """The registration of each reward model by its digest."""
+        return {entry.payload["digest"]: entry for entry in reversed(self.entries("reward.registered"))}
+
+    @cached_property
     def evidence(self) -> Mapping[str, Ref]:
         """The node that a decision means by a digest among its evidence."""
         found: dict[str, Ref] = {}
@@ -200,6 +207,9 @@ class Records:
         found |= {e.subject: ("evaluation", e.subject) for e in self.entries("evaluation.done")}
         found |= {digest: ("decision", digest) for digest in self.decisions}
         found |= {e.subject: ("run", e.subject) for e in self.entries("run.started")}
+        found |= {e.subject: ("preferences", e.subject) for e in self.entries("preferences.imported")}
+        found |= {e.subject: ("preferences", e.subject) for e in self.entries("preferences.made")}
+        found |= {digest: ("source", entry.subject) for digest, entry in self.sources.items()}
         found |= {digest: ("agent", entry.subject) for digest, entry in self.agents.items()}
         return found
 
@@ -208,10 +218,17 @@ def resolve(records: Records, ref: str) -> Ref:
     """Return the node that `ref` names; see `lineage`."""
     agents = [entry.subject for entry in records.entries("agent.registered")]
     datasets = [entry.subject for entry in records.entries("dataset.sealed")]
+    rewards = [entry.subject for entry in records.entries("reward.registered")]
     held = {f"agent@{alias}": f"agent/{version}" for alias, version in records.aliases.items()}
+    offices = standing(records, "reward").aliases()
+    held |= {
+        f"reward@{alias}": f"reward/{version}" for alias, version in offices.items() if version is not None
+    }
     ref = held.get(ref, ref)
     if ref in agents:
         return "agent", ref
+    if ref in rewards:
+        return "source", ref
     if ref.startswith("dataset:"):
         wanted = ref.removeprefix("dataset:")
         for entry in reversed(records.entries("dataset.sealed")):
@@ -224,7 +241,7 @@ def resolve(records: Records, ref: str) -> Ref:
             raise UsageError(f"`{ref}` fits {len(found)} things ({several}); give more digits.")
         if found:
             return found[0]
-    known = [*held, *reversed(agents), *(f"dataset:{name}" for name in reversed(datasets))]
+    known = [*held, *reversed(agents), *reversed(rewards), *(f"dataset:{n}" for n in reversed(datasets))]
     near = difflib.get_close_matches(ref, known, n=5, cutoff=0.5) or known[:5]
     raise NotFound(f"Nothing here is called `{ref}`; the nearest names are: {', '.join(near) or 'none yet'}.")
 
@@ -340,8 +357,50 @@ def _dataset(records: Records, key: str) -> _Found:
         for policy in p["behaviour"]:
             if policy["digest"] not in known:
                 yield "sampled from", _policy_of(records, policy["version"], policy["digest"])
+        for scored in records.entries("dataset.scored", f"dataset:{p['name']}"):
+            if scored.seq < entry.seq:
+                yield "scored from", _dataset_of(records, scored.payload["root"])
+                yield "rewarded by", ("source", scored.payload["reward"])
 
     return node, links()
+
+
+def _source(records: Records, key: str) -> _Found:
+    entry = records.last("reward.registered", key)
+    if entry is None:
+        return Node("source", key, None, known=False), ()
+    p, parents = entry.payload, entry.payload["parents"]
+    offices = standing(records, "reward").aliases()
+    facts = _pick(p, "kind", "path", "mlflow", "holdout", "licences", registered=entry.time)
+    facts["roles"] = [alias for alias, version in offices.items() if version == p["version"]]
+    node = Node("source", key, p["digest"], facts, _files_under(p["path"], p["files"]))
+
+    def links() -> Iterator[tuple[Relation, Ref]]:
+        if parents["preferences"]:
+            yield "learnt from", ("preferences", parents["preferences"])
+        backbone = parents["backbone"]
+        if backbone and backbone["agent"]:
+            yield "reads states of", ("agent", backbone["agent"])
+        elif backbone:
+            yield "reads states of", ("outside", f"{backbone['base']}@{backbone['digest']}")
+        for decision in records.entries("decision.made", key):
+            yield "judged by", ("decision", decision.payload["decision"])
+        for kind in ("promotion.committed", "rollback.committed"):
+            for change in records.entries(kind, key):
+                yield "in office", ("promotion", change.digest)
+
+    return node, links()
+
+
+def _preferences(records: Records, key: str) -> _Found:
+    entry = records.last("preferences.imported", key) or records.last("preferences.made", key)
+    if entry is None:
+        return Node("preferences", key[:12], key, known=False), ()
+    p = entry.payload
+    facts = _pick(p, "name", "pairs", "groups", "slices", "sources", "licences", "origin", time=entry.time)
+    dataset = p["origin"].get("dataset")
+    links: _Links = [("made from", _dataset_of(records, dataset))] if dataset else []
+    return Node("preferences", p["name"], key, facts, (File(p["path"], key),)), links
 
 
 def _shard(records: Records, key: str) -> _Found:
@@ -362,9 +421,13 @@ def _reward(records: Records, key: str) -> _Found:
     p = entry.payload
     files = tuple(_file(p[name]) for name in ("evidence", "plot", "best_of_n") if p.get(name))
     facts = _pick(p, "verdict", "reasons", "accuracy", "ece", "path", time=entry.time)
-    return Node("reward", p["verdict"], p["digest"], facts, files), [
-        ("trained on", _dataset_of(records, p["dataset"]))
-    ]
+    judged = records.sources.get(p["digest"])
+    links: list[tuple[Relation, Ref]] = []
+    if p["dataset"]:
+        links.append(("trained on", _dataset_of(records, p["dataset"])))
+    if judged:
+        links.append(("judges", ("source", judged.subject)))
+    return Node("reward", p["verdict"], p["digest"], facts, files), links
 
 
 def _evaluation(records: Records, key: str) -> _Found:
@@ -396,8 +459,11 @@ def _decision(records: Records, key: str) -> _Found:
         for digest in dict.fromkeys(item["digest"] for item in p["evidence"]):
             if digest in records.evidence:
                 yield "rests on", records.evidence[digest]
-        champion = p["champion"]
-        yield "compared with", _policy_of(records, f"agent/{champion['version']}", champion["digest"])
+        champion, office = p["champion"], entry.subject.partition("/")[0]
+        if office == "agent":
+            yield "compared with", _policy_of(records, f"agent/{champion['version']}", champion["digest"])
+        elif champion["version"]:
+            yield "compared with", ("source", f"reward/{champion['version']}")
 
     return node, links()
 
@@ -427,6 +493,8 @@ _KINDS: Mapping[Kind, Callable[[Records, str], _Found]] = {
     "shard": _shard,
     "validation": _validation,
     "reward": _reward,
+    "source": _source,
+    "preferences": _preferences,
     "evaluation": _evaluation,
     "decision": _decision,
     "policy": _policy,

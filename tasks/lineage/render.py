@@ -16,9 +16,12 @@ GENERATIONS = 3  # older ones are deeper than a terminal is wide; the JSON has t
 _SHARDS = 6  # of one dataset version that are named one by one
 _DIGITS = 12
 
-_OLDER: frozenset[Relation] = frozenset({"started from", "continues", "sampled from", "compared with"})
+_OLDER: frozenset[Relation] = frozenset(
+    {"started from", "continues", "sampled from", "scored from", "compared with"}
+)
 _STYLES: Mapping[str, str] = {
     "agent": "bold cyan",
+    "source": "bold cyan",
     "base": "bold magenta",
     "dataset": "bold blue",
     "run": "bold",
@@ -32,6 +35,7 @@ _TITLES: Mapping[Kind, str] = {
     "shard": "shard",
     "validation": "data validation",
     "reward": "reward model",
+    "preferences": "preferences",
     "evaluation": "paired evaluation of",
     "decision": "decision",
     "outside": "outside policy",
@@ -172,6 +176,8 @@ _SAYS: Mapping[Kind, Callable[[Mapping[str, Any]], str]] = {
     "shard": lambda facts: f"{facts['rows']:,} rows",
     "validation": lambda facts: f"{facts['checks']} checks",
     "reward": _reward,
+    "source": lambda facts: " · ".join([*facts["roles"], facts["kind"]]),
+    "preferences": lambda facts: f"{facts['pairs']:,} pairs on {facts['groups']:,} prompts",
     "evaluation": _evaluation,
     "decision": _decision,
     "promotion": _promotion,

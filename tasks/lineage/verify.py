@@ -242,7 +242,7 @@ def _folder(workspace: Workspace, node: Node) -> Iterator[Problem]:
         file for file in node.files if file.path.startswith(f"{folder}/")
     )  # a run has fresh shards beside it
     files = {file.path.removeprefix(f"{folder}/"): file.sha256 for file in inside}
-    expected = node.digest if node.kind == "agent" else node.facts["digest"]
+    expected = node.facts["digest"] if node.kind == "run" else node.digest
     yield Problem("changed", folder, _owner(node), expected or "", digest_files(files))
 
 
@@ -292,6 +292,7 @@ _INSIDE: dict[Kind, Callable[[Workspace, Node], Iterable[File | Problem]]] = {
     "dataset": _manifest,
     "decision": _record,
     "reward": _reward_model,
+    "source": _folder,
 }
 
 
@@ -321,7 +322,7 @@ def _hash(root: Path, file: File, owner: str) -> tuple[Problem | None, int]:
 def _added(workspace: Workspace, found: Lineage) -> Iterator[Problem]:
     """A file that appears in an agent's folder can change the agent: libraries load what they find there."""
     for node in found.nodes.values():
-        if node.kind != "agent" or not node.known:
+        if node.kind not in ("agent", "source") or not node.known:
             continue
         registered = {file.path for file in node.files}
         for path in sorted((workspace.root / node.facts["path"]).rglob("*")):
@@ -331,4 +332,4 @@ def _added(workspace: Workspace, found: Lineage) -> Iterator[Problem]:
 
 
 def _owner(node: Node) -> str:
-    return node.name if node.kind == "agent" else f"{node.kind} {node.name}"
+    return node.name if node.kind in ("agent", "source") else f"{node.kind} {node.name}"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tasks.core.digest import canonical_json, digest_json, sha256_bytes, write_atomic
 from tasks.core.errors import Corrupt, Refused
@@ -215,7 +215,19 @@ def reward_evidence(
     )
 
 
-def write_decision(evidence: Path, decision: Decision) -> Path:
+class Recorded(Protocol):
+    """A decision about an agent or a reward model, as it is kept."""
+
+    @property
+    def record(self) -> bytes:
+        """Its canonical JSON."""
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the record."""
+
+
+def write_decision(evidence: Path, decision: Recorded) -> Path:
     """Write the record to evidence/decisions/<digest>.json and return its path."""
     path = evidence / "decisions" / f"{decision.digest}.json"
     write_atomic(path, decision.record)

@@ -317,9 +317,7 @@ def _contests_of_samples(samples: Sequence[Sample]) -> list[_Contest]:
 
 def _contests_of_preferences(preferences: Sequence[Preference]) -> list[_Contest]:
     first = {p.group: p for p in reversed(preferences)}
-    return [
-        _Contest(p.prompt, p.group, p.chosen, p.rejected, (p.rejected,)) for p in first.values()
-    ]
+    return [_Contest(p.prompt, p.group, p.chosen, p.rejected, (p.rejected,)) for p in first.values()]
 
 
 def _with_neighbours(contests: Sequence[_Contest], place: int) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -19,6 +20,7 @@ from flows.experience import collect_into_segment, seal_dataset
 from flows.rewards import episodes, heldout, open_source, reward
 from flows.scoring import require_valid_reward
 from flows.training import train_agent, train_and_validate_reward_model
+from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
 from tasks.core.errors import Corrupt, Refused
 from tasks.replay.seal import find
 from tasks.reward.folder import training_prompts
@@ -26,6 +28,7 @@ from tasks.reward.preferences import prompt_digests
 from tests.flows.conftest import ENVIRONMENT, PROJECT, forebay, lay_workspace, loads
 from tests.flows.test_bad_input import says
 from tests.models.test_reward_classifier import make_tiny_encoder
+from tests.reward.report import make_report, sure_margins
 
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -63,6 +66,31 @@ def comparisons(path: Path, n: int = 60) -> Path:
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def validated(context: Context, registered: dict, verdict: str, days: float = 0.0) -> None:
+    """Record a validation whose report is judged so: only margins, and a policy that asks for nothing else."""
+    right = {"PASS": 0.9, "FAIL": 0.5, "INCONCLUSIVE": 0.62}[verdict]
+    source = {"kind": registered["kind"], "digest": registered["digest"]}
+    data = canonical_json(make_report(sure_margins(right, 200), source=source))
+    path = context.workspace.evidence / "reward" / f"{sha256_bytes(data)}.json"
+    write_atomic(path, data)
+    context.ledger.append(
+        "reward.validated",
+        registered["digest"],
+        {
+            "digest": registered["digest"],
+            "dataset": "",
+            "verdict": verdict,
+            "reasons": ["told by a test"],
+            "accuracy": {"estimate": right, "low": right, "high": right, "n": 200},
+            "ece": 0.0,
+            "path": registered["path"],
+            "time": (datetime.now(UTC) - timedelta(days=days)).isoformat(),
+            "policy": None,
+            "evidence": {"path": context.workspace.relative(path), "sha256": sha256_bytes(data)},
+        },
+    )
 
 
 @pytest.fixture(scope="module")
@@ -142,12 +170,8 @@ def test_what_rests_on_a_model_nobody_validated_is_not_trained_on(laid: Context,
         require_valid_reward(laid, root)
     require_valid_reward(laid, find(laid.ledger, "main").root)
 
-    def validated(verdict: str, **more: str) -> None:
-        payload = {"digest": head["digest"], "verdict": verdict, "reasons": ["told by a test"], **more}
-        laid.ledger.append("reward.validated", head["digest"], payload)
-
     for verdict in ("FAIL", "INCONCLUSIVE"):
-        validated(verdict)
+        validated(laid, head, verdict)
         with pytest.raises(Refused, match=f"says {verdict}: told by a test"):
             require_valid_reward(laid, root)
     sealed = laid.ledger.last("dataset.sealed", "scored/v1")
@@ -155,10 +179,10 @@ def test_what_rests_on_a_model_nobody_validated_is_not_trained_on(laid: Context,
     with pytest.raises(Refused, match="INCONCLUSIVE"):
         train_agent(laid, sealed.payload, 1)
     assert laid.ledger.last("run.started") is None
-    validated("PASS", expires="2026-01-01T00:00:00+00:00")
+    validated(laid, head, "PASS", days=999)
     with pytest.raises(Refused, match="expired"):
         require_valid_reward(laid, root)
-    validated("PASS", expires="2999-01-01T00:00:00+00:00")
+    validated(laid, head, "PASS")
     require_valid_reward(laid, root)
 
 
@@ -263,3 +287,78 @@ def test_the_default_is_a_head_on_the_champion():
 
     model = Settings.load(PROJECT / "params.yaml").reward.model
     assert (model.kind, model.base) == ("head", None)
+
+
+def test_an_office_of_its_own_from_decision_to_rollback(
+    laid: Context, head: dict, encoder: Path, tmp_path: Path
+):
+    root = laid.workspace.root
+    says(run(root, "reward", "promote", "reward/1"), 3, "not decided about reward/1")
+    validated(laid, head, "FAIL")
+    done = run(root, "reward", "decide", "reward/1", "--json")
+    assert (done.returncode, json.loads(done.stdout)["verdict"]) == (5, "FAIL")
+    says(run(root, "reward", "promote", "reward/1"), 5, "said FAIL to reward/1")
+    validated(laid, head, "PASS")
+    decision = loads(run(root, "reward", "decide", "reward/1", "--json"))
+    assert loads(run(root, "reward", "promote", "reward/1", "--json"))["from"] is None
+    registry = laid.registry.for_office("reward")
+    assert registry.aliases()["champion"] == head["mlflow"]["version"]
+    assert laid.registry.aliases()["champion"] == 1
+    assert reward(laid, "reward@champion").subject == "reward/1"
+    # A second one, on the same preferences with another penalty, compared on what neither has seen.
+    second = loads(run(root, "reward", "train", "--set", "reward.model.l2=0.01", "--json"))
+    name = f"reward/{second['version']}"
+    validated(laid, second, "PASS")
+    told = loads(run(root, "reward", "decide", name, "--json"))
+    assert told["champion"] == {"version": 1, "digest": head["digest"]}
+    assert [item["name"] for item in told["evidence"]] == ["integrity", "reward model", "accuracy"]
+    again = loads(run(root, "reward", "replay", name, "--json"))
+    assert (again["decision"], again["signed_by"]) == (told["decision"], "service")
+    assert loads(run(root, "reward", "promote", name, "--json"))["from"] == 1
+    assert registry.aliases()["champion"] == second["mlflow"]["version"]
+    says(run(root, "reward", "promote", name), 4, "champion already")
+    assert loads(run(root, "reward", "rollback", "--json"))["to"] == 1
+    assert reward(laid, "champion").subject == "reward/1"
+    # Decisions about reward models are none about agents.
+    assert decision["decision"] != told["decision"]
+    says(run(root, "decision", "show"), 3, "No decision about any agent")
+    record = root / told["record"]["path"]
+    data = record.read_bytes()
+    record.write_bytes(b"{}")
+    says(run(root, "reward", "replay", name), 6, "was changed")
+    record.write_bytes(data)
+
+
+def test_lineage_and_verify_reach_from_a_scored_dataset_to_the_backbone(
+    laid: Context, head: dict, scored: dict
+):
+    from tasks.lineage.graph import lineage
+    from tasks.lineage.render import to_json, to_tree
+    from tasks.lineage.verify import verify
+
+    found = lineage(laid.ledger, laid.workspace, "dataset:scored")
+    said = {(e.source[0], e.relation, e.target[0]) for e in found.edges}
+    assert ("dataset", "rewarded by", "source") in said
+    assert ("dataset", "scored from", "dataset") in said
+    assert ("source", "learnt from", "preferences") in said
+    assert ("source", "reads states of", "agent") in said
+    assert ("preferences", "made from", "dataset") in said
+    assert found.nodes["source", "reward/1"].digest == head["digest"]
+    assert lineage(laid.ledger, laid.workspace, head["digest"][:12]).root == ("source", "reward/1")
+    assert to_json(found)["nodes"]
+    to_tree(found)
+    for ref in ("reward/1", "reward@candidate", "dataset:scored"):
+        report = verify(laid.ledger, laid.workspace, ref)
+        assert report.ok, report.problems
+    folder = laid.workspace.root / head["path"]
+    (folder / "extra.json").write_text("{}")
+    data = (folder / "head.safetensors").read_bytes()
+    (folder / "head.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    problems = verify(laid.ledger, laid.workspace, "dataset:scored").problems
+    assert {(p.problem, Path(p.path).name) for p in problems} == {
+        ("changed", "head.safetensors"),
+        ("added", "extra.json"),
+    }
+    (folder / "extra.json").unlink()
+    (folder / "head.safetensors").write_bytes(data)
+    assert verify(laid.ledger, laid.workspace, "reward/1").ok

@@ -17,6 +17,7 @@ from tasks.promotion.gate import FileRef, Finding, Inputs, decide, write_decisio
 from tasks.promotion.policy import Policy
 from tasks.replay.manifest import Behaviour, Manifest, Shard
 from tests.promotion.support import serving_file
+from tests.reward.report import make_report
 
 CODE = {"commit": "c" * 40, "dirty": False, "digest": sha256_bytes(b"code"), "lock": sha256_bytes(b"lock")}
 
@@ -233,9 +234,7 @@ class World:
         self.append("dataset.validated", manifest.root, payload)
 
     def _reward(self, manifest: Manifest) -> dict[str, str]:
-        data = canonical_json(
-            {"root": manifest.root, "pairs": [{"margin": 4.0, "group_id": f"g{i}"} for i in range(30)]}
-        )
+        data = canonical_json(make_report([4.0] * 30, dataset=manifest.root))
         evidence = self.put(self.workspace.evidence / "reward" / f"{manifest.root[:12]}.json", data)
         plot = self.put(self.workspace.evidence / "reward" / f"{manifest.root[:12]}.png", b"PNG " + data)
         folder = self.workspace.models / f"reward-{manifest.root[:12]}"

@@ -10,7 +10,9 @@ import numpy as np
 from tasks.reward.checks import SCHEMA
 
 
-def make_report(margins: Sequence[float] = (), groups: Sequence[str] | None = None, **changes: Any) -> dict[str, Any]:
+def make_report(
+    margins: Sequence[float] = (), groups: Sequence[str] | None = None, **changes: Any
+) -> dict[str, Any]:
     """A report on held-out pairs with these margins, a prompt each, and on nothing else."""
     groups = [f"g{k}" for k in range(len(margins))] if groups is None else groups
     pairs = [
@@ -44,7 +46,9 @@ def sure_margins(accuracy: float, n: int, scale: float | None = None) -> list[fl
     return [size if k < accuracy * n else -size for k in range(n)]
 
 
-def make_samples(scores: Sequence[Sequence[float]], gold: Sequence[Sequence[float]], **changes: Any) -> list[dict[str, Any]]:
+def make_samples(
+    scores: Sequence[Sequence[float]], gold: Sequence[Sequence[float]], **changes: Any
+) -> list[dict[str, Any]]:
     """Samples of a report: one list of scores and one of verified rewards a prompt."""
     return [
         {"prompt": f"p{k}", "slice": "sums", "score": float(s), "gold": float(g), "length": 10, "distance": None, **changes}

@@ -210,7 +210,11 @@ def test_support_and_drift():
     assert judged(report, "drift")[1].verdict == "PASS"
     report["training"] |= {"edge": 3.0, "scores": [5.0] * 40}
     verdict, check = judged(report, "drift")
-    assert (verdict, check.verdict, check.counts) == ("PASS", "FAIL", False)  # reported, unless the policy counts it
+    assert (verdict, check.verdict, check.counts) == (
+        "PASS",
+        "FAIL",
+        False,
+    )  # reported, unless the policy counts it
     assert judged(report, "drift", Rule(counts=("drift",)))[0] == "FAIL"
 
 

@@ -27,7 +27,6 @@ from tasks.reward.source import Answer
 from tasks.reward.validation import Material, Training, validate_source
 from tests.tiny import make_tiny_model
 
-
 NOW = "2026-11-25T12:00:00+00:00"
 
 
@@ -110,7 +109,13 @@ POLICY = Policy.model_validate(
 def judged(head, heldout, root):
     material, training = Material(heldout, dataset="d" * 64), Training.of(head.kind, root / "reward")
     return validate_source(
-        head, material, POLICY.reward_model, Workspace(root), training=training, time=NOW, path=root / "reward"
+        head,
+        material,
+        POLICY.reward_model,
+        Workspace(root),
+        training=training,
+        time=NOW,
+        path=root / "reward",
     )
 
 

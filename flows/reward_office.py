@@ -1,0 +1,176 @@
+"""Decide about a reward model and put it in office: by a signed record, and the compare-and-set of agents."""
+
+from __future__ import annotations
+
+import getpass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows import keys, progress
+from flows.context import Context
+from flows.judging import record_decision
+from flows.registry import settle
+from flows.rewards import heldout, newest_verdict, open_source, reward
+from flows.scoring import expiry
+from tasks.core.errors import Corrupt, NotFound, Refused
+
+if TYPE_CHECKING:
+    from tasks.core.ledger import Entry
+    from tasks.reward.source import Preference
+
+
+def decide_reward(context: Context, ref: str) -> dict[str, Any]:
+    """Weigh a registered reward model against the champion of its office and record the decision, signed.
+
+    Returns:
+        The payload of `decision.made`, subject reward/N.
+
+    Raises:
+        NotFound: no such reward model. Refused: it is the champion already.
+    """
+    from tasks.evaluation.paired import Agent
+    from tasks.promotion.evidence.item import FileRef
+    from tasks.promotion.promote import champion
+    from tasks.reward.office import NOBODY, RewardInputs, compare, decide_office, keep_comparison
+
+    evidence = context.workspace.evidence
+    entry = reward(context, ref)
+    ours = entry.payload
+    holder = champion(context.ledger, "reward")
+    if holder == ours["version"]:
+        raise Refused(f"{entry.subject} is the champion of its office already.")
+    verdict = newest_verdict(context, ours["digest"])
+    validation = None
+    if verdict is not None:
+        file = verdict["evidence"]
+        place = (context.workspace.root / file["path"]).relative_to(evidence).as_posix()
+        validation = FileRef(place, file["sha256"])
+    comparison, theirs, problem = None, NOBODY, ""
+    try:
+        source = open_source(context, ours)
+    except (Corrupt, Refused) as error:
+        problem = str(error).rstrip(".")
+    if holder is not None:
+        other = reward(context, str(holder)).payload
+        theirs = Agent(holder, other["digest"])
+        if not problem:
+            unseen = _unseen_by_both(context, ours, other)
+            with progress.current().bar("compare") as report:
+                report(0, 1, f"{len(unseen)} comparisons, {entry.subject} and reward/{holder}")
+                data = compare(source, open_source(context, other), unseen)
+                report(1, 1, "")
+            comparison = keep_comparison(evidence, data)
+    inputs = RewardInputs(
+        Agent(int(ours["version"]), ours["digest"]),
+        theirs,
+        validation,
+        (expiry(context, verdict) or "") if verdict else "",
+        comparison,
+        problem,
+    )
+    return record_decision(context, decide_office(evidence, inputs, context.policy), office="reward")
+
+
+def promote_reward(context: Context, ref: str, reason: str) -> dict[str, Any]:
+    """Put a reward model in office by its newest decision; the first one is crowned by its decision alone.
+
+    Raises:
+        NotFound: nothing was decided about it. Refused: the decision did not pass, or is not signed.
+        Conflict: the champion is another one by now.
+    """
+    from tasks.promotion.attest import check_decision, read_signature
+    from tasks.promotion.promote import champion, crown, promote
+
+    settle(context)
+    entry = reward(context, ref)
+    made = newest_reward_decision(context, ref)
+    p, trust = made.payload, keys.ready(context)
+    open_source(context, entry.payload)  # hashes its files: months may lie between decision and office
+    signature = read_signature(context.workspace.root, p)
+    registry, by = context.registry.for_office("reward"), getpass.getuser()
+    if champion(context.ledger, "reward") is None and p["champion"]["version"] == 0:
+        check_decision(p, signature, trust)
+        if p["verdict"] != "PASS":
+            raise Refused(f"The gate said {p['verdict']} to {made.subject}: {' '.join(p['reasons'])}")
+        done = crown(context.ledger, registry, entry.payload["version"], by=by)
+    else:
+        done = promote(
+            context.ledger,
+            registry,
+            entry.payload["version"],
+            decision=p["decision"],
+            signature=signature,
+            trust=trust,
+            expected_champion=p["champion"]["version"],
+            by=by,
+            reason=reason,
+        )
+    keys.sign_head(context, done)
+    return {"kind": done.kind, "seq": done.seq, **done.payload}
+
+
+def rollback_reward(context: Context, reason: str) -> dict[str, Any]:
+    """Put the previous reward model back in office.
+
+    Raises:
+        NotFound: there is none to go back from, or to.
+    """
+    from tasks.promotion.promote import champion, rollback
+
+    keys.ready(context)
+    settle(context)
+    now = champion(context.ledger, "reward")
+    if now is None:
+        raise NotFound("There is no reward model in office to roll back from.")
+    registry = context.registry.for_office("reward")
+    done = rollback(context.ledger, registry, expected_champion=now, reason=reason, by=getpass.getuser())
+    keys.sign_head(context, done)
+    return {"kind": done.kind, "seq": done.seq, **done.payload}
+
+
+def replay_reward_decision(context: Context, ref: str) -> dict[str, Any]:
+    """Verify the signature of the newest decision about a reward model and recompute it from its evidence.
+
+    Raises:
+        NotFound, Corrupt, Refused: as for an agent's.
+    """
+    from tasks.promotion.attest import check_decision, read_signature
+    from tasks.reward.office import recompute_office
+
+    made = newest_reward_decision(context, ref)
+    signature = read_signature(context.workspace.root, made.payload)
+    signer = check_decision(made.payload, signature, keys.trust(context), made.seq).name
+    again = recompute_office(context.workspace.root / made.payload["record"]["path"])
+    return {
+        "decision": again.digest,
+        "verdict": again.verdict,
+        "agent": made.subject,
+        "signed_by": signer,
+        "reasons": list(again.reasons),
+    }
+
+
+def newest_reward_decision(context: Context, ref: str) -> Entry:
+    """Return the ledger's entry of the newest decision about a reward model.
+
+    Raises:
+        NotFound: there is none.
+    """
+    subject = reward(context, ref).subject
+    made = context.ledger.last("decision.made", subject)
+    if made is None:
+        raise NotFound(
+            f"The gate has not decided about {subject} yet; run `forebay reward decide {subject}`."
+        )
+    return made
+
+
+def _unseen_by_both(context: Context, ours: Any, theirs: Any) -> list[Preference]:
+    """Return the comparisons that were held out from either, without prompts that the other was trained on."""
+    from tasks.reward.folder import training_prompts
+    from tasks.reward.preferences import distinct, prompt_digests
+
+    folders = [Path(context.workspace.root / side["path"]) for side in (ours, theirs)]
+    seen = training_prompts(folders[0]) | training_prompts(folders[1])
+    found = distinct([*heldout(context, ours), *heldout(context, theirs)]).preferences
+    return [p for p in found if not seen.intersection(prompt_digests([p]))]
