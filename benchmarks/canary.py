@@ -49,7 +49,7 @@ def shared(new: list[np.ndarray], old: list[np.ndarray]) -> float:
     part = ALPHA / (2 * ENVIRONMENTS)
     one = np.array([1.0])
     up = [upper_bound([x], [NONE], one, part) for x in new]
-    down = [-upper_bound([NONE], [y], one, part) for y in old]
+    down = [1 - upper_bound([NONE], [y], one, part) for y in old]  # a mean nothing is known of is 1 at most
     return float(WEIGHTS @ (np.array(up) - np.array(down)))
 
 

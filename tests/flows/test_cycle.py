@@ -129,7 +129,8 @@ def test_the_user_branch_is_left_alone(cycled: Context):
             ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
         ).stdout
 
-    assert git("for-each-ref", "--format=%(refname)").split() == ["refs/heads/forebay/data"]
+    ours = ["refs/heads/forebay/data", "refs/heads/forebay/heads"]
+    assert git("for-each-ref", "--format=%(refname)").split() == ours
     assert git("diff", "--cached", "--name-only") == ""
 
 
