@@ -173,7 +173,10 @@ def validate_real(
             "training": round(trained - started, 1),
             "validation": round(process_time() - trained, 1),
         },
-        **{key: told[key] for key in ("verdict", "reasons", "checks", "accuracy", "ece", "slices", "evidence")},
+        **{
+            key: told[key]
+            for key in ("verdict", "reasons", "checks", "accuracy", "ece", "slices", "evidence")
+        },
         "best_of_n": [asdict(point) for point in best_of_n(report)],
     }
 
