@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | sha256su
 export DO_NOT_TRACK = 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check bench docs setup clean
+.PHONY: demo test check bench docs example setup clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,10 @@ docs: setup  ## reference pages: docs/settings.md, docs/objectives.md, docs/comm
 	@$(BIN)/python -m flows.reference settings > docs/settings.md
 	@$(BIN)/python -m flows.reference objectives > docs/objectives.md
 	@$(BIN)/typer flows.cli utils docs --name forebay --title Commands > docs/commands.md
+
+example: setup  ## docs/decision-example.html from the decision of `make demo`, and its picture (needs Chromium)
+	@$(BIN)/forebay decision page --output docs/decision-example.html
+	@$(BIN)/python -m benchmarks.screenshot docs/decision-example.html docs/images/decision.png
 
 clean:
 	rm -rf $(VENV) .forebay

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
 from flows.context import Context
 
@@ -44,11 +45,7 @@ def publish(context: Context, stage: str, outputs: Mapping[str, Any]) -> None:
             "Candidate and champion",
         )
     elif stage == "decide":
-        create_markdown_artifact(
-            key="decide",
-            markdown=_decision_page(outputs) + _how_to_answer(outputs),
-            description=f"Gate: {outputs['verdict']}",
-        )
+        _decision(context, outputs)
     elif stage == "promote":
         create_markdown_artifact(key="promote", markdown=outputs["reason"], description="Promotion")
     elif stage == "verify":
@@ -134,8 +131,50 @@ def _reward_page(context: Context, outputs: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _decision_page(outputs: Mapping[str, Any]) -> str:
-    lines = [f"# {outputs['verdict']}", "", *(f"- {reason}" for reason in outputs["reasons"]), ""]
-    lines += ["| evidence | verdict |", "|---|---|"]
-    lines += [f"| {item['name']} | {item['verdict']} |" for item in outputs["evidence"]]
-    return "\n".join(lines)
+def _decision(context: Context, outputs: Mapping[str, Any]) -> None:
+    from flows.pages import page_address, page_of
+
+    address = page_address(context, outputs)
+    create_markdown_artifact(
+        key="decide",
+        markdown=_decision_page(context, outputs, page_of(context, outputs), address)
+        + _how_to_answer(outputs),
+        description=f"Gate: {outputs['verdict']}",
+    )
+    if address:
+        create_link_artifact(
+            key="decide-page", link=address, link_text="The decision's page", description="In MLflow"
+        )
+
+
+def _decision_page(context: Context, outputs: Mapping[str, Any], page: Path, address: str | None) -> str:
+    from flows.show import decision_record
+    from tasks.promotion.page.document import headline, lead
+    from tasks.promotion.page.forest import forest_picture
+
+    record = decision_record(context, **outputs["record"])
+    picture = base64.b64encode(forest_picture(record["evidence"]).encode()).decode()
+    file = f"`{context.workspace.relative(page)}` in the workspace"
+    return "\n".join(
+        [
+            f"# {record['verdict']}",
+            f"**{headline(record)}**",
+            "",
+            *(f"- {reason}" for reason in lead(record)),
+            "",
+            f"[The whole page]({address}), also {file}." if address else f"The whole page: {file}.",
+            "",
+            f"![intervals of all evidence](data:image/svg+xml;base64,{picture})",
+            "",
+            "| evidence | verdict | says | n | detectable |",
+            "|---|---|---|--:|--:|",
+            *(_evidence_row(item) for item in record["evidence"]),
+        ]
+    )
+
+
+def _evidence_row(item: Mapping[str, Any]) -> str:
+    name = item["name"] if item["counts"] else f"{item['name']} (not required)"
+    says = item["says"].replace("|", "\\|").replace("\n", " ")
+    n, mde = (item["n"] or ""), ("" if item["mde"] is None else f"{item['mde']:.3f}")
+    return f"| {name} | {item['verdict']} | {says} | {n} | {mde} |"

@@ -7,22 +7,20 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows import keys, progress
 from flows.context import Context
-from flows.registry import settle
+from flows.registry import enter, settle
 from flows.scoring import require_valid_reward
 from flows.service import start_canary
 from tasks.core.digest import digest_files
-from tasks.core.errors import Conflict, NotFound
-from tasks.core.ledger import Entry, LedgerView
+from tasks.core.errors import NotFound
+from tasks.core.ledger import Entry
 
 if TYPE_CHECKING:
     from tasks.promotion.attest import Answer
-    from tasks.promotion.promote import Entries
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -59,42 +57,17 @@ def register_agent(
     registered = context.registry.register(
         folder, digest, run_id=run_id, metrics=metrics, tags={"forebay.origin": origin}, dataset=dataset
     )
-    while True:
-        version = _free_number(context.ledger, registered.version)
-        try:
-            context.ledger.append(
-                "agent.registered",
-                f"agent/{version}",
-                {
-                    "version": version,
-                    "digest": digest,
-                    "files": dict(files),
-                    "origin": origin,
-                    "path": context.workspace.relative(folder),
-                    "mlflow": asdict(registered),
-                    "parents": dict(parents),
-                    "tokenizer_digest": tokenizer,
-                    "template_digest": template,
-                    "source": dict(source),
-                },
-                partial(_require_free, number=version),
-            )
-            break
-        except Conflict:  # another process registered an agent in between
-            continue
-    context.registry.tag(registered.version, {"forebay.agent": f"agent/{version}"})
-    return version
-
-
-def _free_number(ledger: Entries, place: int) -> int:
-    """Return the number of a new agent: MLflow's, unless that gave out small numbers anew after a deletion."""
-    known = [entry.payload["version"] for entry in ledger.entries("agent.registered")]
-    return place if place > max(known, default=0) else max(known) + 1
-
-
-def _require_free(view: LedgerView, number: int) -> None:
-    if view.last("agent.registered", f"agent/{number}") is not None:
-        raise Conflict(f"agent/{number} was registered meanwhile.")
+    payload = {
+        "digest": digest,
+        "files": dict(files),
+        "origin": origin,
+        "path": context.workspace.relative(folder),
+        "parents": dict(parents),
+        "tokenizer_digest": tokenizer,
+        "template_digest": template,
+        "source": dict(source),
+    }
+    return int(enter(context, "agent", registered, payload).payload["version"])
 
 
 def promote_agent(context: Context, version: str, reason: str) -> dict[str, Any]:

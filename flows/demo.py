@@ -37,7 +37,7 @@ def demo(folder: Path, overrides: Sequence[str], out: Console) -> None:
     out.rule(f"[bold]Lineage of {ref}")
     out.print(to_tree(lineage(context.ledger, context.workspace, ref)))
     out.print(
-        f"\nDone in {monotonic() - start:.0f} s. Next: `forebay status`, `forebay verify {ref}`, "
+        f"\nDone in {monotonic() - start:.0f} s. Next: `forebay decision page --open`, `forebay verify {ref}`, "
         '`forebay up` and `forebay schedule retrain --cron "0 3 * * *"`.',
         highlight=False,
     )

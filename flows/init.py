@@ -17,6 +17,7 @@ from tasks.core.digest import digest_files, digest_tree, write_atomic
 from tasks.core.errors import Unavailable, UsageError
 from tasks.core.locks import file_lock
 from tasks.core.workspace import Workspace
+from tasks.replay.git_pointer import HEADS, set_aside
 
 _PROJECT = Path(__file__).resolve().parents[1]
 _FILES = ("params.yaml", "policy.yaml", "dvc.yaml")
@@ -43,6 +44,13 @@ def init_workspace(folder: Path, base_model: str | None = None, overrides: Seque
         context = Context.open(workspace.root, overrides)
         _prepare_stores(context)
         if not context.ledger.entries("workspace.created"):
+            aside = set_aside(
+                workspace.root, HEADS
+            )  # of a workspace that was here before, with its own ledger
+            if aside is not None:
+                progress.current().say(
+                    f"git's branch forebay/heads is of an earlier ledger; it is {aside} now."
+                )
             context.ledger.append("workspace.created", workspace.root.name, {"pins": context.pins})
         keys.ensure_service_key(context)
         _register_base(context)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flows import keys, progress
 from flows.context import Context
 from flows.experience import intact
+from flows.pages import keep_page
 from tasks.core.digest import digest_json
 from tasks.core.errors import Conflict, NotFound, UsageError
 from tasks.core.ledger import Entry, LedgerView
@@ -224,7 +225,9 @@ def record_decision(
     subject = f"{office}/{decision.candidate.version}"
     made = context.ledger.last("decision.made", subject)
     if made is None or any(made.payload.get(name) != payload[name] for name in ("decision", "signature")):
-        keys.sign_head(context, context.ledger.append("decision.made", subject, payload, check))
+        made = context.ledger.append("decision.made", subject, payload, check)
+        keys.sign_head(context, made)
+    keep_page(context, made)
     return payload
 
 

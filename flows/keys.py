@@ -6,13 +6,13 @@ import base64
 import getpass
 import os
 import re
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flows.context import Context
-from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
+from tasks.core.errors import Corrupt, ForebayError, NotFound, Refused, UsageError
 from tasks.core.heads import newest_seq, require_newest, write_head
 from tasks.core.keys import (
     NAME,
@@ -29,6 +29,7 @@ from tasks.core.keys import (
 )
 from tasks.core.ledger import Entry
 from tasks.core.locks import file_lock
+from tasks.promotion.kept_heads import keep_heads, kept_head
 
 SERVICE = "service"
 _CHANGES = ("promotion.committed", "rollback.committed", "decision.made")
@@ -83,7 +84,7 @@ def ready(context: Context) -> Trust:
     """
     known = trust(context)
     service_key(context)
-    require_newest(context.ledger, context.workspace.heads, known)
+    require_newest(context.ledger, context.workspace.heads, known, kept_head(context.workspace))
     return known
 
 
@@ -203,7 +204,10 @@ def sign_head(context: Context, entry: Entry) -> None:
         registered = context.registration(entry.subject)
         assert registered is not None  # nothing is put in office that is not registered
         subjects = {entry.subject: registered["digest"]}
-    write_head(context.ledger, context.workspace.heads, entry, service_key(context), trust(context), subjects)
+    folder, kept = context.workspace.heads, kept_head(context.workspace)
+    write_head(context.ledger, folder, entry, service_key(context), trust(context), subjects, kept)
+    with suppress(ForebayError):  # a branch that is checked out, say: the next head brings this one along
+        keep_heads(context.workspace, entry.time)
 
 
 def catch_up(context: Context) -> None:

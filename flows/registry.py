@@ -3,18 +3,47 @@
 from __future__ import annotations
 
 import getpass
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from flows import keys
 from flows.context import Context
-from tasks.core.errors import Corrupt
+from tasks.core.errors import Conflict, Corrupt
+from tasks.core.ledger import Entry, LedgerView
 
 if TYPE_CHECKING:
     from tasks.promotion.drift import Drift
     from tasks.promotion.promote import Office, Reconciled
-    from tasks.promotion.registry import Registry
+    from tasks.promotion.registry import Registered, Registry
+
+
+def enter(context: Context, office: Office, registered: Registered, payload: Mapping[str, Any]) -> Entry:
+    """Write into the ledger that MLflow has a new version, under a number of Forebay's own; return the entry.
+
+    The number is MLflow's, unless that gave out small ones anew after the registered model was deleted. The version
+    says at MLflow whose it is, in the tag `forebay.agent`.
+
+    Args:
+        payload: what else the ledger keeps: `digest`, `files` and `path` at least, by which it can be put back.
+    """
+    ledger, kind = context.ledger, f"{office}.registered"
+    while True:
+        known = [entry.payload["version"] for entry in ledger.entries(kind)]
+        number = max(registered.version, max(known, default=0) + 1)
+        subject = f"{office}/{number}"
+
+        def check(view: LedgerView, subject: str = subject) -> None:
+            if view.last(kind, subject) is not None:
+                raise Conflict(f"{subject} was registered meanwhile.")
+
+        try:
+            values = {"version": number, "mlflow": asdict(registered), **payload}
+            entry = ledger.append(kind, subject, values, check)
+        except Conflict:  # another process registered one in between: take the next number
+            continue
+        context.registry.for_office(office).tag(registered.version, {"forebay.agent": subject})
+        return entry
 
 
 def settle(context: Context) -> None:

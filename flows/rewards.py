@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from flows import progress
 from flows.context import Context
+from flows.registry import enter
 from tasks.core.digest import digest_files, digest_json, digest_tree, sha256_file
-from tasks.core.errors import Conflict, Corrupt, NotFound, Refused, UsageError
-from tasks.core.ledger import Entry, Ledger, LedgerView
+from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
+from tasks.core.ledger import Entry
 from tasks.core.settings import ClassifierModel, HeadModel, JudgeModel, VerifierModel
 from tasks.core.stages import once
 
@@ -266,35 +267,14 @@ def register_reward(
         "files": files,
         "kind": kind,
         "path": context.workspace.relative(folder),
-        "mlflow": {
-            "model_id": registered.model_id,
-            "run_id": registered.run_id,
-            "version": registered.version,
-        },
         "parents": {"preferences": None, "dataset": None, "backbone": None, **parents},
         "holdout": holdout,
         "licences": sorted(licences),
         "serving": dict(serving or {}),
     }
-    entry = _append_numbered(context.ledger, payload, registered.version)
+    entry = enter(context, "reward", registered, payload)
     reconcile(context.ledger, registry)
     return dict(entry.payload)
-
-
-def _append_numbered(ledger: Ledger, payload: Mapping[str, Any], place: int) -> Entry:
-    """Record a registration under MLflow's number, or the next where that gave out a small one anew."""
-
-    def check(view: LedgerView) -> None:
-        if view.last(REGISTERED, f"reward/{version}") is not None:
-            raise Conflict(f"reward/{version} was registered meanwhile.")
-
-    while True:
-        highest = max((int(e.payload["version"]) for e in ledger.entries(REGISTERED)), default=0)
-        version = place if place > highest else highest + 1
-        try:
-            return ledger.append(REGISTERED, f"reward/{version}", {"version": version, **payload}, check)
-        except Conflict:  # another process was faster
-            continue
 
 
 def register_untrained(context: Context, model: VerifierModel | JudgeModel) -> dict[str, Any]:

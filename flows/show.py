@@ -147,26 +147,41 @@ def decision_record(context: Context, path: str, sha256: str) -> dict[str, Any]:
 
 
 def decision_view(record: Mapping[str, Any]) -> RenderableType:
-    """Draw a decision: evidence by evidence."""
-    table = _table("evidence", "estimate:n", "interval", "n:n", "detectable:n", "verdict", "")
+    """Draw a decision: evidence by evidence in the gate's order; it fits 100 columns."""
+    table = _table("evidence", "verdict", "estimate:n", "interval", "margin:n", "n:n", "mde:n")
     for item in record["evidence"]:
-        low, high = item.get("low"), item.get("high")
-        interval = f"[{low:+.3f}, {high:+.3f}]" if low is not None and high is not None else ""
-        table.add_row(
-            item["name"],
-            "" if item.get("estimate") is None else f"{item['estimate']:+.3f}",
-            interval,
-            "" if item.get("n") is None else str(item["n"]),
-            "" if item.get("mde") is None else f"{item['mde']:.3f}",
-            verdict(item["verdict"]),
-            "" if item["counts"] else "not required",
+        unit = item.get("unit", "mean reward")
+        signed = unit == "mean reward"
+        numbers = {name: _number(item.get(name), signed) for name in ("estimate", "low", "high", "margin")}
+        bounds = (
+            f"[{numbers['low'] or '-∞'}, {numbers['high'] or '∞'}]"
+            if numbers["low"] or numbers["high"]
+            else ""
         )
-    lines: list[RenderableType] = [table]
-    lines += [Text(f"· {reason}") for reason in record["reasons"]]
-    pair = f"agent/{record['candidate']['version']} against agent/{record['champion']['version']}"
-    title = f"{pair}: {record['verdict']}"
+        named = "" if bounds or not numbers["estimate"] or unit == "mean reward" else unit
+        table.add_row(
+            Text(item["name"]) if item["counts"] else Text(f"{item['name']} (not required)", style="dim"),
+            verdict(item["verdict"]),
+            numbers["estimate"],
+            f"{bounds} {named}".strip(),
+            numbers["margin"],
+            "" if item.get("n") is None else f"{item['n']:,}",
+            _number(item.get("mde")),
+        )
+    agents = [f"agent/{record[side]['version']}" for side in ("candidate", "champion")]
+    lines: list[RenderableType] = [table, *(Text(f"· {reason}") for reason in record["reasons"])]
+    lines.append(Text(f"forebay decision page {agents[0]} --open   shows it with plots", style="dim"))
+    title = f"{agents[0]} against {agents[1]}: {record['verdict']}"
     style = _COLOURS.get(record["verdict"], "default")
     return Panel(Group(*lines), title=title, border_style=style, title_align="left")
+
+
+def _number(value: float | None, signed: bool = False) -> str:
+    """Write a number in about six characters, whatever its unit."""
+    if value is None:
+        return ""
+    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 3
+    return f"{value:{'+' if signed and value else ''}.{digits}f}"
 
 
 def verify_view(report: Mapping[str, Any]) -> RenderableType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -281,6 +282,38 @@ def decision_show(
         print_json(record)
     else:
         out.print(decision_view(record))
+
+
+@decision_app.command("page")
+def decision_page(
+    version: Annotated[str, typer.Argument(help="Agent version; default: the newest decision.")] = "",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write it there only, to send or to keep.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    workspace: Where = HERE,
+    as_json: Json = False,
+) -> None:
+    """Draw a decision's page (one HTML file) again from the stored evidence, every digest checked.
+
+    It is drawn when the gate decides and attached to the agent's MLflow run; equal evidence gives the same bytes.
+    For example `forebay decision page agent/3 --open`, or `forebay decision page --output review.html`.
+    """
+    from flows.judging import newest_decision
+    from flows.pages import make_page
+
+    context = open_context(workspace)
+    made = make_page(context, newest_decision(context, version), output)
+    if as_json:
+        print_json(made)
+    else:
+        out.print(made["page"], highlight=False, soft_wrap=True)
+        if made["mlflow"]:
+            out.print(made["mlflow"], highlight=False, soft_wrap=True)
+        if made["problem"]:
+            out.print(f"Not attached in MLflow: {made['problem']}", highlight=False)
+    if show:
+        typer.launch(Path(made["page"]).as_uri())
 
 
 @decision_app.command("list")

@@ -61,7 +61,7 @@ def retrain(
 
 @app.command(rich_help_panel=SCHEDULE)
 def schedule(
-    flow: Annotated[str, typer.Argument(help="collect, retrain or audit")],
+    flow: Annotated[str, typer.Argument(help="collect, retrain, audit, canary, reconcile or rehearse")],
     cron: Annotated[str | None, typer.Option(help='Five-field cron, for example "0 3 * * *".')] = None,
     interval: Annotated[str | None, typer.Option(help="A number and s, m, h or d, for example 6h.")] = None,
     on: Annotated[str | None, typer.Option(help="Event: dataset.sealed")] = None,

@@ -2,13 +2,14 @@
 
 An entry's digest pins everything before it, so a signed head that the ledger does not contain means that the end of
 the ledger was cut off or written anew. Heads are files outside the database: whoever can only write the one is found
-by the other, and a copy of the newest head kept elsewhere (a few hundred bytes) finds whoever can write both.
+by the other. Each is kept a second time elsewhere (Forebay: on a git branch of its own, which can be pushed), so that
+whoever cuts the ledger back to an older head, and deletes the newer ones, is found by that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +44,15 @@ class HeadProblem:
     found: str | None = None
 
 
+@dataclass(frozen=True)
+class Kept:
+    """The newest signed head as another place keeps it: the file's name, its bytes, and what place that is."""
+
+    name: str
+    envelope: bytes
+    where: str
+
+
 def write_head(
     ledger: Ledger,
     folder: Path,
@@ -50,18 +60,20 @@ def write_head(
     key: PrivateKey,
     trust: Trust,
     subjects: Mapping[str, str] | None = None,
+    kept: Kept | None = None,
 ) -> Path:
     """Sign that `entry` is in the ledger after everything before it, and keep the envelope in `folder`.
 
     Args:
         subjects: what else the statement is about, for example the agent that was promoted: {name: SHA-256}.
+        kept: the newest head that is kept elsewhere.
 
     Raises:
         Corrupt: the ledger does not hold what was signed before; nothing is signed on top of that.
         Refused: `key` is not a trusted service key.
     """
     trust.check(key.id, "service")
-    require_newest(ledger, folder, trust)
+    require_newest(ledger, folder, trust, kept)
     kind = _KINDS.get(entry.kind, _HEAD)
     facts: dict[str, Any] = {
         "seq": entry.seq,
@@ -82,23 +94,43 @@ def newest_seq(folder: Path) -> int:
     return max((int(path.stem) for path in _files(folder)), default=0)
 
 
-def require_newest(ledger: Ledger, folder: Path, trust: Trust) -> None:
-    """Refuse to act on a ledger that does not hold what was signed last.
+def require_newest(ledger: Ledger, folder: Path, trust: Trust, kept: Kept | None = None) -> None:
+    """Refuse to act on a ledger that does not hold what was signed last, as `folder` or another place keeps it.
 
     Raises:
         Corrupt: its end was cut off or written anew, or the head is forged.
     """
     files = _files(folder)
     problem = _check(ledger, files[-1], trust) if files else None
+    if problem is None and kept is not None:
+        problem = _check_kept(ledger, folder, trust, kept)
+        if problem is not None and ledger.digest_at(problem.seq) == problem.expected:
+            problem = None  # only the file is gone; the ledger is whole, and `verify` tells
     if problem is not None:
         raise Corrupt(f"{problem.says}; `forebay verify` lists what else differs.")
 
 
-def check_heads(ledger: Ledger, folder: Path, trust: Trust) -> tuple[int, list[HeadProblem]]:
+def check_heads(
+    ledger: Ledger, folder: Path, trust: Trust, kept: Kept | None = None
+) -> tuple[int, list[HeadProblem]]:
     """Return how many signed heads there are, and those that are wrong or that the ledger contradicts."""
     files = _files(folder)
-    found = (_check(ledger, path, trust) for path in files)
+    found = [_check(ledger, path, trust) for path in files]
+    if kept is not None:
+        found.append(_check_kept(ledger, folder, trust, kept))
     return len(files), [problem for problem in found if problem is not None]
+
+
+def _check_kept(ledger: Ledger, folder: Path, trust: Trust, kept: Kept) -> HeadProblem | None:
+    """Check the newest head that another place keeps: the folder must have it too, and the ledger its entry."""
+    if (folder / kept.name).exists():
+        return None  # checked with the others
+    problem = _check_bytes(ledger, kept.name, kept.envelope, trust)
+    if problem is not None:
+        return replace(problem, says=f"{problem.says} (that head is deleted here; {kept.where} has kept it)")
+    seq = int(Path(kept.name).stem)
+    says = f"The signed head {kept.name} of the ledger was deleted; {kept.where} has kept it"
+    return HeadProblem("missing", seq, says, ledger.digest_at(seq) or "")
 
 
 def _files(folder: Path) -> list[Path]:
@@ -106,17 +138,21 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _check(ledger: Ledger, path: Path, trust: Trust) -> HeadProblem | None:
-    seq = int(path.stem)
+    return _check_bytes(ledger, path.name, path.read_bytes(), trust)
+
+
+def _check_bytes(ledger: Ledger, name: str, envelope: bytes, trust: Trust) -> HeadProblem | None:
+    seq = int(Path(name).stem)
     try:
-        said = open_envelope(path.read_bytes(), (_HEAD, *_KINDS.values()), trust, "service", at=seq)
+        said = open_envelope(envelope, (_HEAD, *_KINDS.values()), trust, "service", at=seq)
     except Refused as error:
-        return HeadProblem("wrong key", seq, f"The signed head {path.name} of the ledger: {error}")
+        return HeadProblem("wrong key", seq, f"The signed head {name} of the ledger: {error}")
     except Corrupt as error:
-        return HeadProblem("forged", seq, f"The signed head {path.name} of the ledger: {error}")
+        return HeadProblem("forged", seq, f"The signed head {name} of the ledger: {error}")
     digest = said.subjects.get("ledger", "")
     if said.predicate.get("seq") != seq:
         return HeadProblem(
-            "forged", seq, f"The signed head {path.name} is about entry {said.predicate.get('seq')}", digest
+            "forged", seq, f"The signed head {name} is about entry {said.predicate.get('seq')}", digest
         )
     found = ledger.digest_at(seq)
     if found == digest:

@@ -22,6 +22,7 @@ from tasks.core.ledger import Entry, Ledger
 from tasks.core.workspace import Workspace
 from tasks.lineage.graph import File, Kind, Lineage, Node, lineage
 from tasks.promotion.attest import Changed, Unsigned, check_answer, check_decision, read_signature
+from tasks.promotion.kept_heads import kept_head
 from tasks.replay.manifest import Manifest, dataset_root
 
 Progress = Callable[[int, int, str], None]
@@ -106,7 +107,9 @@ def verify(
     except Corrupt as error:
         problems.append(Problem("changed", "ledger", str(error), "", None))
     trust, adopted = _trust(ledger, workspace, problems)
-    signatures, heads = check_heads(ledger, workspace.heads, trust) if trust else (0, [])
+    signatures, heads = (
+        check_heads(ledger, workspace.heads, trust, kept_head(workspace)) if trust else (0, [])
+    )
     problems += (Problem(h.problem, "ledger", h.says, h.expected, h.found) for h in heads)
     if trust and not signatures:
         problems.append(Problem("missing", workspace.relative(workspace.heads), "signed heads", "", None))

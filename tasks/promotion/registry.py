@@ -21,6 +21,7 @@ from functools import cached_property, lru_cache
 from importlib import import_module
 from importlib.metadata import version as installed
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 DIGEST_TAG = "forebay.digest"
 KEY_TAG = "forebay.key"
+_DECISIONS = "decision"  # folder of a run's artifacts
+_OURS = "Gate:"  # how a description that Forebay wrote begins
 _FLUSH_SECONDS = 5.0
 _FLUSH_METRICS = 500  # MLflow takes at most 1000 in one batch
 
@@ -293,6 +296,46 @@ class Registry:
             who = None if newest is None else newest.user_id
             return {name: value for name, value in {"changed": when, "user": who}.items() if value}
         return {}
+
+    def show_decision(self, digest: str, page: Path, *, decision: str, verdict: str, says: str) -> str | None:
+        """Keep the page of a decision with the run that made a version, and say the verdict at the version; safe to repeat.
+
+        A description that somebody wrote at the version stays as it is.
+
+        Args:
+            digest: of the version's files.
+            page: HTML file; its name in MLflow is decision/<decision>.html.
+
+        Returns:
+            The page's route in MLflow's UI, None where there is no such version or no run made it (a base model).
+        """
+        found = self.find(digest)
+        if found is None:
+            return None
+        if found.run_id is not None:
+            with TemporaryDirectory() as folder:
+                named = Path(folder) / f"{decision}.html"
+                shutil.copyfile(page, named)
+                self._client.log_artifact(found.run_id, str(named), _DECISIONS)
+        route = self.decision_route(digest, decision)
+        self.tag(found.version, {"forebay.verdict": verdict, "forebay.decision": decision})
+        link = f" [The decision]({route})" if route else ""
+        written = self._client.get_model_version(self.office, str(found.version)).description
+        if not written or written.startswith(_OURS):
+            text = f"{_OURS} **{verdict}**. {says}{link}"
+            self._client.update_model_version(self.office, str(found.version), text)
+        return route
+
+    def decision_route(self, digest: str, decision: str) -> str | None:
+        """Return the route of a kept page in MLflow's UI, None where nothing is kept."""
+        found = self.find(digest)
+        if found is None or found.run_id is None:
+            return None
+        name = f"{_DECISIONS}/{decision}.html"
+        if all(file.path != name for file in self._client.list_artifacts(found.run_id, _DECISIONS)):
+            return None
+        experiment = self._client.get_run(found.run_id).info.experiment_id
+        return f"#/experiments/{experiment}/runs/{found.run_id}/artifacts/{name}"
 
     def digest(self, version: int) -> str | None:
         """Return the digest of a version's files, None where there is no such version."""

@@ -15,6 +15,9 @@ from pathlib import Path
 from tasks.core.errors import Conflict, Refused, Unavailable, UsageError
 
 BRANCH = "refs/heads/forebay/data"
+HEADS = "refs/heads/forebay/heads"
+"""The signed heads of the ledger, a second time: git keeps them where neither database is."""
+
 _NOBODY = "0" * 40  # update-ref: the branch must not exist yet
 _ATTEMPTS = 20
 _IDENTITY = {
@@ -25,8 +28,8 @@ _IDENTITY = {
 }
 
 
-def commit(root: Path, files: Sequence[Path], message: str, date: str) -> str:
-    """Commit `files` (inside the repository at `root`) on top of the data branch; return the commit id.
+def commit(root: Path, files: Sequence[Path], message: str, date: str, branch: str = BRANCH) -> str:
+    """Commit `files` (inside the repository at `root`) on top of the data branch, or of `branch`; return the commit id.
 
     Files that the branch holds already stay in it. When nothing would change, the branch's newest commit is
     returned, so that a repeated call is harmless.
@@ -36,29 +39,51 @@ def commit(root: Path, files: Sequence[Path], message: str, date: str) -> str:
 
     Raises:
         UsageError: `root` is not the top of a git repository.
-        Refused: the data branch is checked out somewhere, so that moving it would disturb that work.
+        Refused: the branch is checked out somewhere, so that moving it would disturb that work.
         Conflict: other committers kept winning the race.
     """
     _require_top(root)
-    _require_not_checked_out(root)
+    _require_not_checked_out(root, branch)
     blobs = _store(root, files)
     for _ in range(_ATTEMPTS):
-        parent = head(root)
+        parent = head(root, branch)
         tree = _tree(root, parent, blobs)
         if parent is not None and tree == _git(root, "rev-parse", f"{parent}^{{tree}}"):
             return parent
         parents = ["-p", parent] if parent else []
         dated = {**_IDENTITY, "GIT_AUTHOR_DATE": date, "GIT_COMMITTER_DATE": date}
         made = _git(root, "commit-tree", tree, *parents, "-m", message, env=dated)
-        if _moved(root, made, parent):
+        if _moved(root, branch, made, parent):
             return made
-    raise Conflict(f"The branch {BRANCH} of {root} kept moving; run again when other writers have ended.")
+    raise Conflict(f"The branch {branch} of {root} kept moving; run again when other writers have ended.")
 
 
-def head(root: Path) -> str | None:
-    """Return the newest commit of the data branch, or None before the first one."""
-    found = _run(root, "rev-parse", "--verify", "--quiet", f"{BRANCH}^{{commit}}")
+def head(root: Path, branch: str = BRANCH) -> str | None:
+    """Return the newest commit of the data branch, or of `branch`; None before the first one."""
+    found = _run(root, "rev-parse", "--verify", "--quiet", f"{branch}^{{commit}}")
     return found.stdout.strip() or None
+
+
+def names(root: Path, branch: str) -> list[str]:
+    """Return the paths of all files that a branch holds, in order; none where there is no such branch."""
+    found = _run(root, "ls-tree", "-r", "--name-only", branch)
+    return sorted(found.stdout.splitlines()) if found.returncode == 0 else []
+
+
+def read(root: Path, branch: str, name: str) -> bytes:
+    """Return the bytes of a file of a branch, as text in UTF-8."""
+    return _git(root, "cat-file", "blob", f"{branch}:{name}", strip=False).encode()
+
+
+def set_aside(root: Path, branch: str) -> str | None:
+    """Give a branch another name, so that a new one can begin; return that name, None where there is no such branch."""
+    old = head(root, branch)
+    if old is None:
+        return None
+    name = f"{branch}-until-{old[:12]}"
+    _git(root, "update-ref", name, old)
+    _git(root, "update-ref", "-d", branch, old)
+    return name.removeprefix("refs/heads/")
 
 
 def _require_top(root: Path) -> None:
@@ -69,10 +94,10 @@ def _require_top(root: Path) -> None:
         )
 
 
-def _require_not_checked_out(root: Path) -> None:
-    if f"branch {BRANCH}" in _git(root, "worktree", "list", "--porcelain").splitlines():
+def _require_not_checked_out(root: Path, branch: str) -> None:
+    if f"branch {branch}" in _git(root, "worktree", "list", "--porcelain").splitlines():
         raise Refused(
-            f"The branch {BRANCH.removeprefix('refs/heads/')} is checked out in {root} or a worktree of it; "
+            f"The branch {branch.removeprefix('refs/heads/')} is checked out in {root} or a worktree of it; "
             f"switch that to another branch, Forebay alone writes this one."
         )
 
@@ -97,21 +122,27 @@ def _tree(root: Path, parent: str | None, blobs: Mapping[str, str]) -> str:
         return _git(root, "write-tree", env=index)
 
 
-def _moved(root: Path, new: str, old: str | None) -> bool:
+def _moved(root: Path, branch: str, new: str, old: str | None) -> bool:
     """Move the branch from `old` to `new`; False if another committer moved it first."""
-    done = _run(root, "update-ref", "-m", "forebay: data", BRANCH, new, old or _NOBODY)
+    done = _run(root, "update-ref", "-m", "forebay: data", branch, new, old or _NOBODY)
     if done.returncode == 0:
         return True
-    if head(root) != old or "lock" in done.stderr:
+    if head(root, branch) != old or "lock" in done.stderr:
         return False
-    raise Unavailable(f"git could not move {BRANCH} in {root}: {done.stderr.strip()}")
+    raise Unavailable(f"git could not move {branch} in {root}: {done.stderr.strip()}")
 
 
-def _git(root: Path, *words: str, stdin: str | None = None, env: Mapping[str, str] | None = None) -> str:
+def _git(
+    root: Path,
+    *words: str,
+    stdin: str | None = None,
+    env: Mapping[str, str] | None = None,
+    strip: bool = True,
+) -> str:
     done = _run(root, *words, stdin=stdin, env=env)
     if done.returncode != 0:
         raise Unavailable(f"`git {words[0]}` failed in {root}: {done.stderr.strip() or 'no reason given'}")
-    return done.stdout.strip()
+    return done.stdout.strip() if strip else done.stdout
 
 
 def _run(

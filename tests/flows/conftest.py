@@ -19,7 +19,9 @@ import yaml
 
 from flows.champions import register_agent
 from flows.context import Context
+from flows.cycle import Cycle, open_cycle
 from flows.init import init_workspace
+from flows.run import run_stages
 from flows.settings import Settings
 from tasks.arena.environment import get
 from tasks.core.digest import digest_tree
@@ -60,6 +62,17 @@ def lay_workspace(folder: Path, base: Path) -> Context:
 @pytest.fixture
 def context(tmp_path: Path, tiny_base: Path) -> Context:
     return lay_workspace(tmp_path / "ws", tiny_base)
+
+
+@pytest.fixture(scope="session")
+def cycled(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Context:
+    """A workspace in which one cycle has run to promotion; for looking at, who changes a file puts it back."""
+    context = lay_workspace(tmp_path_factory.mktemp("cycled") / "ws", tiny_base)
+    cycle = open_cycle(context)
+    assert isinstance(cycle, Cycle)
+    ended = run_stages(context, cycle)
+    assert ended["outcome"] == "promoted", ended
+    return context
 
 
 def register_rival(context: Context) -> dict:

@@ -24,17 +24,6 @@ from tasks.replay.segments import take
 from tests.flows.conftest import ENVIRONMENT, PROJECT, forebay, lay_workspace, loads, register_rival
 
 
-@pytest.fixture(scope="module")
-def cycled(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Context:
-    """A workspace in which one cycle has run to promotion."""
-    context = lay_workspace(tmp_path_factory.mktemp("cycled") / "ws", tiny_base)
-    cycle = open_cycle(context)
-    assert isinstance(cycle, Cycle)
-    ended = run_stages(context, cycle)
-    assert ended["outcome"] == "promoted", ended
-    return context
-
-
 def test_every_stage_leaves_its_entry_and_the_chain_holds(cycled: Context):
     kinds = [entry.kind for entry in cycled.ledger.entries()]
     for kind in (

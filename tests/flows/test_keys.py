@@ -6,6 +6,7 @@ import json
 import shutil
 import sqlite3
 import stat
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tasks.core.ledger import GENESIS, _digest
 from tasks.evaluation.paired import Agent, Baseline, pair_outcomes, write_outcomes
 from tasks.promotion.gate import FileRef, Finding, Inputs, decide
 from tasks.promotion.promote import champion
+from tasks.replay.git_pointer import HEADS, set_aside
 from tests.flows.conftest import forebay, lay_workspace, loads, register_rival
 from tests.flows.test_bad_input import says
 from tests.promotion.support import serving_file
@@ -152,6 +154,43 @@ def test_a_cut_off_ledger_is_found_and_nothing_acts_on_it(context: Context):
         rollback_champion(context, "test")
 
 
+def test_a_ledger_cut_back_to_an_older_head_with_the_newer_ones_deleted_is_found(context: Context):
+    """Every file that is left agrees; git's branch, and whoever it was pushed to, does not."""
+    root = context.workspace.root
+    judge(context)
+    signed = newest_seq(context.workspace.heads)
+    promote_agent(context, "agent/2", "test")
+    with sqlite3.connect(context.workspace.state / "ledger.db") as raw:
+        raw.execute("DELETE FROM ledger WHERE seq > ?", (signed,))
+    for head in context.workspace.heads.iterdir():
+        if int(head.stem) > signed:
+            head.unlink()
+    assert context.ledger.verify_chain() == signed
+    assert champion(context.ledger) == 1
+    done = forebay(root, "verify", "agent/2")
+    assert done.returncode == 6
+    assert "was cut off" in done.stdout
+    says(forebay(root, "promote", "agent/2"), 6, "was cut off", "git's branch forebay/heads has kept it")
+    git_pointer = ["git", "-C", str(root), "log", "--format=%s", "forebay/heads"]
+    assert (
+        "Heads of the ledger up to entry"
+        in subprocess.run(git_pointer, capture_output=True, text=True).stdout
+    )
+
+
+def test_a_deleted_head_file_is_missed_and_stops_nobody(context: Context):
+    judge(context)
+    sorted(context.workspace.heads.iterdir())[-1].unlink()
+    report = loads_any(forebay(context.workspace.root, "verify", "agent/2", "--json"))
+    assert any("was deleted; git's branch forebay/heads" in p["owner"] for p in report["problems"])
+    promote_agent(context, "agent/2", "test")
+    assert champion(context.ledger) == 2
+
+
+def loads_any(done: subprocess.CompletedProcess[str]) -> dict:
+    return dict(json.loads(done.stdout))
+
+
 def test_a_forged_decision_is_refused_by_promote_and_replay(context: Context):
     root = context.workspace.root
     payload = judge(context, "required")
@@ -205,6 +244,7 @@ def unsign(context: Context) -> None:
     context.workspace.trust.unlink()
     for folder in (context.workspace.keys, context.workspace.heads):
         shutil.rmtree(folder)
+    set_aside(context.workspace.root, HEADS)
 
 
 def test_a_workspace_of_an_earlier_release_adopts_keys_and_loses_nothing(context: Context):

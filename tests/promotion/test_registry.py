@@ -322,3 +322,39 @@ def test_the_same_through_a_server_that_keeps_the_files(migrated, tiny, tmp_path
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=30)
+
+
+def test_a_decision_is_shown_at_the_run_and_at_the_version_and_again(registry, tiny, tmp_path):
+    agent, page = trained(registry, tiny), tmp_path / "page.html"
+    assert registry.decision_route(digest_of(tiny), "d1") is None
+    for text in ("<p>first", "<p>second"):
+        page.write_text(text)
+        route = registry.show_decision(
+            digest_of(tiny), page, decision="d1", verdict="PASS", says="It is better."
+        )
+    experiment = registry._client.get_run(agent.run_id).info.experiment_id
+    assert route == f"#/experiments/{experiment}/runs/{agent.run_id}/artifacts/decision/d1.html"
+    assert registry.decision_route(digest_of(tiny), "d1") == route
+    kept = registry._client.download_artifacts(agent.run_id, "decision/d1.html", str(tmp_path / "down"))
+    assert Path(kept).read_text() == "<p>second"
+    version = registry._client.get_model_version("agent", "1")
+    assert version.tags["forebay.verdict"] == "PASS"
+    assert version.description == f"Gate: **PASS**. It is better. [The decision]({route})"
+
+
+def test_what_somebody_wrote_at_a_version_stays(registry, tiny, tmp_path):
+    trained(registry, tiny)
+    page = tmp_path / "page.html"
+    page.write_text("<p>")
+    registry._client.update_model_version("agent", "1", "Ours since Tuesday.")
+    registry.show_decision(digest_of(tiny), page, decision="d1", verdict="FAIL", says="")
+    assert registry._client.get_model_version("agent", "1").description == "Ours since Tuesday."
+
+
+def test_a_base_model_has_no_run_to_keep_a_page_with(registry, tiny, tmp_path):
+    registry.register(tiny, digest_of(tiny))
+    page = tmp_path / "page.html"
+    page.write_text("<p>")
+    assert registry.show_decision(digest_of(tiny), page, decision="d1", verdict="FAIL", says="") is None
+    assert registry._client.get_model_version("agent", "1").tags["forebay.decision"] == "d1"
+    assert registry.show_decision("f" * 64, page, decision="d1", verdict="FAIL", says="") is None

@@ -1,0 +1,126 @@
+"""The page of a decision: drawn beside its record, attached to the candidate's MLflow run, found again by both.
+
+A page is derived from the record and its evidence and can be made again at any time (`forebay decision page`), so nothing
+that goes wrong here may stand in the way of a decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows import keys, progress
+from flows.context import Context
+from flows.processes import running_url
+from tasks.core.ledger import Entry
+
+if TYPE_CHECKING:
+    from tasks.promotion.page.document import Recorded
+
+
+def page_of(context: Context, payload: Mapping[str, Any]) -> Path:
+    """Return where the page of a decision (payload of `decision.made`) lies, whether or not it is there."""
+    record: Path = context.workspace.root / payload["record"]["path"]
+    return record.with_suffix(".html")
+
+
+def draw_page(context: Context, entry: Entry, target: Path | None = None) -> Path:
+    """Verify signature, record and evidence of a decision and draw its page, beside the record or at `target`.
+
+    Raises:
+        NotFound, Corrupt: something is missing or was changed; it is named.
+        Refused: the key that signed is unknown.
+    """
+    from tasks.core.digest import write_atomic
+    from tasks.promotion.page.document import read_record, render
+
+    page = target or page_of(context, entry.payload)
+    record = read_record(context.workspace.root / entry.payload["record"]["path"])
+    write_atomic(page, render(record, context.workspace.evidence, _recorded(context, entry)).encode())
+    return page
+
+
+def attach_page(context: Context, entry: Entry, page: Path) -> str | None:
+    """Keep the page with the candidate's run in MLflow and say the verdict at its version; safe to repeat.
+
+    Returns:
+        Its address in MLflow's UI, None where no server is known to show it or the agent has no run.
+    """
+    from flows.show import decision_record
+    from tasks.promotion.page.document import headline, lead
+
+    made = entry.payload
+    record = decision_record(context, **made["record"])
+    route = context.registry.show_decision(
+        made["candidate"]["digest"],
+        page,
+        decision=made["decision"],
+        verdict=made["verdict"],
+        says=" ".join([headline(record), *lead(record)]),
+    )
+    server = _server(context)
+    return None if route is None or server is None else f"{server}/{route}"
+
+
+def page_address(context: Context, payload: Mapping[str, Any]) -> str | None:
+    """Return the address of an attached page in MLflow's UI, None where no server is known to show it."""
+    server = _server(context)
+    route = server and context.registry.decision_route(payload["candidate"]["digest"], payload["decision"])
+    return f"{server}/{route}" if route else None
+
+
+def make_page(context: Context, entry: Entry, target: Path | None = None) -> dict[str, Any]:
+    """Draw the page of a decision again; without a `target` attach it in MLflow as well.
+
+    Returns:
+        {agent, decision, page: its path, mlflow: its address there or None, problem: why it is not attached or None}.
+
+    Raises:
+        NotFound, Corrupt, Refused: see `draw_page`. That MLflow is away is a problem that is told, not raised.
+    """
+    page = draw_page(context, entry, target and target.resolve())
+    address = problem = None
+    if target is None:
+        try:
+            address = attach_page(context, entry, page)
+        except Exception as error:  # MLflow's own, or that of the network behind it
+            problem = str(error)
+    return {
+        "agent": entry.subject,
+        "decision": entry.payload["decision"],
+        "page": str(page),
+        "mlflow": address,
+        "problem": problem,
+    }
+
+
+def keep_page(context: Context, entry: Entry) -> None:
+    """Draw and attach the page of a decision that was just recorded; what goes wrong is said and goes no further."""
+    say = progress.current().say
+    try:
+        attach_page(context, entry, draw_page(context, entry))
+    except Exception as error:
+        say(
+            f"The page of the decision was not made ({error}); the decision stands, "
+            f"`forebay decision page {entry.subject}` makes it."
+        )
+
+
+def _recorded(context: Context, entry: Entry) -> Recorded:
+    from tasks.promotion.attest import check_decision, read_signature
+    from tasks.promotion.page.document import Recorded
+
+    if entry.payload.get("signature") is None:
+        return Recorded(entry.seq, entry.time)
+    envelope = read_signature(context.workspace.root, entry.payload)
+    signer = check_decision(entry.payload, envelope, keys.trust(context), entry.seq)
+    return Recorded(entry.seq, entry.time, signer.name, signer.id)
+
+
+def _server(context: Context) -> str | None:
+    """Return the base address of the MLflow server that a browser can open."""
+    set_by_hand = context.settings.stores.mlflow or ""
+    if set_by_hand.startswith(("http://", "https://")):
+        return set_by_hand.rstrip("/")
+    return running_url(context.workspace, "mlflow")
