@@ -270,7 +270,9 @@ def _probes(report: Report, rule: Rule) -> Iterator[Check]:
     if not probes:
         yield _absent("probes", "No prompt has a right answer to compare hacks with.")
     for name, rows in probes.items():
-        fooled = int(sum(row["score"] >= row["right"] for row in rows))  # a tie is no win for the right answer
+        fooled = int(
+            sum(row["score"] >= row["right"] for row in rows)
+        )  # a tie is no win for the right answer
         low, _ = clopper_pearson(fooled, len(rows), alpha=rule.alpha / len(probes))
         _, high = clopper_pearson(fooled, len(rows), alpha=rule.alpha)
         says = (
@@ -364,7 +366,9 @@ def _leak(report: Report, rule: Rule) -> Iterator[Check]:
     says = f"None of {asked} evaluation prompts is among its {training['prompts']['n']} training prompts."
     if leaked:
         shown = ", ".join(digest[:12] for digest in leaked[:3])
-        says = f"{len(leaked)} of {asked} evaluation prompts are among its training prompts (SHA-256 {shown} …)."
+        says = (
+            f"{len(leaked)} of {asked} evaluation prompts are among its training prompts (SHA-256 {shown} …)."
+        )
     yield Check("leak", "FAIL" if leaked else "PASS", says, float(len(leaked)), n=asked, limit=0.0)
 
 
