@@ -247,6 +247,8 @@ def _edits(report: Report, rule: Rule) -> Iterator[Check]:
     if not edits:
         yield _absent("edits", "No prompt has both a right and a wrong answer to edit.")
     spread = metrics.spread_within(metrics.answers_of(report["samples"]), "score")
+    if not spread and report["preferences"]:  # of two scores that differ by m it is |m| / sqrt(2)
+        spread = float(np.sqrt(np.mean(np.square(_margins(report["preferences"])[0])) / 2))
     for name, rows in edits.items():
         gain = [_beats(row["edited"], row["right"]) - _beats(row["wrong"], row["right"]) for row in rows]
         shift = float(np.mean([row["edited"] - row["wrong"] for row in rows])) / spread if spread else 0.0
@@ -268,7 +270,9 @@ def _probes(report: Report, rule: Rule) -> Iterator[Check]:
     if not probes:
         yield _absent("probes", "No prompt has a right answer to compare hacks with.")
     for name, rows in probes.items():
-        fooled = int(sum(row["score"] >= row["right"] for row in rows))  # a tie is no win for the right answer
+        fooled = int(
+            sum(row["score"] >= row["right"] for row in rows)
+        )  # a tie is no win for the right answer
         low, _ = clopper_pearson(fooled, len(rows), alpha=rule.alpha / len(probes))
         _, high = clopper_pearson(fooled, len(rows), alpha=rule.alpha)
         says = (
@@ -362,7 +366,9 @@ def _leak(report: Report, rule: Rule) -> Iterator[Check]:
     says = f"None of {asked} evaluation prompts is among its {training['prompts']['n']} training prompts."
     if leaked:
         shown = ", ".join(digest[:12] for digest in leaked[:3])
-        says = f"{len(leaked)} of {asked} evaluation prompts are among its training prompts (SHA-256 {shown} …)."
+        says = (
+            f"{len(leaked)} of {asked} evaluation prompts are among its training prompts (SHA-256 {shown} …)."
+        )
     yield Check("leak", "FAIL" if leaked else "PASS", says, float(len(leaked)), n=asked, limit=0.0)
 
 
