@@ -46,7 +46,7 @@ def test_a_few_hundred_comparisons_are_learnt_from(tmp_path):
     assert process_time() - start < 60
     scores = source.score([answer for p in split.heldout for answer in (p.better, p.worse)])
     right = sum(a > b for a, b in zip(scores[::2], scores[1::2], strict=True))
-    # So little text and time give 0.53, which is above a coin and not surely so; docs/measurements.md has longer runs.
+    # So little text and time give 0.53, which is above a coin and not surely so; docs/measurements.md has more.
     assert right / len(split.heldout) > 0.5
     again = ClassifierSource.load(tmp_path / "reward")
     first = [split.heldout[0].better]
