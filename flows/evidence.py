@@ -111,7 +111,7 @@ def estimate_on_replay(context: Context, candidate: int, champion: int, ref: str
             return {"evidence": keep(context, "replay_value", {**about, "problem": str(refused)})}
         if not episodes:
             about["problem"] = (
-                f"the agents were trained on every prompt of {sealed.manifest.subject}; set training.admission.holdout "
+                f"the agents could learn from every prompt of {sealed.manifest.subject}; set training.admission.holdout "
                 "above 0, or look at traffic that is not trained on (`forebay evaluate replay --on logs`)."
             )
             return {"evidence": keep(context, "replay_value", about)}
@@ -127,23 +127,27 @@ def estimate_on_replay(context: Context, candidate: int, champion: int, ref: str
 
 
 def trained_prompts(context: Context, version: int) -> set[str]:
-    """Return the SHA-256 of every prompt that the agent or one it was trained from has learnt from."""
+    """Return the SHA-256 of every prompt that the agent, or one it was trained from, might have learnt from.
+
+    That is all of each run's dataset but what `training.admission.holdout` kept back by hash. Groups that a run left out for
+    their rewards (all alike) count as learnt from: a log chosen by its rewards would be no fair sample.
+    """
     from pyarrow.parquet import read_table
 
     from tasks.replay.seal import find, read_rows
+    from tasks.training.admission import held_out
 
     found: set[str] = set()
     for run in _runs(context, version):
-        groups = set(run["groups"])
-        if groups:
-            table = read_rows(
-                context.workspace,
-                find(context.ledger, run["dataset"]).manifest,
-                columns=["group_id", "prompt_sha256"],
-            )
-            names = zip(table["group_id"].to_pylist(), table["prompt_sha256"].to_pylist(), strict=True)
-            found |= {prompt for group, prompt in names if group in groups}
-        for shard in run.get("fresh", ()):
+        table = read_rows(
+            context.workspace,
+            find(context.ledger, run["dataset"]).manifest,
+            columns=["group_id", "prompt_sha256"],
+        )
+        ids = table["group_id"].to_pylist()
+        prompts = zip(table["prompt_sha256"].to_pylist(), held_out(ids, run["holdout"]), strict=True)
+        found |= {prompt for prompt, held in prompts if not held}
+        for shard in run["fresh"]:
             fresh = read_table(context.workspace.root / shard["path"], columns=["prompt_sha256"])
             found |= set(fresh["prompt_sha256"].to_pylist())
     return found
@@ -275,14 +279,21 @@ def keep(context: Context, kind: str, content: Mapping[str, Any]) -> File:
     return {"path": context.workspace.relative(path), "sha256": digest}
 
 
-def _runs(context: Context, version: int) -> Iterator[Mapping[str, Any]]:
-    """The training runs behind an agent, newest first, each with the dataset that it learnt from."""
+def _runs(context: Context, version: int) -> Iterator[dict[str, Any]]:
+    """The training runs behind an agent, newest first: {dataset: root, holdout, fresh: shards}."""
     name: str | None = f"agent/{version}"
     while name is not None:
         parents = context.agent(name).payload["parents"]
-        finished = context.ledger.last("run.finished", parents["run"]) if parents.get("run") else None
-        if finished is not None:
-            yield {**finished.payload["outputs"], "dataset": parents["dataset"]}
+        key = parents.get("run")
+        started = context.ledger.last("run.started", key) if key else None
+        finished = context.ledger.last("run.finished", key) if key else None
+        if started is not None and finished is not None:
+            admission = started.payload["settings"].get("admission", {})
+            yield {
+                "dataset": parents["dataset"],
+                "holdout": admission.get("holdout", 0.0),
+                "fresh": finished.payload["outputs"].get("fresh", ()),
+            }
         name = parents.get("init")
 
 
