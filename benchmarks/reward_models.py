@@ -105,15 +105,20 @@ def main() -> None:
                     {"set": name, "kind": kind, **measure(name, kind, args.folder, Path(place), args)}
                 )
             console.print(json.dumps(rows[-1]), highlight=False, soft_wrap=True)
+            if args.save:
+                _save(rows, args)
     table = Table("set", "model", "right on", "of", "ECE", "CPU s to train")
     for row in rows:
         right = f"{row['accuracy']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
         table.add_row(row["set"], row["kind"], right, str(row["heldout_pairs"]), f"{row['ece']:.3f}", f"{row['train_cpu_seconds']:.0f}")  # fmt: skip
     console.print(table)
-    if args.save:
-        setting = {k: v for k, v in vars(args).items() if k in ("pairs", "max_tokens", "epochs")}
-        found = {"machine": describe(), "threads": torch.get_num_threads(), **setting, "rows": rows}
-        BASELINE.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _save(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Write what is measured so far: the four take long on a busy machine."""
+    setting = {k: v for k, v in vars(args).items() if k in ("pairs", "max_tokens", "epochs")}
+    found = {"machine": describe(), "threads": torch.get_num_threads(), **setting, "rows": list(rows)}
+    BASELINE.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

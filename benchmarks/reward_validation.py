@@ -140,7 +140,9 @@ def train_real(train: Sequence[Preference], model: str, target: Path) -> RewardS
     return train_head(train, backbone, HeadModel(), target=target, origin={"base": ENCODER})
 
 
-def validate_real(name: str, data: Path, model: str, place: Path, groups: int | None = None) -> dict[str, Any]:
+def validate_real(
+    name: str, data: Path, model: str, place: Path, groups: int | None = None
+) -> dict[str, Any]:
     """Train and validate in a new workspace under `place`; return the payload of the verdict, and times."""
     started = process_time()
     train, material = real_material(name, data, groups)
@@ -180,10 +182,14 @@ def _real(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     found = {}
     with TemporaryDirectory() as place:
         for name in FILES:
-            told = found[f"{name}, {args.model}"] = validate_real(name, args.real, args.model, Path(place), args.groups)
+            told = found[f"{name}, {args.model}"] = validate_real(
+                name, args.real, args.model, Path(place), args.groups
+            )
             console.print(f"{name}, {args.model}: {told['verdict']}, {told['cpu_seconds']}")
             for check in told["checks"]:
-                console.print(f"  {'' if check['counts'] else '('}{check['verdict']} {check['name']}: {check['says']}")
+                console.print(
+                    f"  {'' if check['counts'] else '('}{check['verdict']} {check['name']}: {check['says']}"
+                )
             console.print({key: told[key] for key in ("training_pairs", "chosen_longer", "accuracy_where")})
     return found
 
@@ -193,7 +199,9 @@ def _named(checks: Sequence[Check], verdict: str) -> list[str]:
 
 
 def _show(table: Mapping[str, Mapping[str, Any]], console: Console) -> None:
-    shown = Table("reward model", "PASS", "FAIL", "INCONCLUSIVE", "by its own check", "pair accuracy", "failing checks")
+    shown = Table(
+        "reward model", "PASS", "FAIL", "INCONCLUSIVE", "by its own check", "pair accuracy", "failing checks"
+    )
     for name, row in table.items():
         counts = [str(row["verdicts"].get(v, 0)) for v in ("PASS", "FAIL", "INCONCLUSIVE")]
         failing = ", ".join(f"{check} {n}" for check, n in row["failing"].items())

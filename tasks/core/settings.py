@@ -73,7 +73,9 @@ class HeadModel(Section):
         1024, ge=16, description="window; the fronts of longer prompts and answers are cut"
     )
     hardening: int = Field(
-        2, ge=0, description="parts of each prompt, copied as answers, that it learns to find worse than a right one"
+        2,
+        ge=0,
+        description="parts of each prompt, copied as answers, that it learns to find worse than a right one",
     )
 
 

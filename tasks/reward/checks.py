@@ -135,7 +135,9 @@ def _calibration(report: Report, rule: Rule) -> Iterator[Check]:
             _tolerated(found.estimate, found.low, rule.max_ece),
             f"Calibration error {found.estimate:.3f} [{found.low:.3f}, {found.high:.3f}] (with noise "
             f"{found.plain:.3f}) on {found.n} pairs, allowed {rule.max_ece:.2f}.",
-            *map(_rounded, (found.estimate, found.low, found.high)),
+            _rounded(found.estimate),
+            _rounded(found.low),
+            _rounded(found.high),
             _clusters(pairs),
             rule.max_ece,
         )
@@ -202,7 +204,9 @@ def _best_of_n(report: Report, rule: Rule) -> Iterator[Check]:
         f"Verified reward of the best of n goes from {curve[0].gold:.3f} (n = 1) to {curve[-1].gold:.3f} "
         f"(n = {numbers[-1]}); from n = {numbers[peak]} it falls by {worst:+.3f} [{least:+.3f}, {most:+.3f}], "
         f"allowed {rule.max_overoptimisation:.2f} (gamma {metrics.gamma(curve, spread):.2f}, {len(gold)} prompts).",
-        *map(_rounded, (worst, least, most)),
+        _rounded(worst),
+        _rounded(least),
+        _rounded(most),
         len(gold),
         rule.max_overoptimisation,
     )
@@ -227,7 +231,9 @@ def _length(report: Report, rule: Rule) -> Iterator[Check]:
         _tolerated(abs(r), sure, rule.max_length_correlation),
         f"{what} correlate by {r:+.2f} [{low:+.2f}, {high:+.2f}] on {count} prompts, allowed "
         f"{rule.max_length_correlation:.2f} either way.",
-        *map(_rounded, (r, low, high)),
+        _rounded(r),
+        _rounded(low),
+        _rounded(high),
         count,
         rule.max_length_correlation,
     )
@@ -262,9 +268,7 @@ def _probes(report: Report, rule: Rule) -> Iterator[Check]:
     if not probes:
         yield _absent("probes", "No prompt has a right answer to compare hacks with.")
     for name, rows in probes.items():
-        fooled = int(
-            sum(row["score"] >= row["right"] for row in rows)
-        )  # a tie is no win for the right answer
+        fooled = int(sum(row["score"] >= row["right"] for row in rows))  # a tie is no win for the right answer
         low, _ = clopper_pearson(fooled, len(rows), alpha=rule.alpha / len(probes))
         _, high = clopper_pearson(fooled, len(rows), alpha=rule.alpha)
         says = (
@@ -293,8 +297,8 @@ def _enough(
     few = found.clusters < rule.min_prompts and verdict != "FAIL"
     if few:
         verdict, says = "INCONCLUSIVE", f"{says}; {found.clusters} prompts are too few to judge by"
-    numbers = map(_rounded, (found.estimate, sure, found.high))
-    return Check(name, verdict, f"{says}.", *numbers, found.clusters, limit, not few)
+    estimate, low, high = _rounded(found.estimate), _rounded(sure), _rounded(found.high)
+    return Check(name, verdict, f"{says}.", estimate, low, high, found.clusters, limit, not few)
 
 
 # ------------------------------------------------------------------------------------------- training and frame
@@ -358,9 +362,7 @@ def _leak(report: Report, rule: Rule) -> Iterator[Check]:
     says = f"None of {asked} evaluation prompts is among its {training['prompts']['n']} training prompts."
     if leaked:
         shown = ", ".join(digest[:12] for digest in leaked[:3])
-        says = (
-            f"{len(leaked)} of {asked} evaluation prompts are among its training prompts (SHA-256 {shown} …)."
-        )
+        says = f"{len(leaked)} of {asked} evaluation prompts are among its training prompts (SHA-256 {shown} …)."
     yield Check("leak", "FAIL" if leaked else "PASS", says, float(len(leaked)), n=asked, limit=0.0)
 
 

@@ -261,7 +261,7 @@ def frame_of(report: Mapping[str, Any]) -> pd.DataFrame:
     """Return one line a scored pair or answer of a report, for the suite of expectations."""
     import pandas as pd
 
-    rows = [
+    rows: list[tuple[Any, ...]] = [
         ("pair", p["group"], p["slice"], f"{p['chosen']} {p['rejected']}", p["margin"], None, p["licence"])
         for p in report["preferences"]
     ]

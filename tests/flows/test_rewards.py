@@ -357,6 +357,7 @@ def test_lineage_and_verify_reach_from_a_scored_dataset_to_the_backbone(
     problems = verify(laid.ledger, laid.workspace, "dataset:scored").problems
     assert {(p.problem, Path(p.path).name) for p in problems} == {
         ("changed", "head.safetensors"),
+        ("changed", folder.name),  # by its validation, which names the folder as a whole
         ("added", "extra.json"),
     }
     (folder / "extra.json").unlink()

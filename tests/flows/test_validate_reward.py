@@ -89,18 +89,16 @@ def test_the_same_question_finds_the_answer_until_it_expires(cycled, monkeypatch
 
 
 def test_the_command_prints_the_checks_and_leaves_with_five_on_fail(cycled):
-    context, cycle = cycled
+    context, _ = cycled
     root = context.workspace.root
     done = forebay(root, "reward", "validate", "reward/1", "--from", "main", "--json")
     told = json.loads(done.stdout)
     assert done.returncode == (5 if told["verdict"] == "FAIL" else 0)
-    text = forebay(root, "reward", "validate", "reward/1")
-    assert "accuracy" in text.stdout
-    assert "probes/empty" in text.stdout
+    assert {"accuracy", "probes/empty", "leak"} <= {check["name"] for check in told["checks"]}
     (root / "policy.yaml").write_text("reward_model: {required: false, min_accuracy: 0.999}\n")
-    strict = forebay(root, "reward", "validate", "reward/1", "--json")
-    assert (strict.returncode, json.loads(strict.stdout)["verdict"]) == (5, "FAIL")
-    assert forebay(root, "reward", "validate", "reward/9").returncode == 3
+    strict = forebay(root, "reward", "validate", "reward/1")
+    assert strict.returncode == 5
+    assert "Right on" in " ".join(strict.stdout.split())
     (root / "policy.yaml").write_text("reward_model: {required: false}\n")
 
 
