@@ -56,7 +56,9 @@ def test_a_wish_that_cannot_be_is_one_sentence(
 
 
 def test_unknown_flow(workspace: Workspace) -> None:
-    with pytest.raises(UsageError, match="no flow `retain`; known: collect, retrain, promote, audit"):
+    with pytest.raises(
+        UsageError, match="no flow `retain`; known: collect, retrain, validate_reward, promote, audit"
+    ):
         schedule(workspace, "retain", cron="0 3 * * *")
 
 
