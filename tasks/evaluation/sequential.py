@@ -124,7 +124,8 @@ def wealth(stream: Stream, margin: float) -> Floats:
     gain = excess / (margin - low) - stream.shares
     logs = np.cumsum(np.log1p(FRACTIONS[:, None] * gain[None, :]), axis=1)
     top = logs.max(axis=0)
-    return np.exp(top) * np.exp(logs - top).mean(axis=0)
+    with np.errstate(over="ignore"):  # beyond all floats the wealth is infinite, which is what it says
+        return np.exp(top) * np.exp(logs - top).mean(axis=0)
 
 
 def final_p(stream: Stream, margin: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from tasks.evaluation.paired import Pair, PairedOutcomes
 from tasks.evaluation.statistics import Verdict
@@ -30,6 +31,7 @@ def safety_evidence(outcomes: PairedOutcomes, source: FileRef, policy: Policy) -
         share = mean_of(
             outcomes, [float(event) for _, event in events], clusters, alpha=rule.alpha, support=(0.0, 1.0)
         )
+        share = replace(share, mde=share.high - share.estimate)  # the claim is made by the upper bound
         count, exact = sum(event for _, event in events), len(set(clusters)) == len(clusters)
         how = "at any time" if outcomes.plan else "exact" if exact else f"by {share.clusters} families"
         verdict: Verdict = (
