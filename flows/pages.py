@@ -64,9 +64,14 @@ def attach_page(context: Context, entry: Entry, page: Path) -> str | None:
 
 
 def page_address(context: Context, payload: Mapping[str, Any]) -> str | None:
-    """Return the address of an attached page in MLflow's UI, None where no server is known to show it."""
+    """Return the address of an attached page in MLflow's UI, None where no server is known to show it or it cannot say."""
     server = _server(context)
-    route = server and context.registry.decision_route(payload["candidate"]["digest"], payload["decision"])
+    try:
+        route = server and context.registry.decision_route(
+            payload["candidate"]["digest"], payload["decision"]
+        )
+    except Exception:  # MLflow's own: the page lies in the workspace too
+        return None
     return f"{server}/{route}" if route else None
 
 

@@ -104,15 +104,20 @@ def close_cycle(context: Context, cycle: Cycle, receipts: Mapping[str, Mapping[s
 
 def _rehearse(context: Context, run_id: str | None) -> None:
     """Try out the way back; what comes of it is shown, and is no reason to lose a cycle."""
-    found = rehearse(context, always=False)
-    if found["agent"] is None:
+    say = progress.current().say
+    try:
+        found = rehearse(context, always=False)
+        if found["agent"] is None:
+            return
+        times = {name: found[name] for name in ("load_seconds", "answer_seconds", "total_seconds")}
+        if run_id is not None:
+            values = {"ok": float(found["ok"]), **times}
+            context.registry.note(run_id, {f"rollback/{name}": value for name, value in values.items()})
+    except Exception as error:  # MLflow's own among them; the promotion has happened and must be recorded
+        say(f"    the way back was not rehearsed: {error}; try `forebay rehearse`")
         return
-    times = {name: found[name] for name in ("load_seconds", "answer_seconds", "total_seconds")}
-    if run_id is not None:
-        values = {"ok": float(found["ok"]), **times}
-        context.registry.note(run_id, {f"rollback/{name}": value for name, value in values.items()})
     ready_in = f"would serve after {found['total_seconds']:.1f} s" if found["ok"] else found["problem"]
-    progress.current().say(f"    a rollback to {found['agent']} {ready_in}")
+    say(f"    a rollback to {found['agent']} {ready_in}")
 
 
 def summary(stage: str, outputs: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from flows import keys, progress
 from flows.context import Context
 from flows.experience import unsealed_rows
 from tasks.core.digest import digest_json
-from tasks.core.errors import Conflict, ForebayError, Refused
+from tasks.core.errors import Conflict, ForebayError
 from tasks.core.ledger import Entry, LedgerView
 from tasks.core.stages import code_digest, lock_digest
 
@@ -89,7 +89,7 @@ def watch_canary(context: Context) -> dict[str, Any]:
 
     Raises:
         Conflict: the champion changed meanwhile. Corrupt: the predecessor's files, or a shard, were changed.
-        Refused: the workspace cannot sign, or a reward is not within [0, 1].
+        Refused: the workspace cannot sign.
     """
     start_canary(context)
     started = running_canary(context)
@@ -100,13 +100,7 @@ def watch_canary(context: Context) -> dict[str, Any]:
     p = started.payload
     traffic, left_out = _traffic(context, p)
     about = {"promotion": p["promotion"], "since": p["since"], "new": p["new"], "old": p["old"]}
-    try:
-        record, judged = make_record(traffic, Rule(**p["rule"]), {**about, "left_out": left_out})
-    except ValueError as error:
-        raise Refused(
-            f"The canary of {started.subject} cannot judge: {error}; give such environments no weight in "
-            "policy.yaml (canary.weights)."
-        ) from None
+    record, judged = make_record(traffic, Rule(**p["rule"]), {**about, "left_out": left_out})
     result = {"running": True, "agent": started.subject, "against": f"agent/{p['old']['version']}"}
     result |= {**asdict(judged), "left_out": left_out, "rolled_back": None}
     groups = digest_json(record["groups"])
@@ -199,7 +193,7 @@ def _traffic(context: Context, started: Mapping[str, Any]) -> tuple[dict[str, Tr
     role_of = {started["old"]["digest"]: "old", started["new"]["digest"]: "new"}
     weights, before = started["rule"]["weights"], started["rule"]["baseline"] == "before"
     rewards: dict[tuple[str, str, str], dict[str, float]] = defaultdict(dict)
-    left_out = {"undated": 0, "earlier": 0, "environments without weight": 0}
+    left_out = {"undated": 0, "earlier": 0, "environments without weight": 0, "rewards outside [0, 1]": 0}
     for row in _rows(context, None if before else started["promotion"]):
         role = role_of.get(row["behaviour_digest"])
         if role is None:
@@ -207,6 +201,8 @@ def _traffic(context: Context, started: Mapping[str, Any]) -> tuple[dict[str, Tr
         when = _when(row["created_at"])
         if row["env"] not in weights:
             left_out["environments without weight"] += 1
+        elif not 0 <= row["reward"] <= 1:  # one such row must not blind the canary for good
+            left_out["rewards outside [0, 1]"] += 1
         elif when is None:
             left_out["undated"] += 1
         elif when < since and not (before and role == "old"):

@@ -116,25 +116,31 @@ def check_heads(
     """Return how many signed heads there are, and those that are wrong or that the ledger contradicts."""
     files = _files(folder)
     found = [_check(ledger, path, trust) for path in files]
-    if kept is not None:
-        found.append(_check_kept(ledger, folder, trust, kept))
-    return len(files), [problem for problem in found if problem is not None]
+    problems = [problem for problem in found if problem is not None]
+    elsewhere = None if kept is None else _check_kept(ledger, folder, trust, kept)
+    if elsewhere is not None and (elsewhere.problem, elsewhere.seq) not in {
+        (p.problem, p.seq) for p in problems
+    }:
+        problems.append(elsewhere)
+    return len(files), problems
 
 
 def _check_kept(ledger: Ledger, folder: Path, trust: Trust, kept: Kept) -> HeadProblem | None:
     """Check the newest head that another place keeps: the folder must have it too, and the ledger its entry."""
-    if (folder / kept.name).exists():
-        return None  # checked with the others
     problem = _check_bytes(ledger, kept.name, kept.envelope, trust)
     if problem is not None:
-        return replace(problem, says=f"{problem.says} (that head is deleted here; {kept.where} has kept it)")
+        return replace(problem, says=f"{problem.says} (as {kept.where} has kept it)")
+    if (folder / kept.name).exists():
+        return None  # that file is checked with the others
     seq = int(Path(kept.name).stem)
     says = f"The signed head {kept.name} of the ledger was deleted; {kept.where} has kept it"
     return HeadProblem("missing", seq, says, ledger.digest_at(seq) or "")
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.json") if path.stem.isdigit())
+    """The heads in the order of their entries; a file that has not exactly the name of a head is none."""
+    numbered = [path for path in folder.glob("*.json") if path.stem.isdecimal()]
+    return sorted(path for path in numbered if path.stem == f"{int(path.stem):08d}")
 
 
 def _check(ledger: Ledger, path: Path, trust: Trust) -> HeadProblem | None:

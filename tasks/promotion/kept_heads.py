@@ -19,7 +19,11 @@ def keep_heads(workspace: Workspace, date: str) -> None:
         Refused, Conflict, Unavailable: git could not; the next call makes up for it.
     """
     known = {Path(name).name for name in git_pointer.names(workspace.root, git_pointer.HEADS)}
-    files = [path for path in sorted(workspace.heads.glob("*.json")) if path.name not in known]
+    files = [
+        path
+        for path in sorted(workspace.heads.glob("*.json"))
+        if path.stem.isdecimal() and path.name not in known
+    ]
     if files:
         title = f"Heads of the ledger up to entry {int(files[-1].stem)}"
         git_pointer.commit(workspace.root, files, title, date, git_pointer.HEADS)

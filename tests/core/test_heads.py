@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tasks.core.errors import Corrupt, Refused
-from tasks.core.heads import check_heads, newest_seq, require_newest, write_head
+from tasks.core.heads import Kept, check_heads, newest_seq, require_newest, write_head
 from tasks.core.ledger import Ledger
 from tests.promotion.support import EVE, LEE, SERVICE, TRUST
 
@@ -90,3 +90,20 @@ def test_swapped_heads_and_foreign_ones_are_named(ledger: Ledger, tmp_path: Path
     assert problem.problem == "forged"
     _, problems = check_heads(ledger, heads, TRUST.remove("service", 3))
     assert [(p.problem, p.seq) for p in problems] == [("wrong key", 4), ("forged", 6)]
+
+
+def test_a_head_that_is_kept_elsewhere_counts_whatever_lies_in_its_place(ledger: Ledger, tmp_path: Path):
+    """Somebody cuts the ledger back, spoils the newest head, and gives an older one a name that sorts last."""
+    heads = tmp_path / "heads"
+    kept = Kept("00000006.json", (heads / "00000006.json").read_bytes(), "git")
+    require_newest(ledger, heads, TRUST, kept)
+    alter(tmp_path, "DELETE FROM ledger WHERE seq > 2")
+    (heads / "00000006.json").write_bytes(b"garbage")
+    (heads / "6.json").write_bytes((heads / "00000002.json").read_bytes())
+    (heads / "notes.json").write_text("{}")
+    with pytest.raises(Corrupt):
+        require_newest(ledger, heads, TRUST, kept)
+    (heads / "00000006.json").unlink()
+    (heads / "00000004.json").unlink()
+    with pytest.raises(Corrupt, match="was cut off"):
+        require_newest(ledger, heads, TRUST, kept)
