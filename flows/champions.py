@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows import keys, progress
 from flows.context import Context
-from flows.registry import enter, settle
+from flows.registry import enter, restore, settle
 from flows.scoring import require_valid_reward
 from flows.service import start_canary
 from tasks.core.digest import digest_files
@@ -171,16 +171,18 @@ def answer_decision(context: Context, line: str) -> dict[str, Any]:
 
 def rollback_champion(context: Context, reason: str) -> dict[str, Any]:
     """Put the previous champion back, its bytes verified first; `seconds` is how long it took."""
-    from tasks.promotion.promote import champion, rollback
+    from tasks.promotion.promote import rollback, standing
 
     started = time.perf_counter()
     keys.ready(context)
     settle(context)
-    now = champion(context.ledger)
-    if now is None:
+    now = standing(context.ledger)
+    if now.champion is None:
         raise NotFound("There is no champion to roll back from.")
+    if now.previous is not None:
+        restore(context, context.registry, now.previous)
     entry = rollback(
-        context.ledger, context.registry, expected_champion=now, reason=reason, by=getpass.getuser()
+        context.ledger, context.registry, expected_champion=now.champion, reason=reason, by=getpass.getuser()
     )
     return {**_change(context, entry), "seconds": round(time.perf_counter() - started, 3)}
 

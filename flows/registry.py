@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from flows import keys
 from flows.context import Context
-from tasks.core.errors import Conflict, Corrupt
+from tasks.core.errors import Conflict, Corrupt, ForebayError, Unavailable
 from tasks.core.ledger import Entry, LedgerView
 
 if TYPE_CHECKING:
     from tasks.promotion.drift import Drift
-    from tasks.promotion.promote import Office, Reconciled
+    from tasks.promotion.promote import Office, Reconciled, Standing
     from tasks.promotion.registry import Registered, Registry
 
 
@@ -63,7 +63,7 @@ def reconcile_registry(context: Context, dry_run: bool = False) -> dict[str, Any
         dry_run: only look; nothing is written anywhere.
 
     Raises:
-        Corrupt: a version cannot be put back because its files in the workspace are not what was registered.
+        Corrupt: the champion cannot be put back because its files in the workspace are not what was registered.
         Unavailable: the registry cannot be reached.
     """
     from tasks.promotion.drift import look, record
@@ -74,7 +74,8 @@ def reconcile_registry(context: Context, dry_run: bool = False) -> dict[str, Any
     did: list[str] = []
     done: list[Reconciled] = []
     for office in OFFICES:
-        if standing(context.ledger, office).newest is None:
+        before = standing(context.ledger, office)
+        if before.newest is None:
             continue
         registry = context.registry.for_office(office)
         drift = look(context.ledger, registry)
@@ -83,7 +84,7 @@ def reconcile_registry(context: Context, dry_run: bool = False) -> dict[str, Any
             continue
         if drift and record(context.ledger, drift, rule, registry.trace(), getpass.getuser()) is not None:
             _tell(context, office, drift)
-        done += _settle(context, registry, drift, rule, did)
+        done += _settle(context, registry, drift, rule, did, before)
     if not dry_run:
         keys.catch_up(context)
     return {
@@ -98,27 +99,49 @@ def reconcile_registry(context: Context, dry_run: bool = False) -> dict[str, Any
 
 
 def _settle(
-    context: Context, registry: Registry, drift: Sequence[Drift], rule: str, did: list[str]
+    context: Context,
+    registry: Registry,
+    drift: Sequence[Drift],
+    rule: str,
+    did: list[str],
+    before: Standing,
 ) -> list[Reconciled]:
-    """Deal with the drift of one office; say in `did` what was done."""
+    """Deal with the drift of one office; say in `did` what was done. `before`: how things stood before the look."""
     from tasks.promotion.promote import reconcile, standing
 
     now = standing(context.ledger, registry.office)
     if drift and rule == "report":
         return [reconcile(context.ledger, registry)] if now.intent is not None else []
     restored = {v for v in now.aliases().values() if v is not None} if drift else set()
-    did += [line for version in sorted(restored) if (line := _restore(context, registry, version))]
+    for version in sorted(restored):
+        try:
+            did += [line] if (line := restore(context, registry, version)) else []
+        except Unavailable:
+            raise
+        except ForebayError as error:
+            if version == now.champion:
+                raise
+            did.append(f"{registry.office}/{version} cannot be put back: {error}")
     done = [reconcile(context.ledger, registry)] if now.intent is not None else []
     chosen = [d.known for d in drift if d.alias == "champion" and d.known is not None]
-    if rule == "adopt" and chosen and now.intent is None and now.champion is not None:
-        did.append(_adopt(context, registry, chosen[0], now.champion))
+    if rule == "adopt" and chosen and before.intent is None and before.champion is not None:
+        try:
+            did.append(_adopt(context, registry, chosen[0], before))
+        except Unavailable:
+            raise
+        except ForebayError as error:  # then the alias goes back to where the ledger has it
+            did.append(f"{registry.office}/{chosen[0]} is not adopted: {error}")
     return [*done, reconcile(context.ledger, registry)]
 
 
-def _restore(context: Context, registry: Registry, version: int) -> str:
+def restore(context: Context, registry: Registry, version: int) -> str:
     """Make the registry have a version as the ledger knows it; return a sentence, empty where it has.
 
-    MLflow never gives a number twice, so a version that was deleted comes back under another one.
+    MLflow never gives a number twice, so a version that was deleted comes back under another one. It serves a logged
+    model that the ledger knows as this version's, or a new one: never one that somebody tagged with its digest.
+
+    Raises:
+        Corrupt: its files in the workspace, or those that MLflow then serves, are not what was registered.
     """
     from tasks.promotion.drift import Held, is_same
     from tasks.promotion.promote import places
@@ -134,17 +157,20 @@ def _restore(context: Context, registry: Registry, version: int) -> str:
         registry.tag(at, {DIGEST_TAG: payload["digest"], "forebay.agent": subject})
         return f"the digest tag of {subject} is as it was"
     folder = context.weights(payload)
-    registered = registry.register(
-        folder,
-        payload["digest"],
-        run_id=payload["mlflow"]["run_id"],
-        tags={"forebay.origin": payload.get("origin", office)},
-    )
-    served = registry.served(registered.version)
-    if served not in (None, payload["digest"]):
+    for among in (_logged_models(context, office, subject), ()):
+        registered = registry.register(
+            folder,
+            payload["digest"],
+            run_id=payload["mlflow"]["run_id"],
+            tags={"forebay.origin": payload.get("origin", office)},
+            among=among,
+        )
+        if registry.served(registered.version) == payload["digest"]:
+            break
+    else:
         raise Corrupt(
-            f"MLflow's version {registered.version} of `{office}` carries the digest of {subject} and serves other "
-            "files; delete that version in MLflow and run `forebay reconcile` again."
+            f"MLflow's version {registered.version} of `{office}` cannot be shown to serve the files of {subject}; "
+            "look at MLflow's artifact store and run `forebay reconcile` again."
         )
     registry.tag(registered.version, {"forebay.agent": subject})
     entry = {"version": version, "digest": payload["digest"], "mlflow": asdict(registered), "was": at}
@@ -152,7 +178,14 @@ def _restore(context: Context, registry: Registry, version: int) -> str:
     return f"{subject} is registered again, now MLflow's version {registered.version}"
 
 
-def _adopt(context: Context, registry: Registry, version: int, champion: int) -> str:
+def _logged_models(context: Context, office: Office, subject: str) -> set[str]:
+    """Return the logged models that the ledger knows to have had a version's files."""
+    kinds = (f"{office}.registered", f"{office}.restored")
+    known = [e.payload["mlflow"]["model_id"] for kind in kinds for e in context.ledger.entries(kind, subject)]
+    return {model for model in known if model}
+
+
+def _adopt(context: Context, registry: Registry, version: int, before: Standing) -> str:
     """Make a known agent whose bytes verify the champion, because somebody gave it the alias."""
     from tasks.promotion.drift import adopt
 
@@ -161,18 +194,18 @@ def _adopt(context: Context, registry: Registry, version: int, champion: int) ->
     payload = _registration(context, office, version)
     context.weights(payload)
     served = registry.served(payload["mlflow"]["version"])
-    if served not in (None, payload["digest"]):
-        raise Corrupt(f"MLflow serves other files for {office}/{version} than were registered; not adopted.")
+    if served != payload["digest"]:
+        raise Corrupt(f"MLflow cannot be shown to serve the files of {office}/{version} as registered.")
     entry = adopt(
         context.ledger,
         registry,
         version,
-        expected_champion=champion,
+        expected=before,
         policy=context.policy.digest(),
         by=registry.trace().get("user", "somebody in MLflow"),
     )
     keys.sign_head(context, entry)
-    return f"{office}/{version} is adopted as champion (was {office}/{champion})"
+    return f"{office}/{version} is adopted as champion (was {office}/{before.champion})"
 
 
 def _registration(context: Context, office: Office, version: int) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from flows.artifacts import publish
 from flows.context import Context
 from flows.cycle import Cycle, run_stage
 from flows.logs import report_to_prefect
-from flows.registry import settle
+from flows.registry import reconcile_registry
 from flows.run import plan, run_stages
 from flows.service import watch_canary
-from tasks.core.errors import Conflict, Corrupt, Refused, Unavailable
+from tasks.core.errors import ForebayError, Unavailable
 
 # A stage that hangs must not hold the workspace for ever; a day is beyond any honest training on one machine.
 _TIMEOUT_SECONDS = {"train": 24 * 3600, "collect": 12 * 3600, "evaluate": 12 * 3600}
@@ -52,7 +52,7 @@ def _canary(context: Context) -> None:
     try:
         found = watch_canary(context)
         says = f"{found['agent']}: {found['says']}" if found["running"] else ""
-    except (Conflict, Corrupt, Refused) as error:
+    except ForebayError as error:
         says = str(error)
     if says:
         progress.current().say(f"canary: {says}")
@@ -75,7 +75,7 @@ def retrain(
     """
     context = Context.open(Path(workspace), overrides or ())
     with report_to_prefect(), context.exclusive("a cycle"):
-        settle(context)
+        reconcile_registry(context)  # the canary may need the way back
         _canary(context)  # before the champion is pinned, which it may depose
         planned = plan(context, collect, dataset)
         if isinstance(planned, dict):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flows import keys, progress
 from flows.context import Context
 from flows.judging import record_decision
-from flows.registry import settle
+from flows.registry import restore, settle
 from flows.rewards import heldout, newest_verdict, open_source, reward
 from flows.scoring import expiry
 from tasks.core.errors import Corrupt, NotFound, Refused
@@ -115,15 +115,17 @@ def rollback_reward(context: Context, reason: str) -> dict[str, Any]:
     Raises:
         NotFound: there is none to go back from, or to.
     """
-    from tasks.promotion.promote import champion, rollback
+    from tasks.promotion.promote import rollback, standing
 
     keys.ready(context)
     settle(context)
-    now = champion(context.ledger, "reward")
-    if now is None:
+    now = standing(context.ledger, "reward")
+    if now.champion is None:
         raise NotFound("There is no reward model in office to roll back from.")
-    registry = context.registry.for_office("reward")
-    done = rollback(context.ledger, registry, expected_champion=now, reason=reason, by=getpass.getuser())
+    registry, by = context.registry.for_office("reward"), getpass.getuser()
+    if now.previous is not None:
+        restore(context, registry, now.previous)
+    done = rollback(context.ledger, registry, expected_champion=now.champion, reason=reason, by=by)
     keys.sign_head(context, done)
     return {"kind": done.kind, "seq": done.seq, **done.payload}
 

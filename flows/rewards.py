@@ -252,7 +252,7 @@ def register_reward(
         Refused: a file can run code when it is loaded.
     """
     from tasks.promotion.inert import require_inert
-    from tasks.promotion.promote import reconcile
+    from tasks.promotion.promote import show_candidate
 
     files = digest_tree(folder)
     require_inert(folder, files)
@@ -273,7 +273,7 @@ def register_reward(
         "serving": dict(serving or {}),
     }
     entry = enter(context, "reward", registered, payload)
-    reconcile(context.ledger, registry)
+    show_candidate(context.ledger, registry)
     return dict(entry.payload)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from flows import keys, progress
 from flows.context import Context
 from flows.experience import unsealed_rows
+from flows.registry import restore
 from tasks.core.digest import digest_json
 from tasks.core.errors import Conflict, ForebayError
 from tasks.core.ledger import Entry, LedgerView
@@ -148,6 +149,7 @@ def _roll_back(context: Context, started: Entry, judged: Judged, record: Mapping
     keys.ready(context)
     new, old = (started.payload[role]["version"] for role in ("new", "old"))
     context.weights(context.agent(str(old)).payload)  # never back to files that were changed
+    restore(context, context.registry, old)
     entry = rollback(
         context.ledger,
         context.registry,

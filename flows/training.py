@@ -193,7 +193,7 @@ def register_trained(
     context: Context, run: Mapping[str, Any], dataset: Mapping[str, Any], champion: int
 ) -> dict[str, Any]:
     """Register the trained agent as a version with the alias `candidate`; the same bytes give the same version."""
-    from tasks.promotion.promote import reconcile
+    from tasks.promotion.promote import show_candidate
 
     init = context.agent(str(champion)).payload
     version = register_agent(
@@ -214,7 +214,7 @@ def register_trained(
         run_id=run["mlflow_run"],
         dataset=dataset_ref(dataset),
     )
-    reconcile(context.ledger, context.registry)
+    show_candidate(context.ledger, context.registry)
     return {"version": version, "digest": run["digest"]}
 
 

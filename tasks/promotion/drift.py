@@ -16,6 +16,7 @@ from tasks.core.errors import Conflict
 from tasks.core.ledger import Entry, Ledger, LedgerView
 from tasks.promotion.promote import Aliases, Entries, Office, Standing, change, places, standing
 
+_LOOKS = 20
 What = Literal["model deleted", "version deleted", "digest changed", "alias moved", "alias deleted"]
 
 
@@ -79,8 +80,21 @@ class Drift:
 def look(ledger: Entries, registry: Versions) -> list[Drift]:
     """Return what differs in the versions that hold an alias and in the aliases themselves; empty: nothing.
 
-    A change that is under way is no drift: aliases may be as before it or as after it.
+    A change that is under way is no drift: aliases may be as before it or as after it. One that came while the
+    registry was asked is none either: then both are read again.
+
+    Raises:
+        Conflict: the ledger changes faster than the registry answers.
     """
+    for _ in range(_LOOKS):
+        before = standing(ledger, registry.office), places(ledger, registry.office)
+        found = _look(ledger, registry)
+        if before == (standing(ledger, registry.office), places(ledger, registry.office)):
+            return found
+    raise Conflict(f"The {registry.office}s in office keep changing while they are looked at; look again.")
+
+
+def _look(ledger: Entries, registry: Versions) -> list[Drift]:
     office, place = registry.office, places(ledger, registry.office)
     now = standing(ledger, office)
     if now.newest is None:
@@ -134,31 +148,36 @@ def record(
 
 
 def adopt(
-    ledger: Ledger, registry: Aliases, version: int, *, expected_champion: int, policy: str, by: str
+    ledger: Ledger, registry: Aliases, version: int, *, expected: Standing, policy: str, by: str
 ) -> Entry:
     """Make the version that somebody gave the alias `champion` the champion, by the name of the policy.
 
     The caller has hashed its files. Return the committed entry.
 
+    Args:
+        expected: how things stood before the alias was looked at; a change since then wins over the alias.
+
     Raises:
-        Conflict: the champion is another one by now, or a change is under way.
+        Conflict: there was a change since, or one is under way; the alias is elsewhere by now, or at the champion.
         NotFound: the registry does not have the version as the ledger knows it.
     """
     office = registry.office
 
     def check(view: LedgerView) -> None:
         now = standing(view, office)
-        if now.intent is not None or now.champion != expected_champion:
+        if now.intent is not None or now.changed != expected.changed or now.champion == version:
             raise Conflict(f"The champion is {office}/{now.champion} by now; look again.")
 
     payload = {
         "to": version,
-        "from": expected_champion,
+        "from": expected.champion,
         "decision": None,
         "reason": f"adopted from the registry (policy {policy[:12]}, registry.on_drift: adopt)",
         "by": by,
         "policy_digest": policy,
     }
+    if registry.aliases().get("champion") != places(ledger, office)[version]:
+        raise Conflict(f"The alias champion is not at {office}/{version} any more; look again.")
     return change(ledger, registry, "promotion", version, payload, check)
 
 
@@ -183,8 +202,7 @@ def _known(
 ) -> int | None:
     """Return Forebay's number of the registry's version `at`, if it is what was registered under it."""
     for version, where in place.items():
-        there = held.get(at)
-        if where == at and there is not None:
-            same = is_same(there, registered[version]) and there.digest == registered[version]["digest"]
-            return version if same else None
+        there, known = held.get(at), registered[version]
+        if where == at and there and is_same(there, known) and there.digest == known["digest"]:
+            return version
     return None

@@ -69,12 +69,14 @@ class Standing:
         newest: the newest registered version, None where there is none.
         intent: the change that is not yet committed.
         office: which office it is.
+        changed: ledger entry of the newest change, 0 where there is none: the same champions may come again.
     """
 
     champions: tuple[int, ...]
     newest: int | None
     intent: Entry | None
     office: Office = "agent"
+    changed: int = 0
 
     @property
     def champion(self) -> int | None:
@@ -132,7 +134,10 @@ def standing(ledger: Entries, office: Office = "agent", without: int | None = No
         line = [*line, to] if latest_term is None else line[:latest_term]
         intent = None if entry.seq in closed else entry
     newest = ledger.last(f"{office}.registered")
-    return Standing(tuple(line), None if newest is None else newest.payload["version"], intent, office)
+    changed = changes[-1].seq if changes else 0
+    return Standing(
+        tuple(line), None if newest is None else newest.payload["version"], intent, office, changed
+    )
 
 
 def champion(ledger: Entries, office: Office = "agent") -> int | None:
@@ -385,8 +390,9 @@ def reconcile(ledger: Ledger, registry: Aliases) -> Reconciled:
     finished: list[Entry] = []
     repairs: list[Repair] = []
     for _ in range(_ATTEMPTS):
-        now, place = standing(ledger, registry.office), places(ledger, registry.office)
-        if now.intent is not None and registry.digest(place[now.intent.payload["to"]]) is None:
+        now = standing(ledger, registry.office)
+        place = _holders(ledger, registry, now)
+        if now.intent is not None and place[now.intent.payload["to"]] is None:
             finished += _close(ledger, now.intent, "dropped")
             continue
         wrote = _project(registry, now, place)
@@ -398,6 +404,22 @@ def reconcile(ledger: Ledger, registry: Aliases) -> Reconciled:
     raise Unavailable(
         "The registry's aliases do not stay as the ledger wants them; something else is writing them."
     )
+
+
+def show_candidate(ledger: Ledger, registry: Aliases) -> None:
+    """Make the alias `candidate` say what the ledger says, after a registration.
+
+    The other aliases stay as they are: whoever moved them did it unrecorded, and the policy says what becomes of it.
+    """
+    for _ in range(_ATTEMPTS):
+        now = standing(ledger, registry.office)
+        if now.candidate is not None:
+            registry.set_alias("candidate", places(ledger, registry.office)[now.candidate])
+        elif "candidate" in registry.aliases():
+            registry.delete_alias("candidate")
+        if standing(ledger, registry.office) == now:
+            return
+    raise Unavailable("The ledger keeps changing while the alias `candidate` is set; try again.")
 
 
 def change(
@@ -423,20 +445,31 @@ def change(
     raise NotFound(f"{subject} vanished from the registry while it was put in office; nothing has changed.")
 
 
-def _project(registry: Aliases, now: Standing, place: Mapping[int, int]) -> list[Repair]:
+def _holders(ledger: Ledger, registry: Aliases, now: Standing) -> dict[int, int | None]:
+    """Return under which number the registry has the version of each alias, None where it lacks it.
+
+    A number alone proves nothing: after the registered model was deleted the same numbers are given to others.
+    """
+    place = places(ledger, registry.office)
+    wanted = {v for v in now.aliases().values() if v is not None}
+    return {
+        v: place[v] if registry.digest(place[v]) == _registered(ledger, registry.office, v) else None
+        for v in wanted
+    }
+
+
+def _project(registry: Aliases, now: Standing, place: Mapping[int, int | None]) -> list[Repair]:
     found = registry.aliases()
     repairs = []
     for alias, version in now.aliases().items():
         at = None if version is None else place[version]
+        if version is not None and at is None and alias == "champion":
+            raise NotFound(
+                f"{now.office}/{version} is champion by the ledger but gone from the registry; roll back to "
+                f"{'an earlier champion' if now.previous is None else f'{now.office}/{now.previous}'}."
+            )
         if found.get(alias) == at:
-            continue
-        if at is not None and registry.digest(at) is None:
-            if alias == "champion":
-                raise NotFound(
-                    f"{now.office}/{version} is champion by the ledger but gone from the registry; roll back to "
-                    f"{'an earlier champion' if now.previous is None else f'{now.office}/{now.previous}'}."
-                )
-            at = None  # nothing to point at; an office may be vacant, except the champion's
+            continue  # perhaps nothing to point at: an office may be vacant, except the champion's
         if at is not None:
             registry.set_alias(alias, at)
         elif alias in found:

@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -203,6 +203,7 @@ class Registry:
         metrics: Mapping[str, float] | None = None,
         tags: Mapping[str, str] | None = None,
         dataset: DatasetRef | None = None,
+        among: Collection[str] | None = None,
     ) -> Registered:
         """Make the folder `files` a version of this office; the same digest is the same version.
 
@@ -214,12 +215,14 @@ class Registry:
         Args:
             digest: of the files (`digest_files`).
             metrics: tied to the logged model and to `dataset`; kept only where there is a run.
+            among: logged models that may be taken up again; any that carries the digest by default. A digest is a
+                tag, which anybody can write.
         """
         with self._lock("mlflow-register"):
-            found = self.find(digest)
+            found = self.find(digest, among)
             if found is not None:
                 return found
-            model = self._logged_model(digest, run_id, params or {}, tags or {})
+            model = self._logged_model(digest, run_id, params or {}, tags or {}, among)
             ready = str(model.status) == "READY"
             if not ready or not self._filled(model):
                 self._fill(model, files)
@@ -240,15 +243,18 @@ class Registry:
             )
             return Registered(int(version.version), model.model_id, run_id)
 
-    def find(self, digest: str) -> Registered | None:
-        """Return the version with this digest, None where there is none."""
+    def find(self, digest: str, among: Collection[str] | None = None) -> Registered | None:
+        """Return the version with this digest (that serves a logged model `among` these), None where there is none."""
         versions = self._client.search_model_versions(
             f"name = '{self.office}' AND tags.`{DIGEST_TAG}` = '{digest}'"
         )
-        if not versions:
-            return None
-        first = min(versions, key=lambda v: int(v.version))
-        return Registered(int(first.version), first.tags["forebay.model"], first.run_id or None)
+        for found in sorted(versions, key=lambda v: int(v.version)):
+            source, run_id = found.source or "", found.run_id or None
+            if among is None:
+                return Registered(int(found.version), found.tags.get("forebay.model", ""), run_id)
+            if model := next((model for model in among if model in source), None):
+                return Registered(int(found.version), model, run_id)
+        return None
 
     def note(self, run_id: str, metrics: Mapping[str, float]) -> None:
         """Add single values to a run, ended or not."""
@@ -277,12 +283,25 @@ class Registry:
         return None
 
     def served(self, version: int) -> str | None:
-        """Return the digest of the files that a version really serves; None on a server, which keeps them itself."""
-        with _absent_ignored():
-            place = urlsplit(self._client.get_model_version(self.office, str(version)).source or "")
+        """Return the digest of the files that a version really serves, None where that cannot be told.
+
+        What a server keeps itself is downloaded for it.
+        """
+        from mlflow.artifacts import download_artifacts
+        from mlflow.exceptions import MlflowException
+
+        try:
+            source = self._client.get_model_version(self.office, str(version)).source or ""
+            if source.startswith("models:/"):
+                source = self._client.get_logged_model(source.removeprefix("models:/")).artifact_location
+            place = urlsplit(source)
             if place.scheme in ("", "file"):
                 return digest_files(digest_tree(Path(url2pathname(place.path)) / "model"))
-        return None
+            with TemporaryDirectory() as folder:
+                got = download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=self.uri)
+                return digest_files(digest_tree(Path(got) / "model"))
+        except (MlflowException, OSError):
+            return None
 
     def trace(self) -> dict[str, str]:
         """Return what MLflow knows of the last change of the registered model: when, and sometimes who."""
@@ -417,12 +436,18 @@ class Registry:
         return runs[0] if runs else None
 
     def _logged_model(
-        self, digest: str, run_id: str | None, params: Mapping[str, Any], tags: Mapping[str, str]
+        self,
+        digest: str,
+        run_id: str | None,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        among: Collection[str] | None,
     ) -> LoggedModel:
         experiment = self._experiment(f"{self.office}s")
         found = self._client.search_logged_models([experiment], f"tags.`{DIGEST_TAG}` = '{digest}'")
-        if found:
-            return found[0]
+        for model in found:
+            if among is None or model.model_id in among:
+                return model
         return self._client.create_logged_model(
             experiment,
             name=self.office,

@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flows import retrain
 from flows.champions import promote_agent, rollback_champion
 from flows.context import Context
 from flows.registry import reconcile_registry
+from flows.rewards import register_untrained
 from flows.status import status
 from tasks.core.digest import digest_files, digest_tree
-from tasks.core.errors import Corrupt
+from tasks.core.errors import NotFound
+from tasks.core.settings import JudgeModel, VerifierModel
 from tasks.promotion.promote import champion, places
-from tests.flows.conftest import forebay, lay_workspace, loads, register_rival
+from tests.flows.conftest import ENVIRONMENT, forebay, lay_workspace, loads, register_rival
 from tests.flows.test_bad_input import says
 from tests.flows.test_keys import judge
 
@@ -119,18 +122,68 @@ def test_a_changed_digest_tag_is_set_right_and_a_stranger_is_never_taken_for_the
     result = reconcile_registry(context)
     assert found(result) == [f"the digest tag of agent/2 (version 2) was changed to {'0' * 64}"]
     assert context.registry.digest(2) == context.agent("champion").payload["digest"]
-    # A stranger that carries the deleted champion's digest: its files are hashed, and it is refused.
+    # A stranger that carries the deleted champion's digest, and its logged model's name: it is left alone.
     client, stranger = context.registry._client, context.workspace.root / "stranger"
     (stranger / "model").mkdir(parents=True)
     (stranger / "model" / "config.json").write_text("{}")
     digest = context.agent("champion").payload["digest"]
     client.delete_model_version("agent", "2")
-    tags = {"forebay.digest": digest, "forebay.model": "m-0"}
-    client.create_model_version("agent", stranger.as_uri(), tags=tags)
-    with pytest.raises(Corrupt, match="serves other files"):
-        reconcile_registry(context)
-    client.delete_model_version("agent", "3")
-    assert reconcile_registry(context)["did"] == ["agent/2 is registered again, now MLflow's version 4"]
+    model = context.agent("champion").payload["mlflow"]["model_id"]
+    client.create_model_version("agent", stranger.as_uri(), tags={"forebay.digest": digest})
+    named = context.workspace.root / model
+    shutil.copytree(stranger, named)
+    client.create_model_version("agent", named.as_uri(), tags={"forebay.digest": digest})
+    assert reconcile_registry(context)["did"] == ["agent/2 is registered again, now MLflow's version 5"]
+    assert (context.registry.aliases()["champion"], context.registry.served(5)) == (5, digest)
+
+
+def test_the_way_back_is_there_though_its_version_was_deleted(context: Context):
+    context = rule(context, "report")
+    context.registry._client.delete_model_version("agent", "1")
+    assert rollback_champion(context, "drill")["to"] == 1
+    assert (champion(context.ledger), context.registry.aliases()["champion"]) == (1, 3)
+
+
+def test_what_keeps_the_canary_from_judging_keeps_nobody_from_training(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+):
+    def gone(_: Context) -> dict:
+        raise NotFound("agent/1 is not in the registry")
+
+    monkeypatch.setattr(retrain, "watch_canary", gone)
+    retrain._canary(context)
+
+
+def test_a_version_that_cannot_be_put_back_leaves_the_others_as_they_should_be(context: Context):
+    spoil(context, "1")
+    context.registry._client.delete_model_version("agent", "1")
+    context.registry.delete_alias("champion")
+    (line,) = reconcile_registry(context)["did"]
+    assert line.startswith("agent/1 cannot be put back:")
+    assert context.registry.aliases() == {"champion": 2}
+
+
+def test_an_agent_whose_files_changed_is_not_adopted_and_the_alias_goes_back(context: Context):
+    context = rule(context, "adopt")
+    spoil(context, "1")
+    context.registry.set_alias("champion", 1)
+    (line,) = reconcile_registry(context)["did"]
+    assert line.startswith("agent/1 is not adopted:")
+    assert context.registry.aliases() == {"champion": 2, "previous": 1}
+
+
+def test_a_registration_writes_the_candidate_and_no_other_alias(context: Context):
+    rewards = context.registry.for_office("reward")
+    register_untrained(context, VerifierModel(name=ENVIRONMENT))
+    rewards.set_alias("champion", 1)  # somebody's; reconciling records it first
+    register_untrained(context, JudgeModel(model="m"))
+    assert rewards.aliases() == {"champion": 1, "candidate": 2}
+
+
+def spoil(context: Context, agent: str) -> None:
+    folder = context.workspace.root / context.agent(agent).payload["path"]
+    config = folder / "generation_config.json"
+    config.write_bytes(config.read_bytes() + b"\n")
 
 
 def test_nothing_is_registered_again_from_files_that_changed(context: Context):

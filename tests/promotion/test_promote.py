@@ -11,6 +11,7 @@ import time
 import pytest
 
 from tasks.core.errors import Conflict, ForebayError, NotFound, Refused, Unavailable
+from tasks.promotion.drift import Held, adopt, look
 from tasks.promotion.promote import approve, champion, crown, previous, promote, reconcile, rollback, standing
 from tests.promotion.support import (
     LEE,
@@ -19,6 +20,7 @@ from tests.promotion.support import (
     add_agent,
     add_decision,
     envelope,
+    files_digest,
     open_ledger,
 )
 
@@ -68,6 +70,49 @@ def test_promotion_moves_ledger_and_aliases_together(world):
     assert (champion(ledger), previous(ledger)) == (2, 1)
     assert registry.aliases() == {"champion": 2, "previous": 1, "candidate": 3}
     assert reconcile(ledger, registry).repairs == ()
+
+
+class Looked(FileAliases):
+    """A registry that can be looked through; `meanwhile` is done once, while it is."""
+
+    held: dict | None = None
+    meanwhile = None
+
+    def versions(self):
+        if self.meanwhile is not None:
+            do, self.meanwhile = self.meanwhile, None
+            do()
+        return self.held
+
+
+def test_a_promotion_during_the_look_is_no_drift_and_wins_over_the_alias(world, tmp_path):
+    ledger, _ = world
+    registry = Looked(tmp_path)
+    registry.held = {v: Held(files_digest(v), "") for v in (1, 2, 3)}
+    before = standing(ledger)
+    registry.meanwhile = lambda: go(ledger, registry, 3)
+    assert look(ledger, registry) == []
+    registry.set_alias("champion", 2)
+    for expected, version in ((before, 2), (standing(ledger), 3), (standing(ledger), 1)):
+        with pytest.raises(Conflict, match="look again"):
+            adopt(ledger, registry, version, expected=expected, policy="0" * 64, by="kim")
+    assert standing(ledger).champions == (1, 3)
+    adopt(ledger, registry, 2, expected=standing(ledger), policy="0" * 64, by="kim")
+    assert standing(ledger).champions == (1, 3, 2)
+
+
+def test_a_number_that_was_given_to_another_version_is_not_taken_for_the_old_one(world, tmp_path):
+    ledger, _ = world
+    registry = Looked(tmp_path)
+    go(ledger, registry, 2)
+    registry.add(1, files_digest(3))  # the registered model was deleted, and numbers began anew
+    reconcile(ledger, registry)
+    assert registry.aliases() == {"champion": 2, "candidate": 3}
+    again = {"version": 3, "digest": files_digest(3), "mlflow": {"version": 1, "model_id": "m-3"}}
+    ledger.append("agent.restored", "agent/3", again)
+    registry.held = {1: Held(files_digest(3), "models:/m-3"), 2: Held(files_digest(2), "")}
+    registry.set_alias("champion", 1)
+    assert [d.known for d in look(ledger, registry) if d.alias == "champion"] == [3]
 
 
 def test_the_first_champion_is_crowned_once(world):
