@@ -106,7 +106,7 @@ def promote_by_decision(context: Context, made: Entry, reason: str) -> dict[str,
         reason=reason,
     )
     keys.sign_head(context, done)
-    return {"kind": done.kind, "seq": done.seq, **done.payload}
+    return {"kind": done.kind, "seq": done.seq, "subject": done.subject, **done.payload}
 
 
 def rollback_reward(context: Context, reason: str) -> dict[str, Any]:
