@@ -311,6 +311,7 @@ def test_an_office_of_its_own_from_decision_to_rollback(
     line = run(root, "approve", "reward/1", "--key", "kim", "--print").stdout.strip()
     answered = loads(run(root, "answer", line, "--json"))
     assert (answered["promoted"]["subject"], answered["promoted"]["from"]) == ("reward/1", None)
+    assert answered["promoted"]["decision"] == decision["decision"]
     registry = laid.registry.for_office("reward")
     assert registry.aliases()["champion"] == head["mlflow"]["version"]
     assert laid.registry.aliases()["champion"] == 1

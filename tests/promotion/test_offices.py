@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tasks.core.errors import Conflict, NotFound, Refused
+from tasks.promotion.drift import Drift, record
 from tasks.promotion.promote import approve, champion, crown, promote, reconcile, reject, rollback, standing
 from tests.promotion.support import (
     LEE,
@@ -110,6 +111,13 @@ def test_versions_of_one_office_are_unknown_in_the_other(world):
     decision = add_decision(ledger, 3, 1)
     with pytest.raises(NotFound, match="no reward/3"):
         put(ledger, registries["reward"], decision, 3)
+
+
+def test_a_drift_is_reported_once_whatever_else_changed_in_the_registry_since(world):
+    ledger, _ = world
+    found = [Drift("alias deleted", "agent", 1, alias="champion")]
+    assert record(ledger, found, "report", {"changed": "1"}, "kim") is not None
+    assert record(ledger, found, "report", {"changed": "2"}, "kim") is None
 
 
 def test_mlflow_keeps_both_under_their_own_names(registry, tiny, tmp_path):
