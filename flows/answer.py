@@ -9,7 +9,7 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.champions import answer_decision
+from flows.champions import answer_decision, says_promoted
 from flows.context import Context
 from flows.logs import report_to_prefect
 from flows.registry import settle
@@ -32,7 +32,7 @@ def answer(workspace: str, statement: str) -> dict[str, Any]:
         word = "approved" if found["answer"] == "approval" else "rejected"
         says = f"{found['agent']} is {word} by `{found['by']}`: {found['reason']}"
         if found["promoted"]:
-            says += f". It is the champion (was agent/{found['promoted']['from']})."
+            says += f". {says_promoted(found['promoted'])}"
         create_markdown_artifact(key="answer", markdown=says, description=says)
         return found
 

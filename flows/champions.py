@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flows import keys, progress
 from flows.context import Context
 from flows.registry import enter, restore, settle
+from flows.reward_office import newest_reward_decision, promote_by_decision
 from flows.scoring import require_valid_reward
 from flows.service import start_canary
 from tasks.core.digest import digest_files
@@ -71,7 +72,7 @@ def register_agent(
 
 
 def promote_agent(context: Context, version: str, reason: str) -> dict[str, Any]:
-    """Promote an agent by its newest decision, after its signature was verified and its files were hashed.
+    """Promote an agent, or a reward model, by its newest decision: its signature verified, its files hashed.
 
     Raises:
         NotFound: nothing was decided about it.
@@ -84,6 +85,8 @@ def _promote(context: Context, made: Entry, reason: str) -> dict[str, Any]:
     from tasks.promotion.attest import read_signature
     from tasks.promotion.promote import promote
 
+    if made.subject.startswith("reward/"):
+        return promote_by_decision(context, made, reason)
     trust = keys.ready(context)  # before anything has changed
     dataset = context.agent(made.subject).payload["parents"].get("dataset")
     if dataset:
@@ -105,11 +108,18 @@ def _promote(context: Context, made: Entry, reason: str) -> dict[str, Any]:
     return change
 
 
+def says_promoted(change: Mapping[str, Any]) -> str:
+    """Say a promotion in one sentence: who is in office, and who was."""
+    office = str(change["subject"]).partition("/")[0]
+    was = "nobody" if change["from"] is None else f"{office}/{change['from']}"
+    return f"{change['subject']} is the champion (was {was})."
+
+
 def approve_agent(context: Context, ref: str, reason: str, key: str | None = None) -> dict[str, Any]:
     """Record a person's approval of a decision, signed with their own key.
 
     Args:
-        ref: an agent, whose newest decision is meant, or the digest of a decision.
+        ref: an agent or a reward model, whose newest decision is meant, or the digest of a decision.
     """
     from tasks.promotion.attest import read_signature
     from tasks.promotion.promote import approve
@@ -196,7 +206,7 @@ def verify_ref(context: Context, ref: str) -> dict[str, Any]:
 
 
 def _newest_decision(context: Context, ref: str) -> Entry:
-    """Return the newest decision about an agent, or the one of this digest (at least eight digits)."""
+    """Return the newest decision about an agent or `reward/N`, or the one of this digest (at least eight digits)."""
     if re.fullmatch(r"[0-9a-f]{8,64}", ref) and not ref.isdecimal():
         found = [e for e in context.ledger.entries("decision.made") if e.payload["decision"].startswith(ref)]
         if len({e.payload["decision"] for e in found}) == 1:
@@ -205,6 +215,8 @@ def _newest_decision(context: Context, ref: str) -> Entry:
             f"The ledger knows {'several decisions' if found else 'no decision'} {ref[:12]}…; `forebay decision list` "
             "shows all."
         )
+    if ref.startswith(("reward/", "reward@")):
+        return newest_reward_decision(context, ref)
     subject = f"agent/{context.agent(ref).payload['version']}"
     made = context.ledger.last("decision.made", subject)
     if made is None:
@@ -216,4 +228,4 @@ def _newest_decision(context: Context, ref: str) -> Entry:
 
 def _change(context: Context, entry: Entry) -> dict[str, Any]:
     keys.sign_head(context, entry)
-    return {"kind": entry.kind, "seq": entry.seq, **entry.payload}
+    return {"kind": entry.kind, "seq": entry.seq, "subject": entry.subject, **entry.payload}

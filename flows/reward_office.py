@@ -72,41 +72,41 @@ def decide_reward(context: Context, ref: str) -> dict[str, Any]:
 
 
 def promote_reward(context: Context, ref: str, reason: str) -> dict[str, Any]:
-    """Put a reward model in office by its newest decision; the first one is crowned by its decision alone.
+    """Put a reward model in office by its newest decision.
 
     Raises:
-        NotFound: nothing was decided about it. Refused: the decision did not pass, or is not signed.
+        NotFound: nothing was decided about it. Others: as `promote_by_decision`.
+    """
+    settle(context)
+    return promote_by_decision(context, newest_reward_decision(context, ref), reason)
+
+
+def promote_by_decision(context: Context, made: Entry, reason: str) -> dict[str, Any]:
+    """Put a reward model in office by the decision `made`; the first one by the same checks as every other.
+
+    Raises:
+        Refused: the decision did not pass, is not signed, was rejected or lacks its approval.
         Conflict: the champion is another one by now.
     """
-    from tasks.promotion.attest import check_decision, read_signature
-    from tasks.promotion.promote import champion, crown, promote
+    from tasks.promotion.attest import read_signature
+    from tasks.promotion.promote import promote
 
-    settle(context)
-    entry = reward(context, ref)
-    made = newest_reward_decision(context, ref)
-    p, trust = made.payload, keys.ready(context)
+    trust = keys.ready(context)
+    entry = reward(context, made.subject)
     open_source(context, entry.payload)  # hashes its files: months may lie between decision and office
-    signature = read_signature(context.workspace.root, p)
-    registry, by = context.registry.for_office("reward"), getpass.getuser()
-    if champion(context.ledger, "reward") is None and p["champion"]["version"] == 0:
-        check_decision(p, signature, trust)
-        if p["verdict"] != "PASS":
-            raise Refused(f"The gate said {p['verdict']} to {made.subject}: {' '.join(p['reasons'])}")
-        done = crown(context.ledger, registry, entry.payload["version"], by=by)
-    else:
-        done = promote(
-            context.ledger,
-            registry,
-            entry.payload["version"],
-            decision=p["decision"],
-            signature=signature,
-            trust=trust,
-            expected_champion=p["champion"]["version"],
-            by=by,
-            reason=reason,
-        )
+    done = promote(
+        context.ledger,
+        context.registry.for_office("reward"),
+        entry.payload["version"],
+        decision=made.payload["decision"],
+        signature=read_signature(context.workspace.root, made.payload),
+        trust=trust,
+        expected_champion=made.payload["champion"]["version"] or None,
+        by=getpass.getuser(),
+        reason=reason,
+    )
     keys.sign_head(context, done)
-    return {"kind": done.kind, "seq": done.seq, **done.payload}
+    return {"kind": done.kind, "seq": done.seq, "subject": done.subject, **done.payload}
 
 
 def rollback_reward(context: Context, reason: str) -> dict[str, Any]:

@@ -41,13 +41,13 @@ def promote(
     as_json: Json = False,
 ) -> None:
     """Make an agent the champion, if its decision says PASS against the champion of now."""
-    from flows.champions import promote_agent
+    from flows.champions import promote_agent, says_promoted
 
     result = promote_agent(open_context(workspace), version, reason)
     if as_json:
         print_json(result)
     else:
-        out.print(f"agent/{result['to']} is the champion (was agent/{result['from']}).", highlight=False)
+        out.print(says_promoted(result), highlight=False)
 
 
 @app.command(rich_help_panel=PROMOTE)
@@ -136,15 +136,14 @@ def answer(
 
     Example: `forebay answer "$(forebay approve DIGEST --print --key kim)"`
     """
-    from flows.champions import answer_decision
+    from flows.champions import answer_decision, says_promoted
 
     result = answer_decision(open_context(workspace), statement)
     if as_json:
         print_json(result)
     elif result["promoted"]:
         out.print(
-            f"{result['agent']} is approved by {result['by']} and is the champion (was agent/"
-            f"{result['promoted']['from']}).",
+            f"{result['agent']} is approved by {result['by']}. {says_promoted(result['promoted'])}",
             highlight=False,
         )
     else:

@@ -77,7 +77,7 @@ def open_envelope(
         outer = json.loads(envelope)
         payload, payload_type = _bytes(outer["payload"]), outer["payloadType"]
         signatures = [(str(item["keyid"]), _bytes(item["sig"])) for item in outer["signatures"]]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Corrupt(f"The signature of the {kind} is not a DSSE envelope.") from None
     wrong: ForebayError = Corrupt(f"The {kind} is not signed.")
     for key_id, signature in signatures:
@@ -103,7 +103,7 @@ def _statement(payload: bytes, payload_type: str, kinds: tuple[Predicate, ...], 
             raise Corrupt(f"What `{key.name}` signed is a {value['predicateType']}, not a {kinds[0]}.")
         subjects = {item["name"]: item["digest"]["sha256"] for item in value["subject"]}
         return Statement(known[value["predicateType"]], subjects, dict(value["predicate"]), key)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise Corrupt(f"What `{key.name}` signed is not an in-toto statement.") from None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from tasks.core.ledger import Entry, Ledger
 from tasks.core.workspace import Workspace
 from tasks.lineage.graph import File, Kind, Lineage, Node, lineage
 from tasks.promotion.attest import Changed, Unsigned, check_answer, check_decision, read_signature
+from tasks.promotion.canary import recompute
 from tasks.promotion.kept_heads import kept_head
 from tasks.replay.manifest import Manifest, dataset_root
 
@@ -124,6 +125,9 @@ def verify(
         if "evidence" in entry.payload:
             owner = f"rollback to {entry.subject} (ledger entry {entry.seq})"
             claims.setdefault(File(**entry.payload["evidence"]), owner)
+    looks = _looks(ledger)
+    for file, owner in looks.items():
+        claims.setdefault(file, owner)
     size = 0
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         jobs = {pool.submit(_hash, workspace.root, file, owner): file for file, owner in claims.items()}
@@ -132,6 +136,7 @@ def verify(
             size += length
             problems += [problem] if problem else []
             progress(done, len(jobs), f"{size / 1e6:,.0f} MB read")
+    problems += _misjudged(workspace, looks)
     problems += (check for check in checks if check.expected != check.found)
     problems += (
         Problem("missing", "ledger", f"the entry of {_owner(node)}", node.digest or "", None)
@@ -317,6 +322,26 @@ def _hash(root: Path, file: File, owner: str) -> tuple[Problem | None, int]:
     return (
         None if digest == file.sha256 else Problem("changed", file.path, owner, file.sha256, digest)
     ), length
+
+
+def _looks(ledger: Ledger) -> dict[File, str]:
+    """Return the records of all canaries' looks: what they say keeps a champion in office, or deposed it."""
+    entries = [*ledger.entries("canary.looked"), *ledger.entries("canary.ended")]
+    return {
+        File(**e.payload["record"]): f"canary of {e.subject} (ledger entry {e.seq})"
+        for e in reversed(entries)
+    }
+
+
+def _misjudged(workspace: Workspace, looks: Mapping[File, str]) -> Iterator[Problem]:
+    """Every intact record of a look is judged again: its groups must lead to what it says."""
+    for file, owner in looks.items():
+        if _intact(workspace, file) is None:
+            continue  # hashing the file has named it
+        try:
+            recompute(workspace.root / file.path, file.sha256)
+        except (Corrupt, ValueError, KeyError, TypeError):
+            yield Problem("changed", file.path, f"result of the {owner}", file.sha256, None)
 
 
 def _added(workspace: Workspace, found: Lineage) -> Iterator[Problem]:

@@ -109,7 +109,12 @@ def check_decision(
 
 
 def make_statement(kind: Answer, decision: str, reason: str, key: PrivateKey) -> str:
-    """Return a person's answer to a decision as one line of text: needs the key and the digest, and no workspace."""
+    """Return a person's answer to a decision as one line of text: needs the key and the digest, and no workspace.
+
+    It names the decision alone, and so no workspace: it holds wherever this very decision was made, as in a copy of the
+    workspace. That is the same candidate, champion, policy and evidence, by their digests, which the decision's digest
+    covers.
+    """
     return base64.b64encode(sign(kind, {"decision": decision}, {"reason": reason}, key)).decode()
 
 
@@ -125,7 +130,7 @@ def read_statement(line: str, trust: Trust) -> tuple[Answer, dict[str, Any]]:
     try:
         envelope = base64.b64decode(text, validate=True)
         json.loads(envelope)
-    except ValueError:
+    except (ValueError, RecursionError):  # nested too deeply to be read
         raise UsageError(
             "This is no signed statement; `forebay approve … --print` and `forebay reject … --print` make one."
         ) from None

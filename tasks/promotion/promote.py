@@ -27,6 +27,7 @@ Office = Literal["agent", "reward"]
 OFFICES: tuple[Office, ...] = ("agent", "reward")
 _CHANGES = ("promotion", "rollback")
 _WORDS: Mapping[Answer, str] = {"approval": "approval.granted", "rejection": "approval.rejected"}
+_NOBODY = (0, "")  # version and digest of the champion in a decision about a vacant office
 _ATTEMPTS = 20  # of aligning the aliases while others keep changing the ledger
 
 
@@ -159,7 +160,7 @@ def places(ledger: Entries, office: Office = "agent") -> dict[int, int]:
 
 
 def crown(ledger: Ledger, registry: Aliases, version: int, *, by: str) -> Entry:
-    """Make `version` the first champion, for which there is nothing to compare it with.
+    """Make `version` the first champion without a decision: the base agent, before there is a gate to pass.
 
     Raises:
         Conflict: there is a champion already.
@@ -187,7 +188,7 @@ def promote(
     decision: str,
     signature: bytes | None,
     trust: Trust,
-    expected_champion: int,
+    expected_champion: int | None,
     by: str,
     reason: str = "",
 ) -> Entry:
@@ -197,6 +198,7 @@ def promote(
         decision: digest of a decision in the ledger that says PASS for exactly these two agents.
         signature: the envelope that the decision's entry names.
         trust: the keys that may sign, as of now.
+        expected_champion: whom the decision compared it with; None: the office was vacant.
         by: who asks, as the caller knows them.
 
     Raises:
@@ -224,7 +226,7 @@ def promote(
                 else "there is no champion"
             )
             raise Conflict(
-                f"{office}/{version} was compared with {office}/{expected_champion}, but {why}; "
+                f"{office}/{version} was compared with {over}, but {why}; "
                 "evaluate it against the champion again."
             )
         used = [e for e in view.entries("promotion.intent") if e.payload["decision"] == decision]
@@ -239,16 +241,18 @@ def promote(
             )
         judged = {role: (made[role]["version"], made[role]["digest"]) for role in ("candidate", "champion")}
         for role, asked in (("candidate", version), ("champion", expected_champion)):
-            if judged[role] != (asked, _registered(view, office, asked)):
+            due = _NOBODY if asked is None else (asked, _registered(view, office, asked))
+            if judged[role] != due:
                 raise Refused(
                     f"The decision {decision[:12]}… is about {office}/{judged[role][0]} "
-                    f"({judged[role][1][:12]}…) as {role}, not about {office}/{asked} as it is registered."
+                    f"({judged[role][1][:12]}…) as {role}, not about {office}/{due[0]} as it is registered."
                 )
         _refuse_rejected(view, decision, trust)
         if made["approval"] == "required":
             _require_approval(view, decision, f"{office}/{version}", trust)
 
     office = registry.office
+    over = "nobody" if expected_champion is None else f"{office}/{expected_champion}"
     payload = {"to": version, "from": expected_champion, "decision": decision, "reason": reason, "by": by}
     return change(ledger, registry, "promotion", version, payload, check)
 

@@ -17,6 +17,8 @@ import pytest
 from flows import cli, progress
 from flows.context import Context
 from flows.experience import collect_into_segment, seal_dataset
+from flows.keys import init_keys
+from flows.pages import page_of
 from flows.rewards import episodes, heldout, open_source, reward
 from flows.scoring import require_valid_reward
 from flows.training import train_agent, train_and_validate_reward_model
@@ -290,7 +292,7 @@ def test_the_default_is_a_head_on_the_champion():
 
 
 def test_an_office_of_its_own_from_decision_to_rollback(
-    laid: Context, head: dict, encoder: Path, tmp_path: Path
+    laid: Context, head: dict, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     root = laid.workspace.root
     says(run(root, "reward", "promote", "reward/1"), 3, "not decided about reward/1")
@@ -300,7 +302,16 @@ def test_an_office_of_its_own_from_decision_to_rollback(
     says(run(root, "reward", "promote", "reward/1"), 5, "said FAIL to reward/1")
     validated(laid, head, "PASS")
     decision = loads(run(root, "reward", "decide", "reward/1", "--json"))
-    assert loads(run(root, "reward", "promote", "reward/1", "--json"))["from"] is None
+    page = page_of(laid, decision).read_text()
+    assert "forebay reward promote reward/1" in page
+    assert "agent/" not in page
+    # An approval from elsewhere puts the reward model in office, as it does with an agent.
+    monkeypatch.setenv("FOREBAY_KEYS", str(tmp_path / "mine"))
+    init_keys(laid, "kim", approver=True)
+    line = run(root, "approve", "reward/1", "--key", "kim", "--print").stdout.strip()
+    answered = loads(run(root, "answer", line, "--json"))
+    assert (answered["promoted"]["subject"], answered["promoted"]["from"]) == ("reward/1", None)
+    assert answered["promoted"]["decision"] == decision["decision"]
     registry = laid.registry.for_office("reward")
     assert registry.aliases()["champion"] == head["mlflow"]["version"]
     assert laid.registry.aliases()["champion"] == 1

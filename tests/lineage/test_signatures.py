@@ -15,6 +15,7 @@ from tasks.core.keys import Trust, trusted, write_trust
 from tasks.core.ledger import GENESIS, _digest
 from tasks.lineage.verify import VerifyReport, verify
 from tasks.promotion.attest import answer_payload, sign_decision, signature_of, write_signature
+from tasks.promotion.canary import Group, Rule, Traffic, make_record, write_record
 from tests.lineage.world import World
 from tests.promotion.support import EVE, LEE, SERVICE, TRUST
 
@@ -218,6 +219,27 @@ def test_swapped_evidence_is_named(world):
     ]
     files[1].write_bytes(files[0].read_bytes())
     assert found(world) == {("changed", world.workspace.relative(files[1]))}
+
+
+@pytest.mark.parametrize("kind", ["canary.looked", "canary.ended"])
+def test_an_altered_look_of_a_canary_is_named(world, kind):
+    """Changed bytes, and a record whose digest fits but whose groups lead to another result."""
+    evidence = world.workspace.evidence
+    good, bad = (tuple(Group(str(i), mean, 8) for i in range(60)) for mean in (0.9, 0.1))
+    record, _ = make_record({"a": Traffic(bad, good)}, Rule(0.05, 0.0, 10, {"a": 1.0}, "concurrent"), {})
+    path, sha256 = write_record(evidence, record)
+    file = {"path": world.workspace.relative(path), "sha256": sha256}
+    World.append(world, kind, "agent/3", {"promotion": 1, "record": file})
+    assert check(world).ok
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"HARM", b"FINE"))
+    assert found(world) == {("changed", file["path"])}
+    path.write_bytes(data)
+    record["result"]["verdict"] = "PROVEN"
+    path, sha256 = write_record(evidence, record)
+    file = {"path": world.workspace.relative(path), "sha256": sha256}
+    World.append(world, kind, "agent/3", {"promotion": 1, "record": file})
+    assert found(world) == {("changed", file["path"])}
 
 
 def test_a_swapped_checkpoint_is_named(world):

@@ -7,9 +7,16 @@ import base64
 import pytest
 
 from tasks.core.dsse import sign
-from tasks.core.errors import Conflict, Corrupt, Refused
+from tasks.core.errors import Conflict, Corrupt, Refused, UsageError
 from tasks.core.keys import Trust, trusted
-from tasks.promotion.attest import Unsigned, answer_payload, check_answer, sign_decision, signature_of
+from tasks.promotion.attest import (
+    Unsigned,
+    answer_payload,
+    check_answer,
+    read_statement,
+    sign_decision,
+    signature_of,
+)
 from tasks.promotion.promote import approve, champion, crown, promote, reject
 from tests.promotion.support import (
     EVE,
@@ -151,6 +158,12 @@ def test_a_decision_without_signature_is_told_how_to_get_one(world):
     ledger.append("decision.made", "agent/2", payload)
     with pytest.raises(Unsigned, match="`forebay decision replay agent/2 --sign`"):
         go(ledger, registry, payload["decision"], signature=b"none")
+
+
+def test_json_that_is_nested_too_deeply_is_no_statement():
+    deep = base64.b64encode(b"[" * 100_000).decode()
+    with pytest.raises(UsageError, match="no signed statement"):
+        read_statement(deep, TRUST)
 
 
 def forge(ledger, key=SERVICE, signed_as=None, **changes):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tasks.core.errors import NotFound, Refused
-from tasks.promotion.promote import approve, champion, crown, promote, reconcile, rollback, standing
+from tasks.core.errors import Conflict, NotFound, Refused
+from tasks.promotion.drift import Drift, record
+from tasks.promotion.promote import approve, champion, crown, promote, reconcile, reject, rollback, standing
 from tests.promotion.support import (
     LEE,
     TRUST,
@@ -61,6 +62,39 @@ def test_a_reward_model_comes_and_goes_while_the_agent_stays(world):
     assert (champion(ledger, "reward"), standing(ledger).champions) == (1, (1,))
 
 
+NOBODY = {"version": 0, "digest": ""}
+
+
+def first(ledger, registry, decision):
+    signature = envelope(ledger, decision)
+    asked = {"decision": decision, "signature": signature, "trust": TRUST, "expected_champion": None}
+    return promote(ledger, registry, 1, **asked, by="kim")
+
+
+def test_the_first_reward_model_needs_all_that_a_later_one_needs(tmp_path):
+    ledger, registry = open_ledger(tmp_path), FileAliases(tmp_path / "reward", "reward")
+    add_agent(ledger, registry, 1)
+    asked = {"office": "reward", "approval": "required", "champion": NOBODY}
+    rejected = add_decision(ledger, 1, 0, **asked)
+    reject(ledger, rejected, key=LEE, trust=TRUST, reason="not yet")
+    with pytest.raises(Refused, match="was rejected by `lee`"):
+        first(ledger, registry, rejected)
+    other = add_decision(ledger, 1, 0, **asked, candidate={"version": 1, "digest": "f" * 64})
+    with pytest.raises(Refused, match="not about reward/1 as it is registered"):
+        first(ledger, registry, other)
+    over = add_decision(ledger, 1, 9, office="reward")
+    with pytest.raises(Refused, match="not about reward/0"):
+        first(ledger, registry, over)
+    decision = add_decision(ledger, 1, 0, **asked, note="again")
+    with pytest.raises(Refused, match="forebay approve reward/1"):
+        first(ledger, registry, decision)
+    approve(ledger, decision, signature=envelope(ledger, decision), key=LEE, trust=TRUST, reason="read")
+    entry = first(ledger, registry, decision)
+    assert (entry.payload["from"], entry.payload["decision"]) == (None, decision)
+    with pytest.raises(Conflict, match="acted already"):
+        reject(ledger, decision, key=LEE, trust=TRUST, reason="too late")
+
+
 def test_an_unfinished_change_in_one_office_holds_up_only_that_one(world):
     ledger, registries = world
     payload = {"to": 2, "from": 1, "decision": None, "reason": "", "by": "kim"}
@@ -77,6 +111,13 @@ def test_versions_of_one_office_are_unknown_in_the_other(world):
     decision = add_decision(ledger, 3, 1)
     with pytest.raises(NotFound, match="no reward/3"):
         put(ledger, registries["reward"], decision, 3)
+
+
+def test_a_drift_is_reported_once_whatever_else_changed_in_the_registry_since(world):
+    ledger, _ = world
+    found = [Drift("alias deleted", "agent", 1, alias="champion")]
+    assert record(ledger, found, "report", {"changed": "1"}, "kim") is not None
+    assert record(ledger, found, "report", {"changed": "2"}, "kim") is None
 
 
 def test_mlflow_keeps_both_under_their_own_names(registry, tiny, tmp_path):

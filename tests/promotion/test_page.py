@@ -390,6 +390,19 @@ def test_the_next_steps_follow_the_verdict_and_the_policy():
         ]
 
 
+def test_a_decision_about_a_reward_model_is_told_and_answered_as_one():
+    made = ruled("PASS", item("quality"), approval="required") | {"schema": "forebay.reward_decision/1"}
+    assert headline(made).startswith("reward/3 may replace reward/2")
+    commands = [command for command, _ in next_steps(made, "d" * 64)]
+    assert commands[0] == "forebay approve reward/3"
+    assert "forebay reward promote reward/3" in commands
+    first = made | {"champion": {"version": 0, "digest": ""}}
+    assert "nobody" in headline(first)
+    assert not [command for command, _ in next_steps(first, "d" * 64) if "rollback" in command]
+    failed = made | {"verdict": "FAIL"}
+    assert all(command.startswith("forebay reward ") for command, _ in next_steps(failed, "d" * 64))
+
+
 # ------------------------------------------------------------------------------------------------- the forest
 
 

@@ -28,8 +28,11 @@ from tasks.promotion.page.forest import forest
 from tasks.promotion.page.parts import Chart, Section, Strips, listed, number, plain
 from tasks.promotion.page.reports import ORDER, report_section
 from tasks.promotion.policy import Policy
+from tasks.promotion.promote import Office
 
 _OUTCOMES = "forebay.outcomes/"
+_REWARDS = "forebay.reward_decision/"
+_NOBODY = "nobody"  # whom the first reward model in office is compared with
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ def lead(decision: Mapping[str, Any]) -> list[str]:
 def next_steps(decision: Mapping[str, Any], digest: str) -> list[tuple[str, str]]:
     """Return what a reader can do now: (command, what it does)."""
     candidate, champion = _agents(decision)
+    if _office(decision) == "reward":
+        return _reward_steps(decision, digest)
     if decision["verdict"] != "PASS":
         retry = "Brings new experience and another candidate; the gate asks again."
         if any(e["verdict"] == "INCONCLUSIVE" and _about_tasks(e["name"]) for e in decision["evidence"]):
@@ -132,14 +137,40 @@ def next_steps(decision: Mapping[str, Any], digest: str) -> list[tuple[str, str]
         ('forebay rollback --reason "…"', f"Puts {champion} back afterwards, with a record."),
         (f'forebay reject {candidate} --reason "…"', "Never lets this decision act, whatever its verdict."),
     ]
-    if decision["policy"].get("approval") == "required":
-        elsewhere = "The same where your key is and no workspace: prints one signed line for `forebay answer` or the run's page."
+    first = _approving(decision, digest) or [
+        ("forebay status", "Who is in office now: a cycle promotes by itself.")
+    ]
+    return first + steps
+
+
+def _reward_steps(decision: Mapping[str, Any], digest: str) -> list[tuple[str, str]]:
+    candidate, champion = _agents(decision)
+    if decision["verdict"] != "PASS":
         return [
-            (f"forebay approve {candidate}", "A person signs with their own key; needed first."),
-            (f"forebay approve {digest} --print", elsewhere),
-            *steps,
+            ("forebay reward list", f"Who is in office: this decision changes nothing, {champion} stays."),
+            (f"forebay reward validate {candidate}", "Validates it again; then `forebay reward decide`."),
         ]
-    return [("forebay status", "Who is in office now: a cycle promotes by itself."), *steps]
+    back = (
+        []
+        if champion == _NOBODY
+        else [('forebay reward rollback --reason "…"', f"Puts {champion} back afterwards, with a record.")]
+    )
+    return [
+        *_approving(decision, digest),
+        (f"forebay reward promote {candidate}", f"Puts it in office, if {champion} is still in it."),
+        *back,
+        (f'forebay reject {candidate} --reason "…"', "Never lets this decision act, whatever its verdict."),
+    ]
+
+
+def _approving(decision: Mapping[str, Any], digest: str) -> list[tuple[str, str]]:
+    if decision["policy"].get("approval") != "required":
+        return []
+    elsewhere = "The same where your key is and no workspace: prints one signed line for `forebay answer` or the run's page."
+    return [
+        (f"forebay approve {_agents(decision)[0]}", "A person signs with their own key; needed first."),
+        (f"forebay approve {digest} --print", elsewhere),
+    ]
 
 
 def _about_tasks(name: str) -> bool:
@@ -147,7 +178,13 @@ def _about_tasks(name: str) -> bool:
 
 
 def _agents(decision: Mapping[str, Any]) -> tuple[str, str]:
-    return f"agent/{decision['candidate']['version']}", f"agent/{decision['champion']['version']}"
+    """Return the names of candidate and champion: of agents, or of reward models and whom they meet in office."""
+    office, champion = _office(decision), decision["champion"]["version"]
+    return f"{office}/{decision['candidate']['version']}", f"{office}/{champion}" if champion else _NOBODY
+
+
+def _office(decision: Mapping[str, Any]) -> Office:
+    return "reward" if str(decision.get("schema", "")).startswith(_REWARDS) else "agent"
 
 
 def _policy(decision: Mapping[str, Any]) -> Policy:
@@ -231,6 +268,7 @@ def _digests(decision: Mapping[str, Any], digest: str) -> list[tuple[str, str]]:
         decision["champion"]["digest"]: [f"{champion}, champion"],
         decision["policy_digest"]: ["policy"],
     }
+    found.pop("", None)  # nobody has no digest
     for item in decision["evidence"]:
         if item["digest"]:
             found.setdefault(item["digest"], []).append(item["name"])
