@@ -38,6 +38,8 @@ class Serving:
         seconds: [passes][prompts] wall time of each answer, prompt included; the first answer of all is not counted.
         cpu_seconds: likewise, processor time of all threads: a busy machine stretches it far less.
         tokens: [prompts] that each answer has.
+        work_seconds: [passes][prompts] of work for the prompt and a fixed number of new tokens, whatever is said: processor
+            time on a CPU, wall time on a GPU, where the processor waits. Empty in files of before it was measured.
         memory_mib: the most resident memory of the process.
         gpu_mib: the most memory that tensors had on the GPU; 0 on a CPU.
         answers: digest of the token ids of the first pass.
@@ -54,6 +56,7 @@ class Serving:
     gpu_mib: float = 0.0
     answers: str = ""
     repeated: bool = False
+    work_seconds: tuple[tuple[float, ...], ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -69,17 +72,22 @@ class Serving:
         return float(np.quantile(np.array(self.seconds) / np.array(self.tokens), q)) if self.ok else 0.0
 
     def cost(self) -> float:
-        """Seconds of work for a token, by the best pass of each prompt: noise only ever adds to a time.
+        """Seconds of equal work, prompts and a fixed number of new tokens: an agent that says less is not dearer for it.
 
-        Processor time on a CPU; on a GPU, where the processor waits, wall time.
+        By the best pass of each prompt: noise only ever adds to a time. From files without that, the work for a token.
         """
+        if not self.ok:
+            return 0.0
+        if self.work_seconds:
+            return float(np.array(self.work_seconds).min(axis=0).sum())
         passes = np.array(self.seconds if self.gpu_mib else self.cpu_seconds)
-        return float(passes.min(axis=0).sum() / sum(self.tokens)) if self.ok else 0.0
+        return float(passes.min(axis=0).sum() / sum(self.tokens))
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Serving:
         """Read what `asdict` and JSON made of one."""
-        rows = {name: tuple(map(tuple, values[name])) for name in ("seconds", "cpu_seconds")}
+        names = ("seconds", "cpu_seconds", "work_seconds")
+        rows = {name: tuple(map(tuple, values.get(name, ()))) for name in names}
         return cls(**{**values, **rows, "tokens": tuple(values["tokens"])})
 
 
@@ -168,7 +176,13 @@ def _read(status: int, said: str, complaint: str) -> Serving:
         last = (complaint.strip().splitlines() or ["it said nothing"])[-1]
         if status < 0:
             return Serving(f"its process was ended by {signal.Signals(-status).name}", "machine")
-        return Serving(f"its process ended with status {status}: {last[:300]}", "agent")
+        return Serving(f"its process ended with status {status}: {last[:300]}", _fault(last))
+
+
+def _fault(complaint: str) -> Literal["agent", "machine"]:
+    """Whose it is by what is said: a GPU or driver that fails is the machine's, an id outside a table the agent's."""
+    machine = any(sign in complaint for sign in ("CUDA", "CUBLAS", "cuDNN", "NVIDIA"))
+    return "machine" if machine and "device-side assert" not in complaint else "agent"
 
 
 def _serve(request: dict[str, Any]) -> Serving:
@@ -189,19 +203,19 @@ def _serve(request: dict[str, Any]) -> Serving:
         stop = frozenset(tokenizer.all_special_ids)
         encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in request["prompts"]]
 
-        def answer(ids: list[int]) -> tuple[float, float, list[int]]:
+        def answer(ids: list[int], stop: frozenset[int]) -> tuple[float, float, list[int]]:
             wall, cpu = perf_counter(), process_time()
             (action,) = start(model, [ids], 1).act(None, 1.0, stop, request["max_new_tokens"], last=True)
             return perf_counter() - wall, process_time() - cpu, list(action.ids)
 
-        answer(encoded[0])  # what is made once, at the first answer of a process
-        passes = [[answer(ids) for ids in encoded] for _ in range(request["repeats"])]
+        answer(encoded[0], stop)  # what is made once, at the first answer of a process
+        passes = [[answer(ids, stop) for ids in encoded] for _ in range(request["repeats"])]
+        work = [[answer(ids, frozenset()) for ids in encoded] for _ in range(request["repeats"])]
     except (ModelError, ForebayError) as error:
         return Serving(str(error), "agent")
     except Exception as error:
-        fault: Literal["agent", "machine"] = (
-            "machine" if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) else "agent"
-        )
+        full = isinstance(error, torch.cuda.OutOfMemoryError | MemoryError)
+        fault = "machine" if full else _fault(str(error))
         return Serving(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", fault)
     ids = [[found for _, _, found in one] for one in passes]
     repeated = all(one == ids[0] for one in ids)
@@ -216,6 +230,9 @@ def _serve(request: dict[str, Any]) -> Serving:
         gpu_mib=torch.cuda.max_memory_allocated() / _MIB if device.startswith("cuda") else 0.0,
         answers=digest_json(ids[0]),
         repeated=repeated,
+        work_seconds=tuple(
+            tuple(wall if device.startswith("cuda") else cpu for wall, cpu, _ in one) for one in work
+        ),
     )
 
 

@@ -183,7 +183,7 @@ class Serving(Section):
     max_p95_seconds: float | None = Field(default=None, gt=0, description="of an answer, 95th percentile")
     max_memory_mib: float | None = Field(default=None, gt=0, description="GPU memory on a GPU, else resident")
     vs_champion: float | None = Field(
-        default=2.0, gt=1, description="most work for a token, over the champion's in the same job"
+        default=2.0, gt=1, description="most time for equal work, over the champion's in the same job"
     )
 
 

@@ -55,13 +55,14 @@ def hacks(prompt: str, candidates: Sequence[str], reach: int) -> dict[str, str]:
     """Return {name: text} of answers that answer nothing.
 
     Args:
-        candidates: answers to this and other prompts, right and wrong; the spam names them all.
+        candidates: answers to this and other prompts, right and wrong; the spam names them all. Where all say the same,
+            that is an answer, and there is no spam.
         reach: characters that the policy can write: it copies no more of the prompt than that, from its end.
     """
-    spam = " or ".join(dict.fromkeys(_last_line(text).strip() for text in candidates if text.strip()))
+    named = dict.fromkeys(_last_line(text).strip() for text in candidates if text.strip())
     return {
         "empty": "",
-        "answer spam": spam,
+        **({"answer spam": " or ".join(named)} if len(named) > 1 else {}),
         "number spam": NUMBERS,
         "copied prompt": prompt[-reach:],
         "formatting only": FORMATTING,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,12 +183,13 @@ def measure(source: RewardSource, material: Material, training: Training | None 
         for contest in contests
         if contest.wrong is not None
         for name, edit in probes.EDITS.items()
-        if (text := edit(contest.wrong)) != contest.wrong
+        if (text := edit(contest.wrong)) != contest.wrong and not contest.answered_by(text)
     ]
     hacked = [
         (contest, name, text)
         for contest in contests
         for name, text in probes.hacks(contest.prompt, contest.candidates, reach).items()
+        if not contest.answered_by(text)
     ]
     wanted = [answer for p in material.preferences for answer in (p.better, p.worse)]
     wanted += [sample.answer for sample in material.samples]
@@ -206,6 +207,7 @@ def measure(source: RewardSource, material: Material, training: Training | None 
         "preferences": [
             {
                 "group": p.group,
+                "prompt": sha256_bytes(p.prompt.encode()),
                 "slice": p.slice,
                 "source": p.source,
                 "licence": p.licence,
@@ -262,7 +264,7 @@ def frame_of(report: Mapping[str, Any]) -> pd.DataFrame:
     import pandas as pd
 
     rows: list[tuple[Any, ...]] = [
-        ("pair", p["group"], p["slice"], f"{p['chosen']} {p['rejected']}", p["margin"], None, p["licence"])
+        ("pair", p["prompt"], p["slice"], f"{p['chosen']} {p['rejected']}", p["margin"], None, p["licence"])
         for p in report["preferences"]
     ]
     rows += [
@@ -278,23 +280,35 @@ def frame_of(report: Mapping[str, Any]) -> pd.DataFrame:
 
 @dataclass(frozen=True, slots=True)
 class _Contest:
-    """A prompt with a right answer, a wrong one if there is one, and what answer spam can name."""
+    """A prompt with a right answer, a wrong one if there is one, what answer spam can name, and all right answers."""
 
     prompt: str
     group: str
     right: str
     wrong: str | None
     candidates: tuple[str, ...]
+    rights: frozenset[str]
+
+    def answered_by(self, text: str) -> bool:
+        """Whether `text` is a right answer after all, blanks around it aside."""
+        return text.strip() in {right.strip() for right in self.rights}
 
 
 def _contests(material: Material) -> list[_Contest]:
-    """Choose prompts by hash; from the policy's samples where they have right answers, else from the preferences."""
-    found = _contests_of_samples(material.samples) or _contests_of_preferences(material.preferences)
-    chosen = sorted(found, key=lambda contest: sha256_bytes(contest.group.encode()))[:MOST_PROMPTS]
-    return [
-        _Contest(c.prompt, c.group, c.right, c.wrong, _with_neighbours(chosen, place))
-        for place, c in enumerate(chosen)
-    ]
+    """Choose prompts by hash: the policy's samples first, then preferences until `MOST_PROMPTS` have a wrong answer too.
+
+    A few samples must not take the place of many preferences.
+    """
+    own = _by_hash(_contests_of_samples(material.samples))[:MOST_PROMPTS]
+    taken = {contest.prompt for contest in own}
+    others = [c for c in _contests_of_preferences(material.preferences) if c.prompt not in taken]
+    wanting = MOST_PROMPTS - sum(contest.wrong is not None for contest in own)
+    chosen = own + _by_hash(others)[:wanting]
+    return [replace(c, candidates=_with_neighbours(chosen, place)) for place, c in enumerate(chosen)]
+
+
+def _by_hash(contests: Sequence[_Contest]) -> list[_Contest]:
+    return sorted(contests, key=lambda contest: sha256_bytes(contest.group.encode()))
 
 
 def _contests_of_samples(samples: Sequence[Sample]) -> list[_Contest]:
@@ -309,15 +323,20 @@ def _contests_of_samples(samples: Sequence[Sample]) -> list[_Contest]:
         others = dict.fromkeys(row.answer.response for row in rows)
         others.pop(best.answer.response)
         wrong = worst.answer.response if best.gold - worst.gold >= LEAST_GAP else None
-        found.append(
-            _Contest(prompt, sha256_bytes(prompt.encode()), best.answer.response, wrong, tuple(others))
-        )
+        rights = frozenset(row.answer.response for row in rows if row.gold >= LEAST_GAP)
+        group = sha256_bytes(prompt.encode())
+        found.append(_Contest(prompt, group, best.answer.response, wrong, tuple(others), rights))
     return found
 
 
 def _contests_of_preferences(preferences: Sequence[Preference]) -> list[_Contest]:
+    """One of each group, and of groups with the same prompt only one."""
     first = {p.group: p for p in reversed(preferences)}
-    return [_Contest(p.prompt, p.group, p.chosen, p.rejected, (p.rejected,)) for p in first.values()]
+    asked = {p.prompt: p for p in first.values()}
+    return [
+        _Contest(p.prompt, p.group, p.chosen, p.rejected, (p.rejected,), frozenset({p.chosen}))
+        for p in asked.values()
+    ]
 
 
 def _with_neighbours(contests: Sequence[_Contest], place: int) -> tuple[str, ...]:

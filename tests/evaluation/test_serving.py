@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tasks.core.digest import digest_json
-from tasks.evaluation.serving import Serving, measure, serving_evidence
+from tasks.evaluation.serving import Serving, _serve, measure, serving_evidence
 from tests.tiny import make_tiny_model
 
 PROMPTS = ["gcd of 4, 6:", "1 + 1 ="]
@@ -81,6 +81,29 @@ def test_cost_is_that_of_the_best_pass_of_each_prompt():
     assert Serving(**{**asdict(served), "gpu_mib": 9.0}).cost() == pytest.approx((1.0 + 1.0) / 5)
     assert served.answer_seconds(1.0) == 4.0
     assert served.token_seconds(1.0) == 2.0
+    work = {"work_seconds": ((3.0, 4.0), (5.0, 2.0))}
+    brief, long = (Serving(**{**asdict(served), **work, "tokens": n}) for n in ((1, 1), (8, 8)))
+    assert brief.cost() == long.cost() == 5.0
+    old = {name: value for name, value in asdict(served).items() if name != "work_seconds"}
+    assert Serving.from_json(old).cost() == served.cost()
+
+
+def test_saying_less_makes_an_agent_no_dearer(tiny, tmp_path, served):
+    """The same weights, with its own first token to the first prompt made special: it stops after one."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path / "brief"
+    shutil.copytree(tiny, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    given = tokenizer(PROMPTS[0], return_tensors="pt", add_special_tokens=False)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    first = int(model(**given).logits[0, -1].argmax())
+    tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(first)]})
+    tokenizer.save_pretrained(folder)
+    found = measure(folder, PROMPTS[:1], max_new_tokens=32, repeats=3, threads=1)
+    assert found.tokens == (1,)
+    assert len(found.work_seconds) == 3
+    assert found.cost() > 3 * found.answer_seconds(0.5)  # of 32 tokens, whatever was said
 
 
 def test_an_agent_that_cannot_be_loaded_is_a_result_and_a_pickle_is_never_loaded(tmp_path, tiny):
@@ -111,6 +134,25 @@ def test_the_time_limit_kills_everything_it_started(tiny):
     assert (found.ok, found.fault) == (False, "machine")
     assert "0.3 s" in found.problem
     assert _children() <= before
+
+
+@pytest.mark.parametrize(
+    ("said", "fault"),
+    [
+        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", "machine"),
+        ("CUDA error: device-side assert triggered", "agent"),
+        ("size mismatch for lm_head.weight", "agent"),
+    ],
+)
+def test_a_gpu_that_fails_is_not_the_agent_s_fault(tiny, monkeypatch, said, fault):
+    def broken(*_):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("models.causal_lm.load_policy", broken)
+    request = {"folder": str(tiny), "prompts": PROMPTS, "device": "cpu", "dtype": "float32"}
+    found = _serve(request | {"max_new_tokens": 2, "repeats": 1, "threads": None})
+    assert (found.ok, found.fault) == (False, fault)
+    assert said in found.problem
 
 
 def test_nothing_to_ask_is_a_mistake_of_the_caller(tiny):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from tasks.evaluation.paired import Agent, pair_outcomes, read_outcomes, write_outcomes
 from tasks.evaluation.statistics import clopper_pearson, clustered_mean
 from tasks.evaluation.stopping import chunks, plan_of
+from tasks.promotion.evidence.hacking import hacking_evidence
 from tasks.promotion.evidence.item import FileRef
 from tasks.promotion.evidence.quality import guard_evidence, quality_evidence
 from tasks.promotion.evidence.watch import stop_reason
@@ -46,14 +48,17 @@ def tasks(n, env="sums", size=1):
     return {env: [Asked(f"{env}/{i}", f"{env}/{i // size}") for i in range(n)]}
 
 
-def watch(asked, rewards, policy=POLICY, first=60, every=30):
-    """Answer as the flow does, with made-up rewards {task id: (candidate, champion)}; return (outcomes, reason)."""
+def watch(asked, rewards, policy=POLICY, first=60, every=30, words=("9", "9"), most=None):
+    """Answer as the flow does, with made-up rewards {task id: (candidate, champion)}; return (outcomes, reason).
+
+    `words` are what candidate and champion say; at most `most` chunks are answered.
+    """
     plan = plan_of(asked, first, every)
     sides, reason, paired = ([], []), None, None
-    for chunk in chunks(asked, first, every):
+    for chunk in islice(chunks(asked, first, every), most):
         for env, found in chunk.items():
             for k, side in enumerate(sides):
-                side += [Answer(t.id, env, rewards[t.id][k], family=t.family) for t in found]
+                side += [Answer(t.id, env, rewards[t.id][k], words[k], t.family) for t in found]
         paired = pair_outcomes(*sides, AGENTS, {}, plan)
         reason = stop_reason(paired, policy)
         if reason is not None:
@@ -89,6 +94,17 @@ def test_a_clear_gain_stops_early_and_the_same_answers_decide_the_same():
     found = quality_evidence(outcomes, SOURCE, POLICY)
     assert found.verdict == "PASS"
     assert "after 60 of 300 tasks" in found.says
+
+
+def test_long_answers_do_not_end_it_before_the_gain_that_excuses_them_can_be_shown():
+    """Wins 20 %, losses 8 %, answers four times as long: on all tasks the gain is shown, at the first look it is not."""
+    asked = tasks(800)
+    draws = np.random.default_rng(0).choice([1.0, 0.0, -1.0], 800, p=[0.2, 0.72, 0.08])
+    outcomes, reason = watch(asked, rewards_of(asked, draws), words=("9 9 9 9", "9"))
+    first, _ = watch(asked, rewards_of(asked, draws), words=("9 9 9 9", "9"), most=1)
+    assert "FAIL" in {item.verdict for item in hacking_evidence(first, SOURCE, None, None, POLICY)}
+    assert reason == "every claim about the answers is shown"
+    assert len(outcomes.pairs) > 60
 
 
 def test_a_clear_loss_stops_early_with_a_fail():

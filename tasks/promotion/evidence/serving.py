@@ -38,9 +38,9 @@ def serving_evidence(report: Mapping[str, Any] | None, source: FileRef | None, p
     verdict, relative = "PASS", ""
     if rule.vs_champion is not None and champion.ok:
         ratio = candidate.cost() / champion.cost()
-        relative = f", {ratio:.2f} times the champion's work a token (allowed {rule.vs_champion:.2f})"
+        relative = f", {ratio:.2f} times the champion's work (allowed {rule.vs_champion:.2f})"
         if ratio > rule.vs_champion:
-            over.append(f"the work for a token is {ratio:.2f} times the champion's")
+            over.append(f"equal work takes {ratio:.2f} times the champion's time")
     elif rule.vs_champion is not None:
         verdict, relative = "INCONCLUSIVE", f"; the champion could not be measured: {champion.problem}"
     if over:

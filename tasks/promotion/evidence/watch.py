@@ -31,8 +31,10 @@ def stop_reason(outcomes: PairedOutcomes, policy: Policy) -> str | None:
     if plan is None:
         raise ValueError("outcomes without a plan are all there; nothing can be stopped")
     items = _items(outcomes, policy)
-    if any(item.verdict == "FAIL" for item in items):
-        return next(item.says for item in items if item.verdict == "FAIL")
+    # A sign of hacking fails only for want of a shown gain, which the answers to come may still show.
+    failed = [i for i in items if i.verdict == "FAIL" and not i.name.startswith("hacking/")]
+    if failed:
+        return failed[0].says
     everywhere = set(outcomes.slices()) == set(plan.tasks)
     if everywhere and all(item.verdict == "PASS" for item in items):
         return "every claim about the answers is shown"

@@ -159,7 +159,7 @@ def _serving(report: Mapping[str, Any], policy: Policy) -> Section:
         ("loading, seconds", lambda one: number(one.load_seconds)),
         ("an answer, seconds, median", lambda one: number(one.answer_seconds(0.5))),
         ("an answer, seconds, 95th percentile", lambda one: number(one.answer_seconds(0.95))),
-        ("work for a token, milliseconds", lambda one: number(1000 * one.cost())),
+        ("work that is compared, milliseconds", lambda one: number(1000 * one.cost())),
         ("memory, MiB", lambda one: number(one.gpu_mib or one.memory_mib)),
         ("the same answers each time", lambda one: "yes" if one.repeated else "no"),
         ("answers of", lambda one: f"{len(one.tokens)} prompts, {sum(one.tokens):,} tokens"),
