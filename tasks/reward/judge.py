@@ -67,11 +67,13 @@ def read_mark(reply: str, scale: int) -> int | None:
     for text in _OBJECT.findall(reply):
         try:
             value = json.loads(text).get("score")
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        if isinstance(value, float) and value.is_integer():  # which infinity and NaN are not
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
             continue
-        marks.add(int(value))
+        marks.add(value)
     if len(marks) != 1:
         return None
     (mark,) = marks
@@ -108,7 +110,7 @@ class JudgeSource:
         `max_unreadable` of all, nothing is scored.
 
         Raises:
-            UsageError: the settings name no model, or the key's variable is not set.
+            UsageError: the settings name no model or no plain address, or the key's variable holds no key.
             Unavailable: the endpoint does not answer, after all attempts.
             Refused: too many replies hold no mark, or the endpoint refuses the request itself.
         """
@@ -140,13 +142,28 @@ class JudgeSource:
             raise UsageError(
                 "The judge has no model; set reward.model.model to the name its endpoint serves."
             )
-        variable = self.settings.api_key_env
-        if variable and not os.environ.get(variable):
+        require_plain_url(self.settings.url)
+        variable, key = self.settings.api_key_env, self._key()
+        if variable and not key:
             raise UsageError(f"The environment variable {variable} with the judge's API key is not set.")
+        if not (key.isascii() and key.isprintable()):
+            raise UsageError(
+                f"The environment variable {variable} holds no API key: it has control or non-ASCII characters."
+            )
+
+    def _key(self) -> str:
+        """The API key, "" where none is asked for; mounted secrets end with a line break."""
+        variable = self.settings.api_key_env
+        return os.environ.get(variable, "").strip() if variable else ""
 
     def _headers(self) -> dict[str, str]:
-        variable = self.settings.api_key_env
-        return {"Authorization": f"Bearer {os.environ[variable]}"} if variable else {}
+        key = self._key()
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
+    def _hide(self, text: str) -> str:
+        """Return what a server or a library said, without the key."""
+        key = self._key()
+        return text.replace(key, "<key>") if key else text
 
     def _request(self, answer: Answer) -> dict[str, Any]:
         # The fence cannot be guessed by whoever wrote the answer, and is the same for the same question.
@@ -174,7 +191,7 @@ class JudgeSource:
             if mark is not None:
                 break
         mark = -1 if mark is None else mark
-        write_atomic(self._place(answer), canonical_json({"mark": mark, "reply": reply[:2000]}))
+        write_atomic(self._place(answer), canonical_json({"mark": mark, "reply": self._hide(reply)[:2000]}))
         return mark
 
     def _reply(self, client: httpx.Client, request: dict[str, Any]) -> str:
@@ -188,12 +205,12 @@ class JudgeSource:
                 response = client.post(url, json=request)
                 if response.status_code == 200:
                     return _content(response)
-                problem = f"it said {response.status_code}: {response.text[:200]}"
+                problem = f"it said {response.status_code}: {self._hide(response.text)[:200]}"
                 if response.status_code not in _AGAIN:
                     raise Refused(f"The judge at {url} refuses the request; {problem}")
                 asked_to_wait = response.headers.get("retry-after")
-            except (httpx.TransportError, _Garbled) as error:
-                problem = f"{type(error).__name__.lstrip('_')}: {error}"
+            except (httpx.HTTPError, _Garbled) as error:
+                problem = f"{type(error).__name__.lstrip('_')}: {self._hide(str(error))[:200]}"
             if attempt < self.settings.retries:
                 self.pause(_pause(attempt, asked_to_wait))
         raise Unavailable(
@@ -206,7 +223,8 @@ class JudgeSource:
             mark = json.loads(self._place(answer).read_bytes())["mark"]
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        return mark if isinstance(mark, int) and -1 <= mark <= self.settings.scale else None
+        # One that was unreadable is asked for again: the judge may have been mended.
+        return mark if isinstance(mark, int) and 0 <= mark <= self.settings.scale else None
 
     def _place(self, answer: Answer) -> Path:
         question = digest_json([self.identity, answer.prompt, answer.response])
@@ -215,6 +233,27 @@ class JudgeSource:
 
 class _Garbled(Exception):
     """A reply is no chat completion."""
+
+
+def require_plain_url(url: str) -> None:
+    """Refuse an address that cannot be asked, or that may hold a secret: the address is recorded.
+
+    Raises:
+        UsageError: it is no http(s) address, or has a user, a query or a fragment; it is not repeated.
+    """
+    import httpx
+
+    try:
+        parts = httpx.URL(url)
+    except httpx.InvalidURL:
+        parts = httpx.URL()
+    if parts.scheme not in ("http", "https") or not parts.host:
+        raise UsageError("reward.model.url is no http or https address.")
+    if parts.userinfo or parts.query or parts.fragment:
+        raise UsageError(
+            "reward.model.url has a user, a query or a fragment, and it is recorded; put the key into an environment "
+            "variable and name that in reward.model.api_key_env."
+        )
 
 
 def judge_digest(settings: JudgeModel) -> str:
@@ -235,8 +274,8 @@ def describe_judge(settings: JudgeModel) -> dict[str, Any]:
 def _content(response: httpx.Response) -> str:
     try:
         content = response.json()["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError):
-        raise _Garbled(f"the reply is no chat completion: {response.text[:120]!r}") from None
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        raise _Garbled(f"the reply is no chat completion: {response.text}") from None
     return content if isinstance(content, str) else ""
 
 

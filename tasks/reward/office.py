@@ -24,7 +24,7 @@ from tasks.promotion.gate import conclude, reward_evidence
 from tasks.promotion.policy import Policy
 from tasks.reward.source import Preference, RewardSource
 
-SCHEMA = "forebay.reward_decision/1"
+SCHEMA = "forebay.reward_decision/2"
 COMPARISON = "forebay.reward_comparison/1"
 NOBODY = Agent(0, "")  # whom the first reward model in office is compared with
 _DECIMALS = 6  # of a margin in the evidence
@@ -39,6 +39,7 @@ class RewardInputs:
         expired: why its verdict holds no more, "" where it holds.
         comparison: margins of candidate and champion on the same comparisons.
         integrity: what is wrong with the candidate's files, "" where nothing is.
+        alone: why it cannot be compared with the champion, "" where it can; the validation alone decides then.
     """
 
     candidate: Agent
@@ -47,6 +48,7 @@ class RewardInputs:
     expired: str
     comparison: FileRef | None
     integrity: str = ""
+    alone: str = ""
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,10 @@ def _accuracy(comparison: dict[str, Any] | None, inputs: RewardInputs, policy: P
     """Weigh the difference of accuracies: paired, clustered by prompt; only a sure loss fails."""
     name = "accuracy"
     if comparison is None or inputs.comparison is None or not comparison["pairs"]:
-        says = "Accuracy: there is no comparison that both reward models have not seen."
-        return Evidence(name, "INCONCLUSIVE", says, None)
+        why = inputs.alone or "there is no comparison that both reward models have not seen"
+        return Evidence(
+            name, "INCONCLUSIVE", f"Accuracy: {why}; the validation alone decides.", None, counts=False
+        )
     if (comparison["candidate"], comparison["champion"]) != (inputs.candidate.digest, inputs.champion.digest):
         raise Corrupt("The comparison is about other reward models than the decision.")
     pairs = comparison["pairs"]
@@ -200,6 +204,7 @@ def recompute_office(path: Path) -> RewardDecision:
         said["expired"],
         said["comparison"] and FileRef(**said["comparison"]),
         said["integrity"],
+        said["alone"],
     )
     again = decide_office(path.parent.parent, inputs, Policy.model_validate(record["policy"]))
     if again.record != path.read_bytes():

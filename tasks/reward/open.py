@@ -12,7 +12,7 @@ from tasks.core.settings import JudgeModel, VerifierModel
 from tasks.reward.classifier import ClassifierSource
 from tasks.reward.folder import folder_digest, read_about, write_about
 from tasks.reward.head import Backbone, HeadSource
-from tasks.reward.judge import JudgeSource, describe_judge, judge_digest
+from tasks.reward.judge import JudgeSource, describe_judge, judge_digest, require_plain_url
 from tasks.reward.source import RewardSource
 from tasks.reward.verifier import VerifierSource, environment_verifier, function_verifier
 
@@ -82,7 +82,7 @@ def write_untrained(folder: Path, settings: VerifierModel | JudgeModel) -> None:
     """Write the folder of a source that needs no training.
 
     Raises:
-        UsageError: there is no such verifier, or the judge has no model.
+        UsageError: there is no such verifier, or the judge has no model or no plain address.
     """
     if isinstance(settings, VerifierModel):
         identity = open_verifier(settings.name).digest
@@ -90,6 +90,7 @@ def write_untrained(folder: Path, settings: VerifierModel | JudgeModel) -> None:
     elif not settings.model:
         raise UsageError("The judge has no model; set reward.model.model to the name its endpoint serves.")
     else:
+        require_plain_url(settings.url)
         described = describe_judge(settings)
         write_about(folder, {"kind": "judge", **described, "identity": judge_digest(settings)})
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
+from functools import cache
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 from tasks.arena.environment import Environment, Task, get, verifier_digest
-from tasks.core.digest import digest_json, sha256_file
+from tasks.core.digest import digest_json, sha256_bytes
 from tasks.core.errors import Refused, UsageError
 from tasks.reward.source import Answer
 
@@ -63,32 +65,57 @@ def function_verifier(name: str) -> VerifierSource:
     """Return the function `module:function`, called with prompt and response.
 
     Its identity is the source of its whole module, of which it may use any part; what that imports is not followed.
-    `VERSION` of the module, where there is one, counts as well.
+    `VERSION` of the module, where there is one, counts as well. What runs is what was hashed.
 
     Raises:
         UsageError: there is no such function.
     """
     module_name, _, attribute = name.partition(":")
     try:
-        module = import_module(module_name)
-        function = getattr(module, attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        file = _source_file(module_name)
+        source = file.read_bytes() if file else b""
+        module = _executed(module_name, source) if file else None
+        function = getattr(module, attribute) if module else None
+    except Exception as error:  # whatever a user's module raises
         raise UsageError(
             f"The verifier {name} cannot be imported ({error}); name module:function, with its folder on PYTHONPATH."
         ) from None
+    if module is None:
+        raise UsageError(f"The verifier {name} has no source file, so it has no identity.")
     if not callable(function):
         raise UsageError(f"The verifier {name} is of type {type(function).__name__}, not a function.")
-    file = inspect.getsourcefile(module)
-    if file is None:
-        raise UsageError(f"The verifier {name} has no source file, so it has no identity.")
     identity = {
         "name": name,
         "version": str(getattr(module, "VERSION", "")),
-        "source": sha256_file(Path(file)),
+        "source": sha256_bytes(source),
     }
     return VerifierSource(
         name, digest_json(identity), lambda answer: function(answer.prompt, answer.response)
     )
+
+
+def _source_file(module: str) -> Path | None:
+    spec = find_spec(module)
+    if spec is None:
+        raise ImportError(f"No module named {module!r}")
+    return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
+
+
+@cache
+def _executed(name: str, source: bytes) -> ModuleType:
+    """Return the module that these bytes make. One imported earlier may come from a file that has changed since."""
+    spec = find_spec(name)
+    assert spec is not None  # its file was read
+    module, before = module_from_spec(spec), sys.modules.get(name)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        exec(compile(source, str(spec.origin), "exec"), module.__dict__)
+    except BaseException:
+        sys.modules.pop(name)
+        if before is not None:
+            sys.modules[name] = before
+        raise
+    return module
 
 
 def environment_verifier(name: str, tasks: Mapping[str, Task] | None = None) -> VerifierSource:

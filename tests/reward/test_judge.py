@@ -153,6 +153,39 @@ def test_the_key_comes_from_the_environment_and_is_stored_nowhere(serve, tmp_pat
     assert all(b"secret-token" not in path.read_bytes() for path in tmp_path.rglob("*.json"))
 
 
+def test_the_key_is_in_no_message(serve, tmp_path, monkeypatch):
+    echo = serve(lambda n, body: (401, {}, {"error": f"{'x' * 180} sk-SECRET is no key"}))
+    monkeypatch.setenv("JUDGE_KEY", "sk-SECRET\n")
+    with pytest.raises(Refused, match="401") as told:
+        judge(echo, tmp_path, api_key_env="JUDGE_KEY").score(ANSWERS[:1])
+    assert echo.seen[0][0]["authorization"] == "Bearer sk-SECRET"
+    assert "sk-S" not in str(told.value)
+    garbled = serve(lambda n, body: (200, {}, b"sk-SECRET"))
+    with pytest.raises(Unavailable) as told:
+        judge(garbled, tmp_path, api_key_env="JUDGE_KEY").score(ANSWERS[:1])
+    assert "sk-S" not in str(told.value)
+    for bad in ("sk-SEC\nRET", "sk-SECRETé"):
+        monkeypatch.setenv("JUDGE_KEY", bad)
+        with pytest.raises(UsageError, match="JUDGE_KEY holds no API key") as told:
+            judge(echo, tmp_path, api_key_env="JUDGE_KEY").score(ANSWERS[:1])
+        assert "SEC" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:pw@h/v1", "http://h/v1?key=pw", "http://[::1/v1", "h/v1", "file:///v1"]
+)
+def test_an_address_with_a_secret_or_of_no_server_is_refused(tmp_path, url):
+    settings = JudgeModel(url=url, model="m")
+    for ask in (
+        lambda: JudgeSource(settings, tmp_path, "d" * 64).score(ANSWERS),
+        lambda: write_untrained(tmp_path / "kept", settings),
+    ):
+        with pytest.raises(UsageError, match=r"reward\.model\.url") as told:
+            ask()
+        assert "pw" not in str(told.value)
+    assert not (tmp_path / "kept").exists()
+
+
 def test_unreadable_replies_are_asked_for_twice_counted_and_refused_above_a_share(serve, tmp_path):
     server = serve(
         lambda n, body: (
@@ -163,7 +196,10 @@ def test_unreadable_replies_are_asked_for_twice_counted_and_refused_above_a_shar
         judge(server, tmp_path).score(ANSWERS)
     assert len(server.seen) == 5
     assert judge(server, tmp_path, max_unreadable=0.7).score(ANSWERS) == [0.9, 0.0, 0.0]
-    assert len(server.seen) == 5  # kept, too
+    assert len(server.seen) == 9  # asked for again: the judge may have been mended
+    well = serve(by_answer)
+    assert judge(well, tmp_path).score(ANSWERS) == [0.9, 0.2, 0.2]
+    assert len(well.seen) == 2
 
 
 def test_a_reply_that_is_no_completion_is_a_failure_of_the_server(serve, tmp_path):
@@ -191,6 +227,10 @@ def test_a_reply_that_is_no_completion_is_a_failure_of_the_server(serve, tmp_pat
         ('{"mark": 7}', None),
         ("I would say 7 of 10, maybe 8", None),
         ("", None),
+        ('{"score": Infinity}', None),
+        ('{"score": 1e999}', None),
+        ('{"score": NaN}', None),
+        ('{"score": 1' + "0" * 400 + "}", None),
     ],
 )
 def test_reading_marks(reply, mark):

@@ -109,7 +109,12 @@ def test_the_first_has_nobody_to_be_compared_with_and_without_comparisons_nobody
         "integrity",
         "reward model",
     ]
-    assert verdict_of(decided(tmp_path, comparison=None), "accuracy") == "INCONCLUSIVE"
+    alone = decided(tmp_path, comparison=None, alone="reward/1 cannot be opened")
+    assert verdict_of(alone, "accuracy") == "INCONCLUSIVE"
+    assert alone.verdict == "PASS"  # by its validation alone, and it says so
+    assert "reward/1 cannot be opened; the validation alone decides" in alone.record.decode()
+    assert recompute_office(write_decision(tmp_path, alone)).record == alone.record
+    assert decided(tmp_path, comparison=None, verdict="FAIL").verdict == "FAIL"
 
 
 def test_evidence_about_others_is_refused(tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,8 +29,9 @@ def test_a_function_scores_and_is_known_by_its_source(tmp_path, monkeypatch):
     loaded = load_source(tmp_path / "kept")
     assert loaded.score([Answer("q", "a")]) == [0.5]
     module.write_text("def f(prompt, response):\n    return 0.75\n")
-    del sys.modules["mine"]
-    assert function_verifier("mine:f").digest != before
+    changed = function_verifier("mine:f")  # in the same process, which has the old code imported
+    assert changed.digest != before
+    assert changed.score([Answer("q", "a")]) == [0.75]
     with pytest.raises(Refused, match="source changed"):
         load_source(tmp_path / "kept")
 
