@@ -12,7 +12,7 @@ from flows.judging import record_decision
 from flows.registry import restore, settle
 from flows.rewards import heldout, newest_verdict, open_source, reward
 from flows.scoring import expiry
-from tasks.core.errors import Corrupt, NotFound, Refused
+from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
 
 if TYPE_CHECKING:
     from tasks.core.ledger import Entry
@@ -45,7 +45,7 @@ def decide_reward(context: Context, ref: str) -> dict[str, Any]:
         file = verdict["evidence"]
         place = (context.workspace.root / file["path"]).relative_to(evidence).as_posix()
         validation = FileRef(place, file["sha256"])
-    comparison, theirs, problem = None, NOBODY, ""
+    comparison, theirs, problem, alone = None, NOBODY, "", ""
     try:
         source = open_source(context, ours)
     except (Corrupt, Refused) as error:
@@ -53,11 +53,17 @@ def decide_reward(context: Context, ref: str) -> dict[str, Any]:
     if holder is not None:
         other = reward(context, str(holder)).payload
         theirs = Agent(holder, other["digest"])
-        if not problem:
-            unseen = _unseen_by_both(context, ours, other)
+        alone = next(filter(None, (_judges_tasks(context, side) for side in (ours, other))), "")
+        if not problem and not alone:
+            try:
+                champion_source = open_source(context, other)
+            except (NotFound, Corrupt, Refused, UsageError) as error:
+                alone = f"reward/{holder} cannot be opened ({str(error).rstrip('.')})"
+        unseen = [] if problem or alone else _unseen_by_both(context, ours, other)
+        if unseen:
             with progress.current().bar("compare") as report:
                 report(0, 1, f"{len(unseen)} comparisons, {entry.subject} and reward/{holder}")
-                data = compare(source, open_source(context, other), unseen)
+                data = compare(source, champion_source, unseen)
                 report(1, 1, "")
             comparison = keep_comparison(evidence, data)
     inputs = RewardInputs(
@@ -67,6 +73,7 @@ def decide_reward(context: Context, ref: str) -> dict[str, Any]:
         (expiry(context, verdict) or "") if verdict else "",
         comparison,
         problem,
+        alone,
     )
     return record_decision(context, decide_office(evidence, inputs, context.policy), office="reward")
 
@@ -165,6 +172,16 @@ def newest_reward_decision(context: Context, ref: str) -> Entry:
             f"The gate has not decided about {subject} yet; run `forebay reward decide {subject}`."
         )
     return made
+
+
+def _judges_tasks(context: Context, registered: Any) -> str:
+    """Return why a source cannot score comparisons: an environment's verifier knows only tasks; "" for others."""
+    from tasks.reward.folder import read_about
+
+    if registered["kind"] != "verifier":
+        return ""
+    name = read_about(context.workspace.root / registered["path"])["settings"]["name"]
+    return "" if ":" in name else f"the verifier of {name} judges its own tasks and no other comparison"
 
 
 def _unseen_by_both(context: Context, ours: Any, theirs: Any) -> list[Preference]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +61,7 @@ def import_preferences(
 
 
 def replay_set(context: Context, dataset: Mapping[str, Any], agent: str = "champion") -> dict[str, Any]:
-    """Make preferences of a sealed dataset by its rewards; the same dataset gives the same set.
+    """Make preferences of a sealed dataset by what verifiers said; the same dataset gives the same set.
 
     Args:
         dataset: payload of `dataset.sealed`.
@@ -71,11 +73,14 @@ def replay_set(context: Context, dataset: Mapping[str, Any], agent: str = "champ
     from tasks.reward.pairs import replay_preferences
     from tasks.reward.preferences import distinct
 
-    decode = Decoder(context, agent)
+    decode, models = Decoder(context, agent), registered_digests(context)
     settings = context.settings.reward
     found = distinct(
         replay_preferences(
-            (decode.checked(episode) for episode in episodes(context, dataset)),
+            (
+                replace(decode.checked(row), reward=verified(row, models))
+                for row in episodes(context, dataset)
+            ),
             decode,
             per_group=settings.pairs_per_group,
             seed=context.settings.seed,
@@ -489,6 +494,16 @@ def episodes(context: Context, dataset: Mapping[str, Any]) -> Iterator[Episode]:
     for batch in table.to_batches():
         for row in batch.to_pylist():
             yield Episode(**row)
+
+
+def registered_digests(context: Context) -> frozenset[str]:
+    """Return the digests of all registered reward sources."""
+    return frozenset(entry.payload["digest"] for entry in context.ledger.entries(REGISTERED))
+
+
+def verified(row: Episode, models: Set[str]) -> float:
+    """Return the reward that a verifier gave; a dataset that was scored anew keeps it among the components."""
+    return float(json.loads(row.reward_components)["before"]) if row.reward_digest in models else row.reward
 
 
 def _open_backbone(context: Context, backbone: Mapping[str, Any]) -> Backbone:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from flows import progress
 from flows.context import Context
-from flows.rewards import REGISTERED, Decoder, episodes, newest_verdict, open_source, reward
+from flows.rewards import REGISTERED, Decoder, episodes, open_source, registered_digests, reward, verified
 from tasks.core.digest import canonical_json
-from tasks.core.errors import Conflict, Refused, UsageError
+from tasks.core.errors import Conflict, Corrupt, NotFound, Refused, UsageError
 
 if TYPE_CHECKING:
+    from tasks.core.ledger import Ledger, LedgerView
     from tasks.replay.schema import Episode
     from tasks.reward.source import Answer, RewardSource
 
-SCORED = "dataset.scored"
+SCORED, SCORING = "dataset.scored", "dataset.scoring"
+VALIDATED = "reward.validated"
 _NATS = ("head", "classifier")
 _BATCH = 256  # answers scored at once; a group is never divided
 
@@ -28,8 +30,8 @@ _BATCH = 256  # answers scored at once; a group is never divided
 def score_dataset(context: Context, ref: str, dataset: str, into: str) -> dict[str, Any]:
     """Write the episodes of a sealed dataset, rewarded anew, into an open segment of the dataset `into`.
 
-    Everything but the reward stays: ids, tokens, log-probabilities. The old reward is kept among the components
-    as `before`, the raw score as `score`; `reward_digest` names the source. Groups that `into` has already are
+    Everything but the reward stays: ids, tokens, log-probabilities. What a verifier said is kept among the
+    components as `before`, the raw score as `score`; `reward_digest` names the source. Groups that `into` has already are
     passed over, so that a run that was cut short goes on. Seal it afterwards.
 
     Args:
@@ -66,6 +68,9 @@ def score_dataset(context: Context, ref: str, dataset: str, into: str) -> dict[s
         sorted(rows, key=lambda e: e.sample_index) for name, rows in groups.items() if name not in known
     ]
     source = open_source(context, registered, tasks_for(context, registered, waiting))
+    models = registered_digests(context)
+    if waiting:
+        _claim(context, into, entry.subject, registered["digest"])
     before: list[float] = []
     after: list[float] = []
     with (
@@ -75,7 +80,7 @@ def score_dataset(context: Context, ref: str, dataset: str, into: str) -> dict[s
         done = 0
         for part in _batches(waiting):
             rows = [row for group in part for row in group]
-            made = iter(rescored(rows, source, decode))
+            made = iter(rescored(rows, source, decode, models))
             for group in part:
                 new = [next(made) for _ in group]
                 writer.append(new)
@@ -100,8 +105,13 @@ def score_dataset(context: Context, ref: str, dataset: str, into: str) -> dict[s
     return outputs
 
 
-def rescored(rows: Sequence[Episode], source: RewardSource, decode: Any) -> list[Episode]:
+def rescored(
+    rows: Sequence[Episode], source: RewardSource, decode: Any, models: Set[str] = frozenset()
+) -> list[Episode]:
     """Return copies of `rows` with the rewards of `source`; see `score_dataset`.
+
+    Args:
+        models: digests of the registered sources; of rewards that one of them gave, what a verifier said is kept.
 
     Raises:
         Refused: a score is not a finite number.
@@ -113,7 +123,7 @@ def rescored(rows: Sequence[Episode], source: RewardSource, decode: Any) -> list
                 f"The reward source {source.digest[:12]}… gave {score} to episode {row.episode_id}; nothing is kept."
             )
         value = _sigmoid(score) if source.kind in _NATS else score
-        components = {**json.loads(row.reward_components), "before": row.reward, "score": score}
+        components = {**json.loads(row.reward_components), "before": verified(row, models), "score": score}
         found.append(
             replace(
                 row,
@@ -132,40 +142,85 @@ def answer(episode: Episode, decode: Any) -> Answer:
     return Answer(decode(episode.prompt_ids), episode.response_text)
 
 
-def resting_on(context: Context, root: str) -> list[dict[str, Any]]:
-    """Return the registered reward models that gave rewards in a dataset version, as their ledger payloads."""
+def resting_on(context: Context, root: str) -> dict[str, Any] | None:
+    """Return the ledger payload of the registered reward model that a dataset version rests on, None for none.
+
+    Raises:
+        Refused: it holds rewards of several, whose scales differ.
+    """
     from tasks.replay.seal import find, read_rows
 
     registered = {e.payload["digest"]: dict(e.payload) for e in context.ledger.entries(REGISTERED)}
     if not registered:
-        return []
+        return None
     table = read_rows(context.workspace, find(context.ledger, root).manifest, columns=["reward_digest"])
     named = set(table["reward_digest"].unique().to_pylist())
-    return [registered[digest] for digest in sorted(named & registered.keys())]
+    found = [registered[digest] for digest in sorted(named & registered.keys())]
+    if len(found) > 1:
+        names = ", ".join(f"reward/{model['version']}" for model in found)
+        raise Refused(f"The dataset {root[:12]} holds rewards of {names}; score it anew with one of them.")
+    return found[0] if found else None
 
 
 def require_valid_reward(context: Context, root: str) -> None:
     """Veto: what rests on a reward model needs its newest verdict to be PASS and not expired.
 
+    The newest report and those before it are judged again under the present policy. A FAIL stands until the model
+    passes on newer data: asking again, with another seed or on an older dataset, does not lift it.
+
     Args:
         root: of the dataset version.
 
     Raises:
-        Refused: a model was never validated, did not pass, or its verdict has expired; it is named.
+        Refused: the model was never validated, did not pass, or its verdict has expired; it is named.
+        NotFound, Corrupt: the report of its newest validation is missing or was changed.
     """
-    for model in resting_on(context, root):
-        name = f"reward/{model['version']}"
-        verdict = newest_verdict(context, model["digest"])
-        rests = f"The dataset {root[:12]} rests on {name}"
-        if verdict is None:
-            raise Refused(f"{rests}, which nobody has validated; run `forebay reward validate {name}`.")
-        if verdict["verdict"] != "PASS":
+    model = resting_on(context, root)
+    if model is None:
+        return
+    name = f"reward/{model['version']}"
+    rests = f"The dataset {root[:12]} rests on {name}"
+    told = [entry.payload for entry in context.ledger.entries(VALIDATED, model["digest"])]
+    if not told:
+        raise Refused(f"{rests}, which nobody has validated; run `forebay reward validate {name}`.")
+    verdict, says = _judged_again(context, told[-1])
+    if verdict != "PASS":
+        raise Refused(f"{rests}, whose validation says {verdict}: {says}")
+    reason = expiry(context, told[-1])
+    if reason:
+        raise Refused(f"{rests}, whose verdict has expired: {reason}.")
+    for earlier in told[:-1]:
+        if _newer(context, told[-1], earlier):
+            continue
+        try:
+            verdict, says = _judged_again(context, earlier)
+        except (NotFound, Corrupt, Refused):  # its report is gone, or another version wrote it
+            verdict, says = earlier["verdict"], " ".join(earlier["reasons"])
+        if verdict == "FAIL":
             raise Refused(
-                f"{rests}, whose validation says {verdict['verdict']}: {'; '.join(verdict['reasons'])}."
+                f"{rests}, which failed on data no older than that of its newest validation: {says} "
+                "Validate it on newer data, or train another."
             )
-        reason = expiry(context, verdict)
-        if reason:
-            raise Refused(f"{rests}, whose verdict has expired: {reason}.")
+
+
+def _judged_again(context: Context, told: Mapping[str, Any]) -> tuple[str, str]:
+    """Return (verdict, its sentences) of a recorded validation, by its report and the present policy."""
+    from tasks.promotion.evidence.item import read_json
+    from tasks.reward.checks import judge_report, reasons
+
+    file = told["evidence"]
+    report = read_json(context.workspace.root / file["path"], file["sha256"])
+    if report["source"]["digest"] != told["digest"]:
+        raise Corrupt(f"{file['path']} is about another reward model than {told['digest'][:12]}.")
+    verdict, checks = judge_report(report, context.policy.reward_model)
+    return verdict, " ".join(reasons(verdict, checks))
+
+
+def _newer(context: Context, told: Mapping[str, Any], earlier: Mapping[str, Any]) -> bool:
+    """Tell whether a validation's dataset was sealed after that of an earlier one, of no older policy."""
+    sealed = {entry.payload["root"]: entry.seq for entry in context.ledger.entries("dataset.sealed")}
+    policies = [(each["policy"] or {"version": 0})["version"] for each in (told, earlier)]
+    return sealed.get(told["dataset"], 0) > sealed.get(earlier["dataset"], 0) and policies[0] >= policies[1]
 
 
 def expiry(context: Context, verdict: Mapping[str, Any]) -> str | None:
@@ -182,12 +237,27 @@ def _require_alone(context: Context, into: str, digest: str) -> None:
     from tasks.replay.segments import waiting_groups
 
     scored = context.ledger.entries(SCORED, f"dataset:{into}")
-    others = sorted({e.payload["reward"] for e in scored if e.payload["digest"] != digest})
-    if others:
-        raise Conflict(f"The dataset {into} holds rewards of {', '.join(others)}; choose another --into.")
+    _require_no_other(context.ledger, into, digest)
     started = newest(context.ledger, into) is not None or waiting_groups(context.workspace, into)
     if started and not scored and not _left_by(context, into, digest):
         raise Conflict(f"The dataset {into} holds episodes that were not scored so; choose another --into.")
+
+
+def _require_no_other(ledger: Ledger | LedgerView, into: str, digest: str) -> None:
+    entries = [e for kind in (SCORED, SCORING) for e in ledger.entries(kind, f"dataset:{into}")]
+    others = sorted({e.payload["reward"] for e in entries if e.payload["digest"] != digest})
+    if others:
+        raise Conflict(f"The dataset {into} holds rewards of {', '.join(others)}; choose another --into.")
+
+
+def _claim(context: Context, into: str, name: str, digest: str) -> None:
+    """Record before the first write that `into` is this source's: of two that begin at once, one is refused."""
+    context.ledger.append(
+        SCORING,
+        f"dataset:{into}",
+        {"reward": name, "digest": digest},
+        lambda view: _require_no_other(view, into, digest),
+    )
 
 
 def _left_by(context: Context, into: str, digest: str) -> bool:

@@ -227,7 +227,7 @@ def train_and_validate_reward_model(
     from flows.validation import validate_registered
 
     # Where a registered model gave the rewards it is the one to be judged; another trained on them would echo it.
-    registered = next(iter(resting_on(context, dataset["root"])), None)
+    registered = resting_on(context, dataset["root"])
     if registered is None:
         agent = f"agent/{champion}"
         registered = train_reward(context, replay_set(context, dataset, agent), agent)

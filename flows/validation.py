@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -12,8 +11,17 @@ from flows import progress
 from flows.context import Context
 from flows.experience import intact
 from flows.judging import heldout_tasks
-from flows.rewards import REGISTERED, Decoder, episodes, heldout, newest_verdict, open_source, reward
-from flows.scoring import answer, expiry, tasks_for
+from flows.rewards import (
+    Decoder,
+    episodes,
+    heldout,
+    newest_verdict,
+    open_source,
+    registered_digests,
+    reward,
+    verified,
+)
+from flows.scoring import VALIDATED, answer, expiry, tasks_for
 from tasks.core.digest import digest_json, sha256_bytes
 from tasks.core.errors import Refused
 from tasks.core.stages import once
@@ -23,7 +31,6 @@ if TYPE_CHECKING:
     from tasks.reward.source import Preference
     from tasks.reward.validation import Sample
 
-VALIDATED = "reward.validated"
 _MOST_PROMPTS = 256  # of the policy's answers: enough for every bound, and scoring costs time
 
 
@@ -123,22 +130,17 @@ def _verified_episodes(
     """Return the episodes with the rewards that a verifier gave, of one environment where the source judges one."""
     from tasks.reward.folder import read_about
 
-    models = {entry.payload["digest"] for entry in context.ledger.entries(REGISTERED)}
+    models = registered_digests(context)
     decode = Decoder(context, "champion")
     env = None
     if registered["kind"] == "verifier":
         env = read_about(context.workspace.root / registered["path"])["settings"]["name"]
     rows = [
-        replace(row, reward=_verified(row, models))
+        replace(row, reward=verified(row, models))
         for row in map(decode.checked, episodes(context, dataset))
         if env is None or ":" in env or row.env == env
     ]
     return rows, decode
-
-
-def _verified(row: Episode, models: set[str]) -> float:
-    """Return the reward that a verifier gave; a dataset that was scored anew keeps it among the components."""
-    return float(json.loads(row.reward_components)["before"]) if row.reward_digest in models else row.reward
 
 
 def _unseen(

@@ -8,10 +8,12 @@ import math
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from unittest import mock
 
+import pyarrow as pa
 import pytest
 
 from flows import cli, progress
@@ -19,11 +21,12 @@ from flows.context import Context
 from flows.experience import collect_into_segment, seal_dataset
 from flows.keys import init_keys
 from flows.pages import page_of
-from flows.rewards import episodes, heldout, open_source, reward
-from flows.scoring import require_valid_reward
+from flows.rewards import Decoder, episodes, heldout, open_source, replay_set, reward
+from flows.scoring import _claim, require_valid_reward, rescored, resting_on
 from flows.training import train_agent, train_and_validate_reward_model
 from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
-from tasks.core.errors import Corrupt, Refused
+from tasks.core.errors import Conflict, Corrupt, Refused
+from tasks.promotion.policy import Policy
 from tasks.replay.seal import find
 from tasks.reward.folder import training_prompts
 from tasks.reward.preferences import prompt_digests
@@ -70,7 +73,7 @@ def comparisons(path: Path, n: int = 60) -> Path:
     return path
 
 
-def validated(context: Context, registered: dict, verdict: str, days: float = 0.0) -> None:
+def validated(context: Context, registered: dict, verdict: str, days: float = 0.0, dataset: str = "") -> None:
     """Record a validation whose report is judged so: only margins, and a policy that asks for nothing else."""
     right = {"PASS": 0.9, "FAIL": 0.5, "INCONCLUSIVE": 0.62}[verdict]
     source = {"kind": registered["kind"], "digest": registered["digest"]}
@@ -82,7 +85,7 @@ def validated(context: Context, registered: dict, verdict: str, days: float = 0.
         registered["digest"],
         {
             "digest": registered["digest"],
-            "dataset": "",
+            "dataset": dataset,
             "verdict": verdict,
             "reasons": ["told by a test"],
             "accuracy": {"estimate": right, "low": right, "high": right, "n": 200},
@@ -174,24 +177,67 @@ def test_what_rests_on_a_model_nobody_validated_is_not_trained_on(laid: Context,
 
     for verdict in ("FAIL", "INCONCLUSIVE"):
         validated(laid, head, verdict)
-        with pytest.raises(Refused, match=f"says {verdict}: told by a test"):
+        with pytest.raises(Refused, match=f"says {verdict}: "):
             require_valid_reward(laid, root)
     sealed = laid.ledger.last("dataset.sealed", "scored/v1")
     assert sealed is not None
     with pytest.raises(Refused, match="INCONCLUSIVE"):
         train_agent(laid, sealed.payload, 1)
     assert laid.ledger.last("run.started") is None
+    validated(laid, head, "PASS")
+    with pytest.raises(Refused, match="which failed on data no older"):  # asked again
+        require_valid_reward(laid, root)
     validated(laid, head, "PASS", days=999)
     with pytest.raises(Refused, match="expired"):
         require_valid_reward(laid, root)
-    validated(laid, head, "PASS")
+    validated(laid, head, "PASS", dataset=find(laid.ledger, "main").root)
     require_valid_reward(laid, root)
+    report = laid.workspace.root / laid.ledger.last("reward.validated").payload["evidence"]["path"]
+    data = report.read_bytes()
+    report.write_bytes(data + b" ")
+    with pytest.raises(Corrupt):
+        require_valid_reward(laid, root)
+    report.write_bytes(data)
+    strict = Policy.model_validate({"reward_model": {"min_accuracy": 0.99}})
+    with (
+        mock.patch.object(Context, "policy", strict),
+        pytest.raises(Refused, match="says FAIL"),
+    ):
+        require_valid_reward(Context(laid.workspace, laid.settings), root)
 
 
 def test_a_rescored_dataset_is_judged_by_the_model_it_rests_on(laid: Context, head: dict, scored: dict):
     sealed = laid.ledger.last("dataset.sealed", "scored/v1")
     assert sealed is not None
     assert train_and_validate_reward_model(laid, sealed.payload, 1)["digest"] == head["digest"]
+
+
+def test_what_a_verifier_said_outlives_a_second_scoring(laid: Context, head: dict, scored: dict):
+    rows = list(episodes(laid, {"root": find(laid.ledger, "scored").root}))[:8]
+    again = rescored(rows, open_source(laid, head), Decoder(laid, "champion"), {head["digest"]})
+    for row, twice in zip(rows, again, strict=True):
+        assert json.loads(twice.reward_components)["before"] == json.loads(row.reward_components)["before"]
+    sealed = {n: laid.ledger.last("dataset.sealed", f"{n}/v1").payload for n in ("main", "scored")}
+    assert replay_set(laid, sealed["scored"])["digest"] == replay_set(laid, sealed["main"])["digest"]
+
+
+def test_a_dataset_belongs_to_the_source_that_began_it(laid: Context, head: dict):
+    _claim(laid, "begun", "reward/1", head["digest"])
+    with pytest.raises(Conflict, match=r"rewards of reward/1"):
+        _claim(laid, "begun", "reward/7", "7" * 64)
+    _claim(laid, "begun", "reward/1", head["digest"])  # the same goes on
+
+
+def test_a_dataset_of_two_sources_rests_on_nobody(laid: Context, scored: dict, monkeypatch):
+    root = find(laid.ledger, "scored").root
+    entries = laid.ledger.entries("reward.registered")
+    other = replace(entries[0], payload={**entries[0].payload, "digest": "7" * 64, "version": 7})
+    digests = pa.table({"reward_digest": [entries[0].payload["digest"], "7" * 64]})
+    monkeypatch.setattr(type(laid.ledger), "entries", lambda *_: [entries[0], other])
+    monkeypatch.setattr("tasks.replay.seal.find", lambda *_: mock.Mock())
+    monkeypatch.setattr("tasks.replay.seal.read_rows", lambda *_, **__: digests)
+    with pytest.raises(Refused, match="rewards of reward/1, reward/7"):
+        resting_on(laid, root)
 
 
 def test_imports_name_bad_lines_and_make_a_classifier(laid: Context, encoder: Path, tmp_path: Path):
