@@ -22,10 +22,10 @@ What = Literal["model deleted", "version deleted", "digest changed", "alias move
 
 @dataclass(frozen=True)
 class Held:
-    """A version as the registry has it: the digest it is tagged with, the logged model whose files it serves."""
+    """A version as the registry has it: the digest it is tagged with, the logged model whose files it serves ("": none's)."""
 
     digest: str | None
-    source: str
+    model: str
 
 
 class Versions(Aliases, Protocol):
@@ -191,7 +191,7 @@ def _registered(ledger: Entries, office: Office) -> dict[int, Mapping[str, Any]]
 
 def is_same(there: Held, registered: Mapping[str, Any]) -> bool:
     """Tell whether a version serves the logged model that was registered: after a deletion numbers come again."""
-    return str(registered.get("mlflow", {}).get("model_id", "")) in there.source
+    return bool(there.model == registered.get("mlflow", {}).get("model_id", ""))
 
 
 def _known(

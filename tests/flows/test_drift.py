@@ -130,7 +130,7 @@ def test_a_changed_digest_tag_is_set_right_and_a_stranger_is_never_taken_for_the
     client.delete_model_version("agent", "2")
     model = context.agent("champion").payload["mlflow"]["model_id"]
     client.create_model_version("agent", stranger.as_uri(), tags={"forebay.digest": digest})
-    named = context.workspace.root / model
+    named = context.workspace.root / model / "artifacts"
     shutil.copytree(stranger, named)
     client.create_model_version("agent", named.as_uri(), tags={"forebay.digest": digest})
     assert reconcile_registry(context)["did"] == ["agent/2 is registered again, now MLflow's version 5"]
