@@ -73,7 +73,14 @@ def comparisons(path: Path, n: int = 60) -> Path:
     return path
 
 
-def validated(context: Context, registered: dict, verdict: str, days: float = 0.0, dataset: str = "") -> None:
+def validated(
+    context: Context,
+    registered: dict,
+    verdict: str,
+    days: float = 0.0,
+    dataset: str = "",
+    policy: dict | None = None,
+) -> None:
     """Record a validation whose report is judged so: only margins, and a policy that asks for nothing else."""
     right = {"PASS": 0.9, "FAIL": 0.5, "INCONCLUSIVE": 0.62}[verdict]
     source = {"kind": registered["kind"], "digest": registered["digest"]}
@@ -92,7 +99,7 @@ def validated(context: Context, registered: dict, verdict: str, days: float = 0.
             "ece": 0.0,
             "path": registered["path"],
             "time": (datetime.now(UTC) - timedelta(days=days)).isoformat(),
-            "policy": None,
+            "policy": policy,
             "evidence": {"path": context.workspace.relative(path), "sha256": sha256_bytes(data)},
         },
     )
@@ -346,7 +353,15 @@ def test_an_office_of_its_own_from_decision_to_rollback(
     done = run(root, "reward", "decide", "reward/1", "--json")
     assert (done.returncode, json.loads(done.stdout)["verdict"]) == (5, "FAIL")
     says(run(root, "reward", "promote", "reward/1"), 5, "said FAIL to reward/1")
-    validated(laid, head, "PASS")
+    validated(laid, head, "PASS")  # asked again on the same data: the FAIL stands, as it does for training
+    done = run(root, "reward", "decide", "reward/1", "--json")
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["verdict"]) == (5, "FAIL")
+    assert "failed on data no older than that of its newest validation" in told["reasons"][0]
+    says(run(root, "reward", "promote", "reward/1"), 5, "said FAIL to reward/1")
+    collect_into_segment(laid)
+    newer = loads(run(root, "seal", "--json"))
+    validated(laid, head, "PASS", dataset=newer["root"], policy={"version": 1})
     decision = loads(run(root, "reward", "decide", "reward/1", "--json"))
     page = page_of(laid, decision).read_text()
     assert "forebay reward promote reward/1" in page
