@@ -107,7 +107,7 @@ def promote_by_decision(context: Context, made: Entry, reason: str) -> dict[str,
         context.registry.for_office("reward"),
         entry.payload["version"],
         decision=made.payload["decision"],
-        signature=read_signature(context.workspace.root, made.payload),
+        signature=read_signature(context.workspace.root, made),
         trust=trust,
         expected_champion=made.payload["champion"]["version"] or None,
         by=getpass.getuser(),
@@ -148,8 +148,8 @@ def replay_reward_decision(context: Context, ref: str) -> dict[str, Any]:
     from tasks.reward.office import recompute_office
 
     made = newest_reward_decision(context, ref)
-    signature = read_signature(context.workspace.root, made.payload)
-    signer = check_decision(made.payload, signature, keys.trust(context), made.seq).name
+    signature = read_signature(context.workspace.root, made)
+    signer = check_decision(made, signature, keys.trust(context), made.seq).name
     again = recompute_office(context.workspace.root / made.payload["record"]["path"])
     return {
         "decision": again.digest,

@@ -207,8 +207,8 @@ def _check_signature(
 ) -> Problem | None:
     try:
         if entry.kind == "decision.made":
-            envelope = read_signature(workspace.root, entry.payload)
-            check_decision(entry.payload, envelope, trust, at=entry.seq)
+            envelope = read_signature(workspace.root, entry)
+            check_decision(entry, envelope, trust, at=entry.seq)
         else:
             check_answer(entry, trust, at=entry.seq)
     except (NotFound, Changed):

@@ -26,12 +26,14 @@ from flows.scoring import _claim, require_valid_reward, rescored, resting_on
 from flows.training import train_agent, train_and_validate_reward_model
 from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
 from tasks.core.errors import Conflict, Corrupt, Refused
+from tasks.lineage.graph import lineage
 from tasks.promotion.policy import Policy
 from tasks.replay.seal import find
 from tasks.reward.folder import training_prompts
 from tasks.reward.preferences import prompt_digests
 from tests.flows.conftest import ENVIRONMENT, PROJECT, forebay, lay_workspace, loads
 from tests.flows.test_bad_input import says
+from tests.lineage.test_render import drawn
 from tests.models.test_reward_classifier import make_tiny_encoder
 from tests.reward.report import make_report, sure_margins
 
@@ -388,6 +390,8 @@ def test_an_office_of_its_own_from_decision_to_rollback(
     assert (again["decision"], again["signed_by"]) == (told["decision"], "service")
     assert loads(run(root, "reward", "promote", name, "--json"))["from"] == 1
     assert registry.aliases()["champion"] == second["mlflow"]["version"]
+    shown = drawn(lineage(laid.ledger, laid.workspace, name))
+    assert ("over reward/1 by" in shown, "over agent/" in shown) == (True, False)
     says(run(root, "reward", "promote", name), 4, "champion already")
     assert loads(run(root, "reward", "rollback", "--json"))["to"] == 1
     assert reward(laid, "champion").subject == "reward/1"
@@ -404,8 +408,7 @@ def test_an_office_of_its_own_from_decision_to_rollback(
 def test_lineage_and_verify_reach_from_a_scored_dataset_to_the_backbone(
     laid: Context, head: dict, scored: dict
 ):
-    from tasks.lineage.graph import lineage
-    from tasks.lineage.render import to_json, to_tree
+    from tasks.lineage.render import to_json
     from tasks.lineage.verify import verify
 
     found = lineage(laid.ledger, laid.workspace, "dataset:scored")
@@ -418,7 +421,6 @@ def test_lineage_and_verify_reach_from_a_scored_dataset_to_the_backbone(
     assert found.nodes["source", "reward/1"].digest == head["digest"]
     assert lineage(laid.ledger, laid.workspace, head["digest"][:12]).root == ("source", "reward/1")
     assert to_json(found)["nodes"]
-    to_tree(found)
     for ref in ("reward/1", "reward@candidate", "dataset:scored"):
         report = verify(laid.ledger, laid.workspace, ref)
         assert report.ok, report.problems

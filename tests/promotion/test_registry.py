@@ -134,7 +134,9 @@ def test_the_same_digest_is_the_same_version_and_another_is_the_next(registry, t
     assert trained(registry, tiny) == first
     other = another(tiny, tmp_path)
     assert registry.register(other, digest_of(other)).version == 2
-    assert registry.register(other, digest_of(other)) == Registered(2, registry.find(digest_of(other)).model_id, None)
+    assert registry.register(other, digest_of(other)) == Registered(
+        2, registry.find(digest_of(other)).model_id, None
+    )
     assert registry.digest(1) == digest_of(tiny)
     assert registry.digest(7) is None
     assert registry.find("0" * 64) is None
@@ -160,7 +162,9 @@ def test_a_crash_at_any_step_of_registering_makes_no_double(registry, tiny, monk
     with pytest.raises(KeyboardInterrupt):
         registry.register(tiny, digest_of(tiny), run_id=sink.run_id, metrics={"reward": 1.0}, dataset=DATA)
     monkeypatch.undo()
-    agent = registry.register(tiny, digest_of(tiny), run_id=sink.run_id, metrics={"reward": 1.0}, dataset=DATA)
+    agent = registry.register(
+        tiny, digest_of(tiny), run_id=sink.run_id, metrics={"reward": 1.0}, dataset=DATA
+    )
     assert agent.version == 1
     experiment = client.get_experiment_by_name("agents").experiment_id
     assert [m.model_id for m in client.search_logged_models([experiment])] == [agent.model_id]
@@ -213,7 +217,9 @@ def test_nor_one_of_another_run_or_of_a_folder_that_has_the_id_in_its_name(regis
 def test_what_is_taken_up_again_has_only_what_forebay_laid_out(registry, tiny):
     """A stranger's MLmodel may name code that MLflow runs when it loads the model."""
     evil = stranger(registry, tiny, digest_of(tiny))
-    place = Path(url2pathname(urlsplit(registry._client.get_logged_model(evil.model_id).artifact_location).path))
+    place = Path(
+        url2pathname(urlsplit(registry._client.get_logged_model(evil.model_id).artifact_location).path)
+    )
     (place / "MLmodel").write_text("flavors: {python_function: {loader_module: evil}}")
     assert registry.register(tiny, digest_of(tiny)) == evil
     assert "evil" not in (place / "MLmodel").read_text()
