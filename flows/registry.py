@@ -67,6 +67,7 @@ def reconcile_registry(context: Context, dry_run: bool = False) -> dict[str, Any
         Unavailable: the registry cannot be reached.
     """
     from tasks.promotion.drift import look, record
+    from tasks.promotion.drift import settle as settle_drift
     from tasks.promotion.promote import OFFICES, standing
 
     rule = context.policy.registry.on_drift
@@ -85,6 +86,8 @@ def reconcile_registry(context: Context, dry_run: bool = False) -> dict[str, Any
         if drift and record(context.ledger, drift, rule, registry.trace(), getpass.getuser()) is not None:
             _tell(context, office, drift)
         done += _settle(context, registry, drift, rule, did, before)
+        if not (drift and look(context.ledger, registry)):
+            settle_drift(context.ledger, office)
     if not dry_run:
         keys.catch_up(context)
     return {

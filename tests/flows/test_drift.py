@@ -15,12 +15,13 @@ from flows.registry import reconcile_registry
 from flows.rewards import register_untrained
 from flows.status import status
 from tasks.core.digest import digest_files, digest_tree
-from tasks.core.errors import NotFound
+from tasks.core.errors import Corrupt, NotFound
 from tasks.core.settings import JudgeModel, VerifierModel
 from tasks.promotion.promote import champion, places
 from tests.flows.conftest import ENVIRONMENT, forebay, lay_workspace, loads, register_rival
 from tests.flows.test_bad_input import says
 from tests.flows.test_keys import judge
+from tests.promotion.support import mlflow_server
 
 
 @pytest.fixture(scope="module")
@@ -158,9 +159,32 @@ def test_a_version_that_cannot_be_put_back_leaves_the_others_as_they_should_be(c
     spoil(context, "1")
     context.registry._client.delete_model_version("agent", "1")
     context.registry.delete_alias("champion")
-    (line,) = reconcile_registry(context)["did"]
-    assert line.startswith("agent/1 cannot be put back:")
-    assert context.registry.aliases() == {"champion": 2}
+    for _ in range(4):
+        (line,) = reconcile_registry(context)["did"]
+        assert line.startswith("agent/1 cannot be put back:")
+        assert context.registry.aliases() == {"champion": 2}
+    told = [[d["says"] for d in entry.payload["found"]] for entry in context.ledger.entries("registry.drift")]
+    gone, alias = "agent/1 (version 1) was deleted", "the alias champion (agent/2) was deleted"
+    assert told == [[gone, alias], [gone]]  # and no more while nothing changes
+
+
+def test_the_same_drift_after_it_was_put_right_is_a_new_one(context: Context):
+    for times in (1, 2):
+        context.registry.set_alias("champion", 1)
+        reconcile_registry(context)
+        assert len(context.ledger.entries("registry.drift")) == times
+    head = context.ledger.head()
+    reconcile_registry(context)
+    assert context.ledger.head() == head
+
+
+def test_a_champion_that_cannot_be_put_back_is_recorded_once(context: Context):
+    spoil(context, "2")
+    context.registry._client.delete_model_version("agent", "2")
+    for _ in range(2):
+        with pytest.raises(Corrupt):
+            reconcile_registry(context)
+    assert len(context.ledger.entries("registry.drift")) == 1
 
 
 def test_an_agent_whose_files_changed_is_not_adopted_and_the_alias_goes_back(context: Context):
@@ -225,6 +249,11 @@ def test_by_the_policy_drift_is_only_reported_and_once(context: Context):
         assert "Nothing was changed; the policy is registry.on_drift: report." in done.stdout
     assert context.registry.aliases()["champion"] == 1
     assert len(context.ledger.entries("registry.drift")) == 1
+    context.registry.set_alias("champion", 2)  # by hand, and wrong again
+    reconcile_registry(context)
+    context.registry.set_alias("champion", 1)
+    reconcile_registry(context)
+    assert len(context.ledger.entries("registry.drift")) == 2
 
 
 def test_a_change_that_was_cut_short_is_no_drift(context: Context):
