@@ -181,6 +181,25 @@ def restore(context: Context, registry: Registry, version: int) -> str:
     return f"{subject} is registered again, now MLflow's version {registered.version}"
 
 
+def absence(context: Context, version: int) -> str:
+    """Return why the registry does not have an agent as the ledger knows it, "" where it does."""
+    from tasks.promotion.drift import is_same
+    from tasks.promotion.promote import places
+
+    at, payload = places(context.ledger)[version], _registration(context, "agent", version)
+    try:
+        held = (context.registry.versions() or {}).get(at)
+    except ForebayError as error:
+        return f"MLflow cannot be asked whether it has agent/{version}: {error}"
+    if held is None or not is_same(held, payload):
+        return (
+            f"MLflow lacks agent/{version} (its version {at}); a rollback registers it again from its files."
+        )
+    if held.digest != payload["digest"]:
+        return f"MLflow's version {at} of agent/{version} has another digest tag; a rollback sets it right."
+    return ""
+
+
 def _logged_models(context: Context, office: Office, subject: str) -> set[str]:
     """Return the logged models that the ledger knows to have had a version's files."""
     kinds = (f"{office}.registered", f"{office}.restored")
