@@ -263,3 +263,31 @@ def test_a_change_that_was_cut_short_is_no_drift(context: Context):
     assert result["drift"] == []
     assert [change["kind"] for change in result["finished"]] == ["rollback.committed"]
     assert digest_files(context.agent("champion").payload["files"]) == context.agent("1").payload["digest"]
+
+
+@pytest.mark.server
+def test_a_deleted_version_comes_back_through_a_server_that_keeps_the_files(tmp_path: Path, tiny_base: Path):
+    """What the server serves is downloaded and hashed; a file that was changed there is written anew."""
+    with mlflow_server(tmp_path) as uri:
+        context = lay_workspace(tmp_path / "ws", tiny_base, stores={"mlflow": uri})
+        registry, agent = context.registry, context.agent("1").payload
+        assert registry.served(1) == agent["digest"]
+        assert registry.versions()[1].model == agent["mlflow"]["model_id"]
+        registry._client.delete_model_version("agent", "1")
+        (kept,) = (tmp_path / "kept").rglob("model/config.json")
+        kept.write_text("{}")
+        result = reconcile_registry(context)
+        assert result["did"] == ["agent/1 is registered again, now MLflow's version 2"]
+        restored = context.ledger.last("agent.restored").payload["mlflow"]
+        assert restored["model_id"] == agent["mlflow"]["model_id"]
+        assert registry.served(2) == agent["digest"]
+        assert registry.aliases() == {"champion": 2}
+        # A file that nobody registered cannot be taken away through the server: a new logged model takes its place.
+        registry._client.delete_model_version("agent", "2")
+        (kept.parent / "extra.json").write_text("{}")
+        assert registry.served(2) is None
+        reconcile_registry(context)
+        again = context.ledger.last("agent.restored").payload["mlflow"]
+        assert again["model_id"] != agent["mlflow"]["model_id"]
+        assert registry.served(again["version"]) == agent["digest"]
+        assert reconcile_registry(context)["drift"] == []

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import url2pathname, urlopen
+from urllib.request import url2pathname
 
 import pytest
 
@@ -21,7 +19,15 @@ from tasks.core.errors import NotFound, Unavailable
 from tasks.promotion.promote import champion, crown, promote, reconcile, rollback
 from tasks.promotion.registry import DatasetRef, Registered, Registry
 from tests.promotion.conftest import open_registry
-from tests.promotion.support import TRUST, add_decision, envelope, files_digest, open_ledger, record_agent
+from tests.promotion.support import (
+    TRUST,
+    add_decision,
+    envelope,
+    files_digest,
+    mlflow_server,
+    open_ledger,
+    record_agent,
+)
 
 DATA = DatasetRef("main/v1", "a" * 64, "data/replay/main", "0123abc", "d41d8.dir")
 REPOSITORY = Path(__file__).parents[2]
@@ -348,32 +354,8 @@ def test_nobody_there_is_said_at_once(tmp_path):
 
 @pytest.mark.server
 def test_the_same_through_a_server_that_keeps_the_files(migrated, tiny, tmp_path):
-    shutil.copy(migrated, tmp_path / "server.db")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = [
-        "--backend-store-uri",
-        f"sqlite:///{tmp_path / 'server.db'}",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    arguments += ["--artifacts-destination", str(tmp_path / "kept"), "--workers", "1"]
-    with (tmp_path / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *arguments],
-            cwd=tmp_path, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            try:
-                if urlopen(f"{uri}/health", timeout=1).status == 200:
-                    break
-            except OSError:
-                time.sleep(0.2)
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    with mlflow_server(tmp_path) as uri:
         registry = Registry(uri, tmp_path / "artifacts", tmp_path / "locks")
         registry.prepare()
         agent = trained(registry, tiny)
@@ -385,9 +367,6 @@ def test_the_same_through_a_server_that_keeps_the_files(migrated, tiny, tmp_path
         assert not (tmp_path / "artifacts").exists()
         done = run_python(LOADS, uri, cwd=tmp_path)
         assert "loaded" in done.stdout, done.stderr
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=30)
 
 
 def test_a_decision_is_shown_at_the_run_and_at_the_version_and_again(registry, tiny, tmp_path):
