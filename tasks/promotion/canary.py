@@ -321,7 +321,7 @@ class Recomputer:
     """
 
     def __init__(self) -> None:
-        self._streams: dict[tuple[int, str, str], _Stream] = defaultdict(_Stream)
+        self._streams: dict[tuple[int | None, str, str], _Stream] = defaultdict(_Stream)
 
     def check(self, path: Path, sha256: str) -> None:
         """Judge one look again; quickest in the order in which they were made.
@@ -334,7 +334,7 @@ class Recomputer:
         traffic, rule, about = _parts(record)
         try:
             wealths = {
-                (env, role): self._streams[record["promotion"], env, role].follow(
+                (env, role): self._streams[record.get("promotion"), env, role].follow(
                     getattr(traffic.get(env, Traffic()), role)
                 )
                 for env in rule.weights
