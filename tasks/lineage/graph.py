@@ -475,6 +475,7 @@ def _policy(records: Records, key: str) -> _Found:
 def _promotion(records: Records, key: str) -> _Found:
     entry = records.by_entry[key]
     facts = _pick(entry.payload, "to", "from", "by", "reason", "decision", time=entry.time, seq=entry.seq)
+    facts["office"] = entry.subject.partition("/")[0]
     return Node("promotion", entry.kind.partition(".")[0], key, facts), ()
 
 

@@ -160,7 +160,7 @@ def _evaluation(facts: Mapping[str, Any]) -> str:
 
 
 def _promotion(facts: Mapping[str, Any]) -> str:
-    over = "" if facts["from"] is None else f"over agent/{facts['from']} "
+    over = "" if facts["from"] is None else f"over {facts['office']}/{facts['from']} "
     return f"{over}by {facts['by']} · {_day(facts)} · ledger entry {facts['seq']}"
 
 
