@@ -9,7 +9,7 @@ from typing import Any
 from rich.text import Text
 from rich.tree import Tree
 
-from tasks.lineage.graph import Edge, Kind, Lineage, Node, Ref, Relation
+from tasks.lineage.types import Edge, Kind, Lineage, Node, Ref, Relation
 
 SCHEMA = "forebay.lineage/1"
 GENERATIONS = 3  # older ones are deeper than a terminal is wide; the JSON has them all

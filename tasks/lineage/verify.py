@@ -21,6 +21,7 @@ from tasks.core.keys import Trust, read_trust
 from tasks.core.ledger import Entry, Ledger
 from tasks.core.workspace import Workspace
 from tasks.lineage.graph import File, Kind, Lineage, Node, lineage
+from tasks.lineage.index import Index
 from tasks.promotion.attest import Changed, Unsigned, check_answer, check_decision, read_signature
 from tasks.promotion.canary import recompute
 from tasks.promotion.kept_heads import kept_head
@@ -115,7 +116,7 @@ def verify(
     if trust and not signatures:
         problems.append(Problem("missing", workspace.relative(workspace.heads), "signed heads", "", None))
     try:
-        found = lineage(ledger, workspace, ref)
+        found = lineage(ledger, workspace, ref, Index.derive(ledger))
     except (ForebayError, ValueError):
         if not problems:
             raise
