@@ -175,6 +175,15 @@ class Ledger:
                 found |= {row.seq: _entry(row) for row in connection.execute(query)}
         return found
 
+    def last_before(self, time: str) -> tuple[int | None, bool]:
+        """Return the number of the last entry written by `time` (ISO 8601, UTC), None where there is none, and whether
+        an entry before it says a later time: some writer's clock ran backwards.
+        """
+        with self._engine.connect() as connection:
+            seq = connection.execute(sa.select(sa.func.max(_table.c.seq)).where(_table.c.time <= time)).scalar()
+            query = sa.select(_table.c.seq).where(_table.c.time > time, _table.c.seq < (seq or 0)).limit(1)
+            return seq, connection.execute(query).first() is not None
+
     def digest_at(self, seq: int) -> str | None:
         """Return the digest that entry `seq` carries, None where there is no such entry."""
         with self._engine.connect() as connection:

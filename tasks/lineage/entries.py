@@ -6,7 +6,7 @@ when it is met, and an entry is read once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from tasks.core.ledger import Entry
@@ -74,25 +74,27 @@ def _agent(entry: Entry, graph: Graph) -> None:
 
 
 def _run_started(entry: Entry, graph: Graph) -> None:
-    p, here = entry.payload, ("run", entry.subject)
-    graph.node(here, entry.subject, entry)  # type: ignore[arg-type]
-    graph.call("run", entry.subject, here)  # type: ignore[arg-type]
-    for relation, target in _run_links(p, graph):
-        graph.edge(here, relation, target)  # type: ignore[arg-type]
-
-
-def _run_links(p: Mapping[str, Any], graph: Graph) -> Iterator[tuple[Relation, Ref]]:
-    commit = p["commit"]
-    yield "run by code", ("code", f"{commit['commit'] or ''}{'+' if commit['dirty'] else ''}@{p['code']}")
+    p, commit = entry.payload, entry.payload["commit"]
+    here: Ref = ("run", entry.subject)
+    graph.node(here, entry.subject, entry)
+    graph.call("run", entry.subject, here)
+    code = f"{commit['commit'] or ''}{'+' if commit['dirty'] else ''}@{p['code']}"
+    graph.edge(here, "run by code", ("code", code))
     if p["lock"]:
-        yield "with packages", ("lock", p["lock"])
-    yield "trained on", _dataset_of(graph, p["dataset"])
-    yield "started from", _policy_of(graph, p["init"]["agent"], p["init"]["digest"])
+        graph.edge(here, "with packages", ("lock", p["lock"]))
+    graph.edge(here, "trained on", _dataset_of(graph, p["dataset"]))
+    graph.edge(here, "started from", _policy_of(graph, p["init"]["agent"], p["init"]["digest"]))
 
 
 def _run_finished(entry: Entry, graph: Graph) -> None:
-    _pick(entry.payload["outputs"], "path", "digest", "files")
-    graph.node(("run", entry.subject), entry.subject, entry)
+    here: Ref = ("run", entry.subject)
+    outputs = entry.payload["outputs"]
+    _pick(outputs, "path", "digest", "files")
+    graph.node(here, entry.subject, entry)
+    for shard in outputs.get("fresh", ()):
+        graph.node(("shard", shard["path"]), shard["sha256"], entry)
+        graph.call("shard", shard["sha256"], ("shard", shard["path"]))
+        graph.edge(here, "collected", ("shard", shard["path"]))
 
 
 def _dataset(entry: Entry, graph: Graph) -> None:

@@ -89,6 +89,10 @@ def _dataset(key: str, entries: Mapping[str, list[Entry]], roles: Roles) -> Node
 
 
 def _shard(key: str, entries: Mapping[str, list[Entry]], roles: Roles) -> Node:
+    if entries.get("run.finished"):  # of fresh groups, collected by the run
+        fresh = entries["run.finished"][-1].payload["outputs"]["fresh"]
+        sha256 = next(shard["sha256"] for shard in fresh if shard["path"] == key)
+        return Node("shard", key, sha256, {}, (File(key, sha256),))
     entry = _newest(entries, "dataset.sealed")
     shard = next(shard for shard in reversed(entry.payload["shards"]) if shard["path"] == key)
     facts = _pick(shard, "rows", "groups", "bytes")

@@ -190,6 +190,10 @@ class Index:
         where = "kind = ?" + (" AND subject = ?" if subject else "") + " ORDER BY seq DESC LIMIT 1"
         return next(iter(self._changes(where, (kind, *filter(None, [subject])))), None)
 
+    def last_until(self, kind: str, seq: int) -> Entry | None:
+        """Return the newest registration or change of office of that kind up to entry `seq`, None where there is none."""
+        return next(iter(self._changes("kind = ? AND seq <= ? ORDER BY seq DESC LIMIT 1", (kind, seq))), None)
+
     def _changes(self, where: str, values: Sequence[Any]) -> list[Entry]:
         tail = "" if "ORDER" in where else " ORDER BY seq"
         rows = self._db.execute(f"SELECT seq, time, kind, subject, payload FROM change WHERE {where}{tail}", values)
@@ -240,6 +244,24 @@ class Index:
             reached |= dict.fromkeys(front)
         return list(reached)
 
+    def shortest(self, start: int, end: int) -> list[int]:
+        """Return a shortest way along the edges, both ends included; empty where there is none."""
+        came: dict[int, int] = {start: start}
+        front = [start]
+        while front and end not in came:
+            found: dict[int, int] = {}
+            for part in _batched(front):
+                query = f"SELECT source, target FROM edge WHERE source IN ({_marks(part)}) ORDER BY place"
+                for source, target in self._db.execute(query, part):
+                    if target not in came:
+                        found.setdefault(target, source)
+            came |= found
+            front = list(found)
+        way = [end] if end in came else []
+        while way and way[-1] != start:
+            way.append(came[way[-1]])
+        return way[::-1]
+
     def edges(self, ids: Collection[int], back: bool = False) -> list[tuple[int, Relation, int]]:
         """Return the edges (source, relation, target) that leave each of `ids` (or enter it), in reading order."""
         here = "target" if back else "source"
@@ -250,6 +272,11 @@ class Index:
         order = {number: at for at, number in enumerate(ids)}
         found.sort(key=lambda row: (order[row[2 if back else 0]], row[1], row[3]))
         return [(source, RELATIONS[relation], target) for source, relation, target, _ in found]
+
+    def targets(self, relation: Relation) -> list[int]:
+        """Return every node that an edge of that relation leads to."""
+        query = "SELECT DISTINCT target FROM edge WHERE relation = ? ORDER BY target"
+        return [number for (number,) in self._db.execute(query, (RELATIONS.index(relation),))]
 
     def prefixed(self, digits: str) -> list[Ref]:
         """Return the nodes that a digest with these first digits means."""

@@ -9,14 +9,15 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 Kind = Literal[
-    "agent", "base", "run", "code", "lock", "dataset", "shard", "environment", "origin", "licence", "validation",
+    "agent", "base", "run", "code", "lock", "dataset", "shard", "group", "episode", "prompt", "environment", "origin", "licence", "validation",
     "reward", "source", "preferences", "tasks", "evaluation", "decision", "policy", "promotion", "outside",
 ]  # fmt: skip
 Relation = Literal[
     "trained by", "converted from", "descends from",  # of an agent
-    "run by code", "with packages", "trained on", "started from",  # of a run
+    "run by code", "with packages", "trained on", "collected", "started from",  # of a run
     "holds", "checked by", "continues", "sampled from", "scored from", "rewarded by",  # of a dataset
     "gathered in", "comes from", "licensed under",
+    "contains",  # of a shard
     "learnt from", "reads states of", "made from", "judges",  # of a reward model and its preferences
     "judged by", "in office",  # of an agent or a reward model
     "asks",  # of an evaluation
@@ -28,8 +29,8 @@ Ref = tuple[Kind, str]
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
 SHAPING: frozenset[Relation] = frozenset(
     {
-        "trained by", "converted from", "descends from", "run by code", "with packages", "trained on", "started from",
-        "holds", "continues", "sampled from", "scored from", "rewarded by", "gathered in", "comes from",
+        "trained by", "converted from", "descends from", "run by code", "with packages", "trained on", "collected", "started from",
+        "holds", "contains", "continues", "sampled from", "scored from", "rewarded by", "gathered in", "comes from",
         "licensed under", "learnt from", "reads states of", "made from",
     }
 )  # fmt: skip
