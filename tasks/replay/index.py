@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tasks.core.errors import Corrupt
 from tasks.core.workspace import Workspace
 from tasks.replay import shards
 from tasks.replay.manifest import Manifest, Shard
@@ -77,10 +78,15 @@ def add_shards(workspace: Workspace, dataset: str, wanted: Sequence[Shard]) -> N
 
 
 def _add(index: sqlite3.Connection, path: Path, shard: Shard) -> None:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    try:
+        table = pq.read_table(path, columns=list(_COLUMNS))
+    except (pa.ArrowException, KeyError) as error:
+        raise Corrupt(f"Shard {shard.path} is as it was sealed, but no replay can be read from it: {error}.") from error
     number = index.execute("INSERT INTO shard (sha256, path) VALUES (?, ?)", (shard.sha256, shard.path)).lastrowid
-    columns = [column.to_pylist() for column in pq.read_table(path, columns=list(_COLUMNS)).itercolumns()]
+    columns = [column.to_pylist() for column in table.itercolumns()]
     groups: dict[str, list[str]] = {}
     about: dict[str, tuple[str, ...]] = {}
     for episode, group, *rest in zip(*columns, strict=True):
