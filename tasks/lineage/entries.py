@@ -193,7 +193,9 @@ def _decision(entry: Entry, graph: Graph) -> None:
             graph.edge(here, "rests on", evidence)
     champion = p["champion"]
     if office == "agent":
-        graph.edge(here, "compared with", _policy_of(graph, f"agent/{champion['version']}", champion["digest"]))
+        graph.edge(
+            here, "compared with", _policy_of(graph, f"agent/{champion['version']}", champion["digest"])
+        )
     elif champion["version"]:
         graph.edge(here, "compared with", ("source", f"reward/{champion['version']}"))
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from tasks.core.errors import Corrupt, NotFound, UsageError
-from tasks.core.ledger import Ledger
+from tasks.core.ledger import Entry, Ledger
 from tasks.core.workspace import Workspace
-from tasks.lineage.facts import describe
+from tasks.lineage.facts import Roles, describe
 from tasks.lineage.index import Index
 from tasks.lineage.types import SHAPING, Edge, Kind, Lineage, Node, Ref
-from tasks.lineage.types import File as File
-from tasks.lineage.types import Relation as Relation
 from tasks.promotion.promote import OFFICES, standing
 
 _MIN_PREFIX = 4  # digits; with fewer, a digest prefix is more likely a typing error
@@ -77,7 +75,7 @@ def gather(index: Index, root: Ref, ids: Iterable[int]) -> Lineage:
     return Lineage(root, nodes, edges)
 
 
-def _described(index: Index, ref: Ref, digest: str | None, said: list, roles: Mapping[str, list[str]]) -> Node:  # type: ignore[type-arg]
+def _described(index: Index, ref: Ref, digest: str | None, said: Sequence[Entry], roles: Roles) -> Node:
     try:
         node = describe(ref, digest, said, roles)
     except (KeyError, TypeError, StopIteration) as error:
@@ -137,7 +135,9 @@ def roles_of(index: Index) -> dict[str, list[str]]:
 def resolve(index: Index, ref: str) -> Ref:
     """Return the node that `ref` names; see `lineage`."""
     held = {
-        f"{subject.partition('/')[0]}@{alias}": subject for subject, roles in roles_of(index).items() for alias in roles
+        f"{subject.partition('/')[0]}@{alias}": subject
+        for subject, roles in roles_of(index).items()
+        for alias in roles
     }
     name = held.get(ref, ref)
     office = name.partition("/")[0]
@@ -168,7 +168,12 @@ def resolve(index: Index, ref: str) -> Ref:
 
 
 def _nearest(index: Index, ref: str, held: Mapping[str, str]) -> str:
-    known = [*held, *index.keys("agent"), *index.keys("source"), *(f"dataset:{key}" for key in index.keys("dataset"))]
+    known = [
+        *held,
+        *index.keys("agent"),
+        *index.keys("source"),
+        *(f"dataset:{key}" for key in index.keys("dataset")),
+    ]
     known += [f"source:{key}" for key in index.keys("origin", known=False)]
     known += [f"licence:{key}" for key in index.keys("licence", known=False)]
     near = difflib.get_close_matches(ref, known, n=5, cutoff=0.5) or known[:5]

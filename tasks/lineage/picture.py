@@ -120,7 +120,11 @@ def _fold(lineage: Lineage) -> tuple[dict[Ref, tuple[Node, int]], list[Edge]]:
     first: dict[Ref, Ref] = {}
     count: dict[Ref, int] = defaultdict(lambda: 1)
     for edge in lineage.edges:
-        if edge.relation in ("holds", "collected") and edge.target != lineage.root and edge.target not in stands:
+        if (
+            edge.relation in ("holds", "collected")
+            and edge.target != lineage.root
+            and edge.target not in stands
+        ):
             stands[edge.target] = first.setdefault(edge.source, edge.target)
             if stands[edge.target] != edge.target:
                 count[stands[edge.target]] += 1
@@ -175,7 +179,9 @@ def _ordered(layers: list[list[Ref]], edges: Sequence[Edge]) -> list[list[Ref]]:
     at = {ref: (i + 0.5) / len(layer) for layer in layers for i, ref in enumerate(layer)}
     for sweep in range(_SWEEPS):
         for layer in layers if sweep % 2 == 0 else reversed(layers):
-            middle = {ref: sum(at[n] for n in near[ref]) / len(near[ref]) if near[ref] else at[ref] for ref in layer}
+            middle = {
+                ref: sum(at[n] for n in near[ref]) / len(near[ref]) if near[ref] else at[ref] for ref in layer
+            }
             layer.sort(key=lambda ref, middle=middle: middle[ref])  # type: ignore[misc]
             for i, ref in enumerate(layer):
                 at[ref] = (i + 0.5) / len(layer)

@@ -20,8 +20,9 @@ from tasks.core.heads import check_heads
 from tasks.core.keys import Trust, read_trust
 from tasks.core.ledger import Entry, Ledger
 from tasks.core.workspace import Workspace
-from tasks.lineage.graph import File, Kind, Lineage, Node, lineage
+from tasks.lineage.graph import lineage
 from tasks.lineage.index import Index
+from tasks.lineage.types import File, Kind, Lineage, Node
 from tasks.promotion.attest import Changed, Unsigned, check_answer, check_decision, read_signature
 from tasks.promotion.canary import recompute
 from tasks.promotion.kept_heads import kept_head

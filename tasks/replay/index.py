@@ -84,8 +84,12 @@ def _add(index: sqlite3.Connection, path: Path, shard: Shard) -> None:
     try:
         table = pq.read_table(path, columns=list(_COLUMNS))
     except (pa.ArrowException, KeyError) as error:
-        raise Corrupt(f"Shard {shard.path} is as it was sealed, but no replay can be read from it: {error}.") from error
-    number = index.execute("INSERT INTO shard (sha256, path) VALUES (?, ?)", (shard.sha256, shard.path)).lastrowid
+        raise Corrupt(
+            f"Shard {shard.path} is as it was sealed, but no replay can be read from it: {error}."
+        ) from error
+    number = index.execute(
+        "INSERT INTO shard (sha256, path) VALUES (?, ?)", (shard.sha256, shard.path)
+    ).lastrowid
     columns = [column.to_pylist() for column in table.itercolumns()]
     groups: dict[str, list[str]] = {}
     about: dict[str, tuple[str, ...]] = {}
