@@ -18,7 +18,7 @@ from typing import Any, Self
 from tasks.core.ledger import GENESIS, Entry, Ledger
 from tasks.lineage import entries as reading
 from tasks.lineage.entries import Role
-from tasks.lineage.types import RELATIONS, Ref, Relation
+from tasks.lineage.types import RELATIONS, SPOKEN, Kind, Ref, Relation
 
 _SCHEMA = "1"
 _TABLES = """
@@ -294,20 +294,25 @@ class Index:
         query = "SELECT DISTINCT target FROM edge WHERE relation = ? ORDER BY target"
         return [number for (number,) in self._db.execute(query, (RELATIONS.index(relation),))]
 
-    def prefixed(self, digits: str) -> list[Ref]:
-        """Return the nodes that a digest with these first digits means."""
+    def prefixed(self, digits: str, role: Role | None = None) -> list[Ref]:
+        """Return the nodes that a digest, or another tool's id, with these first characters means."""
         query = "SELECT DISTINCT kind, key FROM called JOIN node ON node.id = called.node WHERE called.digest BETWEEN ? AND ?"
-        return sorted((kind, key) for kind, key in self._db.execute(query, (digits, digits + "g")))
+        values = [digits, digits + "\uffff"]
+        if role:
+            query, values = f"{query} AND role = ?", [*values, role]
+        return sorted((kind, key) for kind, key in self._db.execute(query, values))
 
-    def keys(self, kind: str, known: bool = True) -> list[str]:
-        """Return the keys of all nodes of a kind, newest first."""
-        spoken = "AND EXISTS (SELECT 1 FROM said WHERE node = id)" if known else ""
-        return [
-            key
-            for (key,) in self._db.execute(
-                f"SELECT key FROM node WHERE kind = ? {spoken} ORDER BY id DESC", (kind,)
-            )
-        ]
+    def keys(self, kind: Kind, most: int | None = None) -> list[str]:
+        """Return the keys of the nodes of a kind that the ledger speaks of, newest first."""
+        spoken = "AND EXISTS (SELECT 1 FROM said WHERE node = id)" if kind in SPOKEN else ""
+        query = f"SELECT key FROM node WHERE kind = ? {spoken} ORDER BY id DESC LIMIT ?"
+        return [key for (key,) in self._db.execute(query, (kind, -1 if most is None else most))]
+
+    def newest_version(self, dataset: str) -> str | None:
+        """Return the newest version of a dataset, "main/v3", None where there is none."""
+        query = "SELECT key FROM node WHERE kind = 'dataset' AND key GLOB ? ORDER BY id DESC LIMIT 1"
+        row = self._db.execute(query, (f"{dataset}/v*",)).fetchone()
+        return None if row is None else str(row[0])
 
     def broken(self, subject: str) -> tuple[int, str] | None:
         """Return (number, what is wrong) of an entry of that subject that could not be read, None where all could."""
