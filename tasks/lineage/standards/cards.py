@@ -1,0 +1,113 @@
+"""What both cards of an agent say, the bill of materials and the model card: verdicts, limits, licences."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+import yaml
+
+from tasks.core.errors import UsageError
+from tasks.lineage.graph import Ref
+from tasks.lineage.standards.material import NOT_RECORDED, Material
+
+_FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+
+
+def agent_of(material: Material) -> Ref:
+    """Return the agent that a card or a bill of materials is about.
+
+    Raises:
+        UsageError: the lineage is of something else.
+    """
+    root = material.lineage.root
+    if root[0] != "agent":
+        raise UsageError(
+            f"Model cards and bills of materials are made of agents, and this is a {root[0]}; ask for agent/N or "
+            "agent@champion, or export it with --as intoto, openlineage or prov."
+        )
+    return root
+
+
+def items(material: Material, decision: Ref | None) -> list[Mapping[str, Any]]:
+    """Return the evidence items of a decision's record, in the order in which the gate weighed them."""
+    return [] if decision is None else list(material.records[decision]["evidence"])
+
+
+def metric_of(item: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the name of a measured item, and the slice of tasks that it is about ("" for all)."""
+    name, _, part = item["name"].partition("/")
+    return (name, part) if name == "guard" else (item["name"], "")
+
+
+def base_licence(material: Material, agent: Ref) -> tuple[str | None, str]:
+    """Return the licence of the base model, None where it is not known, and a sentence that says where it stands."""
+    paths = [
+        file.path
+        for base in material.bases(agent)
+        for ref, node in material.of("agent")
+        if node.facts["origin"] == "base" and node.digest == base[1]
+        for file in node.files
+        if file.path in material.base_files
+    ]
+    for path in paths:
+        if PurePosixPath(path).name.upper() == "README.MD":
+            front = _FRONT.match(material.base_files[path])
+            licence = _front_matter(front[1]).get("license") if front else None
+            if isinstance(licence, str) and licence:
+                return licence, f"{licence}, by the front matter of {path}"
+    for path in paths:
+        if PurePosixPath(path).name.upper() != "README.MD":
+            return None, f"see the file {path}"
+    return None, NOT_RECORDED
+
+
+def headline(material: Material, agent: Ref, decision: Ref | None) -> str:
+    """Say in a sentence what an agent was judged on, which bounds what it is known to be good for."""
+    if decision is None:
+        return f"{agent[1]} was not judged by a decision; what it is good for is {NOT_RECORDED}."
+    facts = material.node(decision).facts
+    slices = sorted({name for row in _slices(material, decision) for name in row if name != "all"})
+    on = f"the held-out tasks of {', '.join(slices)}" if slices else "held-out tasks"
+    return (
+        f"{agent[1]} was judged on {on}; the decision says {facts['verdict']}. Other uses are {NOT_RECORDED}."
+    )
+
+
+def not_held(material: Material, decision: Ref | None) -> list[str]:
+    """Say what the newest decision did not find held: its failed, undecided and unrequired items."""
+    if decision is None:
+        return ["No decision was made, so no evaluation is recorded."]
+    return [
+        f"{item['verdict']}{'' if item['counts'] else ' (not required)'}: {item['says']}"
+        for item in items(material, decision)
+        if item["verdict"] != "PASS"
+    ]
+
+
+def _slices(material: Material, decision: Ref) -> Iterator[Mapping[str, Any]]:
+    for ref in material.behind(decision, "rests on"):
+        if ref[0] == "evaluation":
+            yield material.node(ref).facts["slices"]
+
+
+def spdx(licences: Iterable[str]) -> str | None:
+    """Return one SPDX expression that requires all these licences, None where one is no SPDX licence."""
+    from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
+    try:
+        parts = [canonicalize_license_expression(licence) for licence in licences]
+    except InvalidLicenseExpression:
+        return None
+    grouped = [f"({part})" if " OR " in part and len(parts) > 1 else part for part in parts]
+    return " AND ".join(grouped) or None
+
+
+def _front_matter(text: str) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
