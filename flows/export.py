@@ -62,6 +62,7 @@ def export(
         files[WHOLE] = sign("export", digests, about, key)
     sent = 0 if collector is None else post(collector, openlineage.events(material))
     if folder is not None:
+        _make(folder)
         for name, data in files.items():
             write_atomic(folder / name, data)
     unsigned = [ref for ref, _ in material.of("decision") if ref not in material.signatures]
@@ -77,3 +78,12 @@ def check_export(context: Context, folder: Path) -> dict[str, Any]:
     """Verify an export's signatures and the digests of what they are about; see `check`."""
     found = check(folder, context.workspace, keys.trust(context))
     return {"ok": found.ok, **asdict(found)}
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{folder} cannot be a folder to write to ({error.strerror}); choose another with --output."
+        ) from None

@@ -92,11 +92,13 @@ def _fault(file: Path, sha256: str) -> str | None:
     try:
         found = sha256_file(file)
     except FileNotFoundError:
-        return f"{file.name} is missing; its SHA-256 was {sha256}."
+        return f"{file.name} is missing; its SHA-256 was {sha256[:12]}…."
     except OSError as error:
         return f"{file.name} cannot be read: {error.strerror}."
     return (
-        None if found == sha256 else f"{file.name} was changed: its SHA-256 is {found}, attested is {sha256}."
+        None
+        if found == sha256
+        else f"{file.name} was changed: its SHA-256 is {found[:12]}…, attested is {sha256[:12]}…."
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Sequence
+from copy import deepcopy
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,10 +41,10 @@ class Tables(SignedWorld):
         return to.getvalue()
 
 
-@pytest.fixture
-def world(tmp_path) -> Tables:
-    """agent/1 (base) -> agent/2 -> agent/3, the champion; main/v1 and main/v2."""
-    world = Tables(tmp_path / "workspace")
+@pytest.fixture(scope="session")
+def history(tmp_path_factory) -> Tables:
+    """agent/1 (base) -> agent/2 -> agent/3, the champion; main/v1 and main/v2. Not to be changed."""
+    world = Tables(tmp_path_factory.mktemp("history") / "workspace")
     write_trust(world.workspace.trust, TRUST)
     for key in TRUST.keys:
         world.ledger.append("key.trusted", f"key/{key.name}", {"name": key.name, "id": key.id})
@@ -53,5 +55,15 @@ def world(tmp_path) -> Tables:
 
 
 @pytest.fixture
-def material(world) -> Material:
-    return gather(world.ledger, world.workspace, "agent@champion")
+def world(history, tmp_path) -> Tables:
+    """A copy of the history that a test may spoil."""
+    copy = Tables(tmp_path / "workspace")
+    shutil.copytree(history.workspace.root, copy.workspace.root)
+    for name in ("agents", "manifests", "parents", "shards"):
+        setattr(copy, name, deepcopy(getattr(history, name)))
+    return copy
+
+
+@pytest.fixture(scope="session")
+def material(history) -> Material:
+    return gather(history.ledger, history.workspace, "agent@champion")

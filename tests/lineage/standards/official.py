@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import pkgutil
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
@@ -43,8 +44,10 @@ def cyclonedx_fault(bom: dict[str, Any]) -> str | None:
 def prov_faults(document: dict[str, Any]) -> list[str]:
     """By the schema of the W3C submission PROV-JSON, as the package prov ships it; then read by that package."""
     schema = json.loads((files("prov") / "tests/schemas/prov-json.schema.json").read_text())
-    found = [str(error) for error in jsonschema.validators.validator_for(schema)(schema).iter_errors(document)]
-    if not found:
+    found = [
+        str(error) for error in jsonschema.validators.validator_for(schema)(schema).iter_errors(document)
+    ]
+    with warnings.catch_warnings(action="error"):  # what its next version will refuse
         ProvDocument.deserialize(content=json.dumps(document), format="json")
     return found
 
@@ -79,7 +82,9 @@ def _facets() -> dict[str, type[BaseFacet]]:
         importlib.import_module(f"{generated.__name__}.{found.name}")
         for found in pkgutil.iter_modules(generated.__path__)
     ]
-    classes = {name: kind for module in modules for name, kind in vars(module).items() if isinstance(kind, type)}
+    classes = {
+        name: kind for module in modules for name, kind in vars(module).items() if isinstance(kind, type)
+    }
     return {name: kind for name, kind in classes.items() if issubclass(kind, BaseFacet)}
 
 
@@ -113,7 +118,10 @@ def read_event(event: dict[str, Any]) -> RunEvent:
     from openlineage.client.event_v2 import RunState
 
     read = RunEvent(
-        eventType=RunState(event["eventType"]), eventTime=event["eventTime"], producer=event["producer"], **parts
+        eventType=RunState(event["eventType"]),
+        eventTime=event["eventTime"],
+        producer=event["producer"],
+        **parts,
     )
     assert event["schemaURL"] == read.schemaURL
     return read
@@ -128,11 +136,15 @@ def openlineage_faults(event: dict[str, Any]) -> Iterator[str]:
     )
     checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
     event_schema = {"$ref": event["schemaURL"]}
-    for error in jsonschema.Draft202012Validator(event_schema, registry=registry, format_checker=checker).iter_errors(event):
+    for error in jsonschema.Draft202012Validator(
+        event_schema, registry=registry, format_checker=checker
+    ).iter_errors(event):
         yield str(error.message)
     for facet in _all_facets(event):
         schema = {"$ref": facet["_schemaURL"]}
-        for error in jsonschema.Draft202012Validator(schema, registry=registry, format_checker=checker).iter_errors(facet):
+        for error in jsonschema.Draft202012Validator(
+            schema, registry=registry, format_checker=checker
+        ).iter_errors(facet):
             yield str(error.message)
 
 
