@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import PurePosixPath
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-import yaml
 
 from tasks.core.errors import UsageError
 from tasks.lineage.graph import Ref
 from tasks.lineage.standards.material import NOT_RECORDED, Material
-
-_FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 
 def agent_of(material: Material) -> Ref:
@@ -43,24 +37,13 @@ def metric_of(item: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def base_licence(material: Material, agent: Ref) -> tuple[str | None, str]:
-    """Return the licence of the base model, None where it is not known, and a sentence that says where it stands."""
-    paths = [
-        file.path
-        for base in material.bases(agent)
-        for ref, node in material.of("agent")
-        if node.facts["origin"] == "base" and node.digest == base[1]
-        for file in node.files
-        if file.path in material.base_files
-    ]
-    for path in paths:
-        if PurePosixPath(path).name.upper() == "README.MD":
-            front = _FRONT.match(material.base_files[path])
-            licence = _front_matter(front[1]).get("license") if front else None
-            if isinstance(licence, str) and licence:
-                return licence, f"{licence}, by the front matter of {path}"
-    for path in paths:
-        if PurePosixPath(path).name.upper() != "README.MD":
-            return None, f"see the file {path}"
+    """Return the licence of the base model, None where it is not known, and words that say where it stands."""
+    for base in material.bases(agent):
+        said = (
+            material.node(base).facts.get("source", {}).get("licence")
+        )  # not in ledgers of earlier releases
+        if said:
+            return said["name"], f"{said['name']}, by {said['written_in']}"
     return None, NOT_RECORDED
 
 
@@ -69,7 +52,7 @@ def headline(material: Material, agent: Ref, decision: Ref | None) -> str:
     if decision is None:
         return f"{agent[1]} was not judged by a decision; what it is good for is {NOT_RECORDED}."
     facts = material.node(decision).facts
-    slices = sorted({name for row in _slices(material, decision) for name in row if name != "all"})
+    slices = sorted(name for name in scores(material, decision) if name != "all")
     on = f"the held-out tasks of {', '.join(slices)}" if slices else "held-out tasks"
     return (
         f"{agent[1]} was judged on {on}; the decision says {facts['verdict']}. Other uses are {NOT_RECORDED}."
@@ -87,10 +70,13 @@ def not_held(material: Material, decision: Ref | None) -> list[str]:
     ]
 
 
-def _slices(material: Material, decision: Ref) -> Iterator[Mapping[str, Any]]:
-    for ref in material.behind(decision, "rests on"):
+def scores(material: Material, decision: Ref | None) -> dict[str, Mapping[str, Any]]:
+    """Return {slice of tasks: {candidate, champion, n, …}}, mean rewards of the evaluation behind a decision."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for ref in [] if decision is None else material.behind(decision, "rests on"):
         if ref[0] == "evaluation":
-            yield material.node(ref).facts["slices"]
+            found |= material.node(ref).facts["slices"]
+    return found
 
 
 def spdx(licences: Iterable[str]) -> str | None:
@@ -103,11 +89,3 @@ def spdx(licences: Iterable[str]) -> str | None:
         return None
     grouped = [f"({part})" if " OR " in part and len(parts) > 1 else part for part in parts]
     return " AND ".join(grouped) or None
-
-
-def _front_matter(text: str) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -15,7 +15,16 @@ from typing import Any
 
 from tasks.core.digest import canonical_json, digest_json
 from tasks.lineage.graph import File, Kind, Ref, Relation
-from tasks.lineage.standards.cards import agent_of, base_licence, headline, items, metric_of, not_held, spdx
+from tasks.lineage.standards.cards import (
+    agent_of,
+    base_licence,
+    headline,
+    items,
+    metric_of,
+    not_held,
+    scores,
+    spdx,
+)
 from tasks.lineage.standards.material import NOT_RECORDED, Composition, Material, name_of
 
 SPEC = "1.6"
@@ -238,7 +247,11 @@ def _model_card(material: Material, agent: Ref) -> dict[str, Any]:
         for reward in (ref for ref in material.behind(decision, "rests on") if ref[0] == "reward"):
             node = material.node(reward)
             properties |= {"reward_model": node.digest, "reward_model.verdict": node.facts["verdict"]}
-    metrics = [_metric(item) for item in items(material, decision) if item["estimate"] is not None]
+    metrics: list[dict[str, Any]] = [
+        {"type": "mean reward", "value": repr(row["candidate"]), "slice": name}
+        for name, row in scores(material, decision).items()
+    ]
+    metrics += [_metric(item) for item in items(material, decision) if item["estimate"] is not None]
     card: dict[str, Any] = {"modelParameters": parameters}
     if metrics:
         card["quantitativeAnalysis"] = {"performanceMetrics": metrics}

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from tasks.core.digest import sha256_bytes
@@ -74,7 +73,6 @@ class Material:
         shards: the portions of each shard by path; None where the shard is not here.
         records: of each decision.
         signatures: the envelope of each decision that is signed.
-        base_files: text of the licence files and of the model card of base models, by path.
     """
 
     lineage: Lineage
@@ -83,7 +81,6 @@ class Material:
     shards: Mapping[str, tuple[Portion, ...] | None] = field(default_factory=dict)
     records: Mapping[Ref, Mapping[str, Any]] = field(default_factory=dict)
     signatures: Mapping[Ref, bytes] = field(default_factory=dict)
-    base_files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def root(self) -> Node:
@@ -183,7 +180,6 @@ def gather(ledger: Ledger, workspace: Workspace, ref: str) -> Material:
         shards={path: _portions(workspace, shard) for path, shard in shards.items()},
         records={ref: json.loads(_read(workspace, node.files[0])) for ref, node in decisions},
         signatures={ref: _read(workspace, node.files[1]) for ref, node in decisions if len(node.files) > 1},
-        base_files=dict(_base_files(workspace, known)),
     )
 
 
@@ -231,14 +227,3 @@ def _portions(workspace: Workspace, shard: Shard) -> tuple[Portion, ...] | None:
     names = {"count_all": "rows", "group_id_count_distinct": "groups"}
     rows = counted.rename_columns([names.get(name, name) for name in counted.column_names]).to_pylist()
     return tuple(sorted(Portion(**row) for row in rows))
-
-
-def _base_files(workspace: Workspace, known: list[tuple[Ref, Node]]) -> Iterator[tuple[str, str]]:
-    """Yield the files of base models that may say a licence."""
-    for ref, node in known:
-        if ref[0] != "agent" or node.facts["origin"] != "base":
-            continue
-        for file in node.files:
-            name = Path(file.path).name.upper()
-            if name.startswith(("LICENSE", "LICENCE")) or name == "README.MD":
-                yield file.path, _read(workspace, file).decode(errors="replace")

@@ -12,7 +12,16 @@ from typing import Any
 
 from tasks.core.digest import canonical_json
 from tasks.lineage.graph import Ref
-from tasks.lineage.standards.cards import agent_of, base_licence, headline, items, metric_of, not_held, spdx
+from tasks.lineage.standards.cards import (
+    agent_of,
+    base_licence,
+    headline,
+    items,
+    metric_of,
+    not_held,
+    scores,
+    spdx,
+)
 from tasks.lineage.standards.material import NOT_RECORDED, Composition, Material, utc
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -41,25 +50,20 @@ def card(material: Material) -> str:
 
 
 def _front_matter(material: Material, agent: Ref, decision: Ref | None) -> str:
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import ModelCardData
 
     licence, _ = base_licence(material, agent)
     sources = [material.node(base).name for base in material.bases(agent)]
     hub = [name for name in sources if _HUB_ID.fullmatch(name)]
     results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="forebay-held-out-tasks",
-            dataset_name=f"held-out tasks of {part}" if part else "held-out tasks",
-            dataset_config=part or None,
-            metric_type=name.replace(" ", "_").replace("/", "_"),
-            metric_name=f"{name} ({item['unit']}){_interval(item, ', interval ')}",
-            metric_value=item["estimate"],
-        )
-        for item in items(material, decision)
-        if item["estimate"] is not None
-        for name, part in [metric_of(item)]
+        _result("mean_reward", "mean reward", "" if name == "all" else name, row["candidate"])
+        for name, row in scores(material, decision).items()
     ]
+    for item in items(material, decision):
+        if item["estimate"] is not None:
+            name, part = metric_of(item)
+            words = f"{name} ({item['unit']}){_interval(item, ', interval ')}"
+            results.append(_result(name.replace(" ", "_").replace("/", "_"), words, part, item["estimate"]))
     data = ModelCardData(
         base_model=hub[0] if hub else None,
         library_name="transformers",
@@ -73,6 +77,20 @@ def _front_matter(material: Material, agent: Ref, decision: Ref | None) -> str:
     return text.strip()
 
 
+def _result(metric: str, words: str, part: str, value: float) -> Any:
+    from huggingface_hub import EvalResult
+
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type="forebay-held-out-tasks",
+        dataset_name=f"held-out tasks of {part}" if part else "held-out tasks",
+        dataset_config=part or None,
+        metric_type=metric,
+        metric_name=words,
+        metric_value=value,
+    )
+
+
 def _identity(material: Material, agent: Ref) -> str:
     node = material.root
     facts = node.facts
@@ -82,11 +100,23 @@ def _identity(material: Material, agent: Ref) -> str:
         "Registered": utc(facts["registered"]),
         "Origin": facts["origin"],
         "Base model": ", ".join(material.node(base).name for base in material.bases(agent)) or NOT_RECORDED,
+        "Earlier agents": _earlier(material, agent),
         "Licence of the base model": base_licence(material, agent)[1],
         "MLflow": ", ".join(f"{key} {value}" for key, value in facts["mlflow"].items()),
         "Tokenizer": f"`{facts['tokenizer_digest']}`",
     }
     return _table(("", ""), rows.items())
+
+
+def _earlier(material: Material, agent: Ref) -> str:
+    """Name the agents from which it was trained on, newest first."""
+    names = []
+    while runs := material.behind(agent, "trained by"):
+        (agent,) = material.behind(runs[0], "started from")
+        if agent[0] != "agent":
+            break
+        names.append(agent[1])
+    return ", ".join(names) or "none"
 
 
 def _use(material: Material, agent: Ref, decision: Ref | None) -> Iterator[str]:
@@ -141,7 +171,7 @@ def _data(material: Material, agent: Ref) -> Iterator[str]:
         manifest, made_of = material.manifests[ref], material.composition(ref)
         yield (
             f"{manifest.subject}: {manifest.rows:,} episodes in {manifest.groups:,} groups, "
-            f"{len(manifest.shards):,} shards, root `{manifest.root}`."
+            f"{_many(len(manifest.shards), 'shard')}, root `{manifest.root}`."
         )
         yield _table(
             ("source", "licence", "environment", "split", "episodes", "groups"),
@@ -155,7 +185,7 @@ def _data(material: Material, agent: Ref) -> Iterator[str]:
         yield f"Sampled from: {policies or NOT_RECORDED}."
         for check in material.behind(ref, "checked by"):
             facts = material.node(check).facts
-            yield f"Data validation: {facts['verdict']}, {facts['checks']} check{'' if facts['checks'] == 1 else 's'}, {utc(facts['time'])}."
+            yield f"Data validation: {facts['verdict']}, {_many(facts['checks'], 'check')}, {utc(facts['time'])}."
         for source in dict.fromkeys(material.behind(ref, "rewarded by")):
             yield f"Rewarded by {source[1]} (`{material.node(source).digest}`)."
 
@@ -163,7 +193,7 @@ def _data(material: Material, agent: Ref) -> Iterator[str]:
 def _absent(made_of: Composition) -> Iterator[str]:
     if made_of.absent:
         rows = sum(shard.rows for shard in made_of.absent)
-        yield f"{rows:,} episodes are in {len(made_of.absent)} shards that are not in the workspace, and not counted above."
+        yield f"{_many(rows, 'episode')} in {_many(len(made_of.absent), 'shard')} that the workspace lacks: not counted above."
 
 
 def _reward(material: Material, agent: Ref, decision: Ref | None) -> Iterator[str]:
@@ -186,6 +216,11 @@ def _reward(material: Material, agent: Ref, decision: Ref | None) -> Iterator[st
             rows["Right on held-out pairs"] = (
                 f"{right['estimate']} [{right['low']}, {right['high']}] of {right['n']}"
             )
+        for source in material.behind(ref, "judges"):
+            rows["Registered as"] = source[1]
+            rows["Licences of its preferences"] = (
+                ", ".join(material.node(source).facts["licences"]) or NOT_RECORDED
+            )
         rows["Expected calibration error"] = NOT_RECORDED if facts["ece"] is None else facts["ece"]
         yield _table(("", ""), rows.items())
         yield _list(facts["reasons"])
@@ -201,6 +236,11 @@ def _evaluation(material: Material, decision: Ref | None) -> Iterator[str]:
         f"Decision {facts['verdict']} of {utc(facts['time'])} (`{decision[1]}`), against version "
         f"{champion['version']} (`{champion['digest']}`), under the policy `{record['policy_digest']}`."
     )
+    rows = [
+        (name, row["candidate"], row["champion"], row["n"])
+        for name, row in scores(material, decision).items()
+    ]
+    yield _table(("held-out tasks", "mean reward", "of the champion", "n"), rows)
     yield _table(
         ("evidence", "verdict", "estimate", "interval", "n", "held against", "unit"),
         [_row(item) for item in record["evidence"]],
@@ -214,8 +254,8 @@ def _row(item: Mapping[str, Any]) -> tuple[Any, ...]:
     name = item["name"] if item["counts"] else f"{item['name']} (not required)"
     if item["estimate"] is None:
         return name, item["verdict"], "", "", "", "", ""
-    margin = "" if item["margin"] is None else item["margin"]
-    return name, item["verdict"], item["estimate"], _interval(item), item["n"], margin, item["unit"]
+    n, margin = ("" if item[name] is None else item[name] for name in ("n", "margin"))
+    return name, item["verdict"], item["estimate"], _interval(item), n, margin, item["unit"]
 
 
 def _interval(item: Mapping[str, Any], before: str = "") -> str:
@@ -227,6 +267,10 @@ def _check(agent: Ref) -> Iterator[str]:
         f"`forebay verify {agent[1]}` hashes every file behind this agent again; `forebay lineage {agent[1]}` shows where it "
         "came from. The attestations of the same export are signed."
     )
+
+
+def _many(n: int, thing: str) -> str:
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"
 
 
 def _section(title: str, parts: Iterable[str]) -> str:

@@ -30,6 +30,8 @@ def test_huggingface_reads_it(world, material):
     measured = {item["name"]: item["estimate"] for item in record["evidence"] if item["estimate"] is not None}
     results = read.data.eval_results
     assert {(r.metric_type, r.dataset_config): r.metric_value for r in results} == {
+        ("mean_reward", None): 1.0,
+        ("mean_reward", "calculator"): 1.0,
         ("reward_model", None): measured["reward model"],
         ("quality", None): measured["quality"],
         ("guard", "calculator"): measured["guard/calculator"],
@@ -58,12 +60,14 @@ def test_training_is_that_of_the_run(world):
     assert ["objective", "vespo"] in rows(text)
     assert ["Seed", "0"] in rows(text)
     assert ["kl", "0.01"] in rows(text)
+    assert ["Earlier agents", "agent/2, agent/1"] in rows(made(world))
 
 
 def test_evaluation_has_every_item_with_its_interval(world, material):
     text = section(made(world), "Evaluation")
     record = material.records[material.newest_decision(("agent", "agent/3"))]
-    assert len(rows(text)) == 1 + len(record["evidence"])
+    assert rows(text)[1:3] == [["all", "1.0", "0.0", "40"], ["calculator", "1.0", "0.0", "40"]]
+    assert len(rows(text)) == 3 + 1 + len(record["evidence"])
     (quality,) = [item for item in record["evidence"] if item["name"] == "quality"]
     assert [
         "quality",
@@ -86,35 +90,21 @@ def test_what_is_not_known_is_said(world):
     assert "Evaluation: not recorded" in base
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "licence", "said"),
-    [
-        (
-            "README.md",
-            "---\nlicense: apache-2.0\n---\n# Tiny\n",
-            "apache-2.0",
-            "apache-2.0, by the front matter of",
-        ),
-        ("README.md", "---\nlicense: [\n---\n", None, "not recorded"),
-        ("README.md", "no front matter", None, "not recorded"),
-        ("LICENSE", "Do what you like.", None, "see the file .forebay/models/base/LICENSE"),
-    ],
-)
-def test_the_licence_of_the_base_is_that_of_its_files(tmp_path, name, text, licence, said):
+def test_the_licence_of_the_base_is_the_recorded_one(tmp_path):
     class Licensed(Tables):
-        def model(self, folder, seed):
-            files = super().model(folder, seed)
-            return (
-                {**files, name: self.put(folder / name, text.encode())["sha256"]} if seed == "base" else files
-            )
+        def append(self, kind, subject, payload):
+            if payload.get("origin") == "base":
+                said = {"name": "apache-2.0", "written_in": "general.license of a.gguf"}
+                payload = {**payload, "source": {**payload["source"], "licence": said}}
+            return super().append(kind, subject, payload)
 
     world = Licensed(tmp_path / "ws")
     world.crown(world.base())
     world.generation(1)
     for ref in ("agent/1", "agent/2"):
         found = made(world, ref)
-        assert any(row[0] == "Licence of the base model" and row[1].startswith(said) for row in rows(found))
-        assert ModelCard(found).data.to_dict().get("license") == licence
+        assert ["Licence of the base model", "apache-2.0, by general.license of a.gguf"] in rows(found)
+        assert ModelCard(found).data.license == "apache-2.0"
 
 
 def test_hostile_text_stays_in_its_cell(world):
@@ -129,7 +119,7 @@ def test_a_changed_or_lost_file_is_never_a_fact(world):
     with pytest.raises(Corrupt, match=r"shards/00001\.parquet is not what the ledger says"):
         made(world)
     shard.unlink()
-    assert "16 episodes are in 1 shards that are not in the workspace" in made(world)
+    assert "16 episodes in 1 shard that the workspace lacks: not counted above." in made(world)
     shard.write_bytes(whole)
     (world.workspace.replay / "main" / "manifests" / "v00002.json").unlink()
     with pytest.raises(NotFound, match=r"v00002\.json"):
