@@ -10,12 +10,13 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import quote
 
 from tasks.core.digest import canonical_json, sha256_bytes
 from tasks.core.dsse import sign
 from tasks.core.keys import PrivateKey
 from tasks.lineage.graph import File, Node, Ref
-from tasks.lineage.standards.material import Material, name_of, utc
+from tasks.lineage.standards.material import Material, fresh_of, name_of, utc
 
 RUN = "https://forebay/training-run/v1"
 DATASET = "https://forebay/replay-snapshot/v1"
@@ -56,7 +57,6 @@ def run_provenance(material: Material, ref: Ref, builder_id: str) -> tuple[dict[
     """
     node = material.node(ref)
     facts, folder = node.facts, f"{node.facts['path']}/"
-    fresh = [file for file in node.files if not file.path.startswith(folder)]
     metrics = canonical_json(facts["metrics"])
     predicate = {
         "buildDefinition": {
@@ -83,7 +83,7 @@ def run_provenance(material: Material, ref: Ref, builder_id: str) -> tuple[dict[
                     "mediaType": "application/json",
                     "content": base64.b64encode(metrics).decode(),
                 },
-                *(_file(file) for file in fresh),
+                *(_file(file) for file in fresh_of(node)),
             ],
         },
     }
@@ -154,7 +154,7 @@ def _files(node: Node, ref: Ref) -> _Descriptor:
     return (
         {**named, "digest": {"forebayFiles": node.digest}}
         if node.digest
-        else {**named, "uri": f"outside:{node.name}"}
+        else {**named, "uri": f"outside:{quote(node.name)}"}
     )
 
 

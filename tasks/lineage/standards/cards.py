@@ -9,6 +9,11 @@ from tasks.core.errors import UsageError
 from tasks.lineage.graph import Ref
 from tasks.lineage.standards.material import NOT_RECORDED, Material
 
+_UNMEASURED: Mapping[str, Any] = dict.fromkeys(("estimate", "low", "high", "n", "margin")) | {
+    "counts": True, "says": "", "unit": "",
+}  # fmt: skip
+"""An item of evidence in a record of an earlier release, which wrote less."""
+
 
 def agent_of(material: Material) -> Ref:
     """Return the agent that a card or a bill of materials is about.
@@ -27,7 +32,16 @@ def agent_of(material: Material) -> Ref:
 
 def items(material: Material, decision: Ref | None) -> list[Mapping[str, Any]]:
     """Return the evidence items of a decision's record, in the order in which the gate weighed them."""
-    return [] if decision is None else list(material.records[decision]["evidence"])
+    return (
+        []
+        if decision is None
+        else [{**_UNMEASURED, **item} for item in material.records[decision]["evidence"]]
+    )
+
+
+def policy_of(material: Material, decision: Ref) -> str:
+    """Return the digest of the policy by which a decision was made."""
+    return material.behind(decision, "under policy")[0][1]
 
 
 def metric_of(item: Mapping[str, Any]) -> tuple[str, str]:

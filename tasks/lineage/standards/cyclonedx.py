@@ -22,6 +22,7 @@ from tasks.lineage.standards.cards import (
     items,
     metric_of,
     not_held,
+    policy_of,
     scores,
     spdx,
 )
@@ -217,7 +218,7 @@ _MAKE: Mapping[Kind, Callable[[Material, Ref], _Component]] = {
 
 
 def _model_card(material: Material, agent: Ref) -> dict[str, Any]:
-    runs = material.behind(agent, "trained by")
+    runs = material.known(agent, "trained by")
     datasets = [dataset for run in runs for dataset in material.behind(run, "trained on")]
     parameters: dict[str, Any] = {"task": "text-generation"}
     properties: dict[str, Any] = {}
@@ -233,13 +234,14 @@ def _model_card(material: Material, agent: Ref) -> dict[str, Any]:
         properties |= {"steps": facts["steps"], "stop_reason": facts["stop_reason"]}
         properties |= {f"training.{key}": value for key, value in facts["settings"].items()}
         properties |= {f"metric.{key}": value for key, value in facts["metrics"].items()}
+        properties |= {f"fresh.{key}": value for key, value in _made_of(material.composition(run)).items()}
     if datasets:
         parameters["datasets"] = [{"ref": name_of(dataset)} for dataset in datasets]
     decision = material.newest_decision(agent)
     if decision is not None:
         facts = material.node(decision).facts
         properties |= {"decision": decision[1], "verdict": facts["verdict"]}
-        properties |= {"policy": material.records[decision]["policy_digest"]}
+        properties |= {"policy": policy_of(material, decision)}
         for kind in ("approvals", "rejections"):
             properties |= {
                 f"{kind}.{i}": f"{a['by']}: {a['reason']}" for i, a in enumerate(facts[kind], start=1)
@@ -285,9 +287,7 @@ def _made_of(made_of: Composition) -> dict[str, Any]:
         for number, p in enumerate(made_of.portions, start=1)
     }
     if made_of.absent:
-        about["not_counted"] = (
-            f"{sum(s.rows for s in made_of.absent)} rows in shards that are not in the workspace"
-        )
+        about["not_counted"] = f"{len(made_of.absent)} shards that are not in the workspace"
     return about
 
 

@@ -9,7 +9,7 @@ import io
 import json
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -20,7 +20,7 @@ from tasks.core.errors import Corrupt, NotFound
 from tasks.core.ledger import Ledger
 from tasks.core.workspace import Workspace
 from tasks.lineage.graph import File, Kind, Lineage, Node, Ref, Relation, lineage
-from tasks.replay.manifest import Manifest, Shard
+from tasks.replay.manifest import Manifest
 
 NOT_RECORDED = "not recorded"
 _Key = tuple[str, str, str, str, str]
@@ -46,11 +46,11 @@ class Composition:
 
     Attributes:
         portions: sorted; their rows and groups add up to those of the shards that are here.
-        absent: the shards that are not in the workspace, so that nothing was counted in them.
+        absent: the paths of shards that are not in the workspace, so that nothing was counted in them.
     """
 
     portions: tuple[Portion, ...]
-    absent: tuple[Shard, ...] = ()
+    absent: tuple[str, ...] = ()
 
     @property
     def licences(self) -> list[str]:
@@ -70,7 +70,7 @@ class Material:
     Attributes:
         ledger: digest of the ledger's first entry, which tells workspaces apart.
         manifests: of each dataset version.
-        shards: the portions of each shard by path; None where the shard is not here.
+        shards: the portions of each shard by path, those that a run sampled itself included; None where it is not here.
         records: of each decision.
         signatures: the envelope of each decision that is signed.
     """
@@ -102,6 +102,10 @@ class Material:
             if ref[0] in kinds and node.known:
                 yield ref, node
 
+    def known(self, ref: Ref, relation: Relation) -> list[Ref]:
+        """Return what `ref` has this relation to and the ledger has an entry of."""
+        return [target for target in self.behind(ref, relation) if self.node(target).known]
+
     def behind(self, ref: Ref, relation: Relation) -> list[Ref]:
         """Return what `ref` has this relation to."""
         return [edge.target for edge in self.lineage.following[ref] if edge.relation == relation]
@@ -111,21 +115,25 @@ class Material:
         return [*self.behind(agent, "converted from"), *self.behind(agent, "descends from")]
 
     def composition(self, ref: Ref) -> Composition:
-        """Return what a dataset version is made of."""
+        """Return what a dataset version is made of, or what a run sampled while it trained."""
         return self._compositions[ref]
 
     @cached_property
     def _compositions(self) -> Mapping[Ref, Composition]:
-        return {ref: self._composed(manifest) for ref, manifest in self.manifests.items()}
+        datasets = {
+            ref: [shard.path for shard in manifest.shards] for ref, manifest in self.manifests.items()
+        }
+        runs = {ref: [file.path for file in fresh_of(node)] for ref, node in self.of("run")}
+        return {ref: self._composed(paths) for ref, paths in (datasets | runs).items()}
 
-    def _composed(self, manifest: Manifest) -> Composition:
+    def _composed(self, paths: Sequence[str]) -> Composition:
         rows: Counter[_Key] = Counter()
         groups: Counter[_Key] = Counter()
         absent = []
-        for shard in manifest.shards:
-            portions = self.shards[shard.path]
+        for path in paths:
+            portions = self.shards[path]
             if portions is None:
-                absent.append(shard)
+                absent.append(path)
                 continue
             for p in portions:
                 key = (p.source, p.licence, p.env, p.env_version, p.split)
@@ -172,7 +180,8 @@ def gather(ledger: Ledger, workspace: Workspace, ref: str) -> Material:
         if ref[0] == "dataset"
     }
     decisions = [(ref, node) for ref, node in known if ref[0] == "decision"]
-    shards = {shard.path: shard for manifest in manifests.values() for shard in manifest.shards}
+    shards = {s.path: File(s.path, s.sha256) for manifest in manifests.values() for s in manifest.shards}
+    shards |= {file.path: file for ref, node in known if ref[0] == "run" for file in fresh_of(node)}
     return Material(
         lineage=found,
         ledger=first.digest,
@@ -196,6 +205,11 @@ def name_of(ref: Ref) -> str:
     return key if kind in ("agent", "source") else f"{kind}/{key}"
 
 
+def fresh_of(run: Node) -> list[File]:
+    """Return the shards of the groups that a run sampled from the policy in training (hybrid runs)."""
+    return [file for file in run.files if not file.path.startswith(f"{run.facts['path']}/")]
+
+
 def _read(workspace: Workspace, file: File) -> bytes:
     path = workspace.root / file.path
     try:
@@ -211,14 +225,14 @@ def _read(workspace: Workspace, file: File) -> bytes:
     return data
 
 
-def _portions(workspace: Workspace, shard: Shard) -> tuple[Portion, ...] | None:
+def _portions(workspace: Workspace, shard: File) -> tuple[Portion, ...] | None:
     """Count the rows of a shard, None where it is not here."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not (workspace.root / shard.path).exists():
         return None
-    data = _read(workspace, File(shard.path, shard.sha256))
+    data = _read(workspace, shard)
     try:
         table = pq.read_table(io.BytesIO(data), columns=[*_PORTION, "group_id"])
         counted = table.group_by(_PORTION).aggregate([([], "count_all"), ("group_id", "count_distinct")])

@@ -19,6 +19,7 @@ from tasks.lineage.standards.cards import (
     items,
     metric_of,
     not_held,
+    policy_of,
     scores,
     spdx,
 )
@@ -111,7 +112,7 @@ def _identity(material: Material, agent: Ref) -> str:
 def _earlier(material: Material, agent: Ref) -> str:
     """Name the agents from which it was trained on, newest first."""
     names = []
-    while runs := material.behind(agent, "trained by"):
+    while runs := material.known(agent, "trained by"):
         (agent,) = material.behind(runs[0], "started from")
         if agent[0] != "agent":
             break
@@ -131,7 +132,8 @@ def _training(material: Material, agent: Ref) -> Iterator[str]:
     runs = material.behind(agent, "trained by")
     if not runs:
         yield f"{agent[1]} was not trained here."
-    for run in runs:
+    yield from (f"The run `{run[1]}` is not in the ledger." for run in runs if not material.node(run).known)
+    for run in material.known(agent, "trained by"):
         node = material.node(run)
         facts = node.facts
         started = [
@@ -173,14 +175,7 @@ def _data(material: Material, agent: Ref) -> Iterator[str]:
             f"{manifest.subject}: {manifest.rows:,} episodes in {manifest.groups:,} groups, "
             f"{_many(len(manifest.shards), 'shard')}, root `{manifest.root}`."
         )
-        yield _table(
-            ("source", "licence", "environment", "split", "episodes", "groups"),
-            [
-                (p.source, p.licence, f"{p.env} {p.env_version}", p.split, p.rows, p.groups)
-                for p in made_of.portions
-            ],
-        )
-        yield from _absent(made_of)
+        yield from _portions(made_of)
         policies = ", ".join(f"{b.version} (`{b.digest[:12]}`)" for b in manifest.behaviour)
         yield f"Sampled from: {policies or NOT_RECORDED}."
         for check in material.behind(ref, "checked by"):
@@ -188,12 +183,20 @@ def _data(material: Material, agent: Ref) -> Iterator[str]:
             yield f"Data validation: {facts['verdict']}, {_many(facts['checks'], 'check')}, {utc(facts['time'])}."
         for source in dict.fromkeys(material.behind(ref, "rewarded by")):
             yield f"Rewarded by {source[1]} (`{material.node(source).digest}`)."
+    for run in material.known(agent, "trained by"):
+        sampled = material.composition(run)
+        if sampled.portions or sampled.absent:
+            yield "Sampled by the run itself, from the policy in training:"
+            yield from _portions(sampled)
 
 
-def _absent(made_of: Composition) -> Iterator[str]:
+def _portions(made_of: Composition) -> Iterator[str]:
+    rows = [
+        (p.source, p.licence, f"{p.env} {p.env_version}", p.split, p.rows, p.groups) for p in made_of.portions
+    ]
+    yield _table(("source", "licence", "environment", "split", "episodes", "groups"), rows)
     if made_of.absent:
-        rows = sum(shard.rows for shard in made_of.absent)
-        yield f"{_many(rows, 'episode')} in {_many(len(made_of.absent), 'shard')} that the workspace lacks: not counted above."
+        yield f"{_many(len(made_of.absent), 'shard')} that the workspace lacks: not counted above."
 
 
 def _reward(material: Material, agent: Ref, decision: Ref | None) -> Iterator[str]:
@@ -230,11 +233,11 @@ def _evaluation(material: Material, decision: Ref | None) -> Iterator[str]:
     if decision is None:
         yield f"Evaluation: {NOT_RECORDED}; no decision was made."
         return
-    facts, record = material.node(decision).facts, material.records[decision]
-    champion = record["champion"]
+    facts = material.node(decision).facts
+    champion = material.records[decision]["champion"]
     yield (
         f"Decision {facts['verdict']} of {utc(facts['time'])} (`{decision[1]}`), against version "
-        f"{champion['version']} (`{champion['digest']}`), under the policy `{record['policy_digest']}`."
+        f"{champion['version']} (`{champion['digest']}`), under the policy `{policy_of(material, decision)}`."
     )
     rows = [
         (name, row["candidate"], row["champion"], row["n"])
@@ -243,7 +246,7 @@ def _evaluation(material: Material, decision: Ref | None) -> Iterator[str]:
     yield _table(("held-out tasks", "mean reward", "of the champion", "n"), rows)
     yield _table(
         ("evidence", "verdict", "estimate", "interval", "n", "held against", "unit"),
-        [_row(item) for item in record["evidence"]],
+        [_row(item) for item in items(material, decision)],
     )
     for kind, word in (("approvals", "Approved"), ("rejections", "Rejected")):
         for answer in facts[kind]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tasks.core.digest import canonical_json
 from tasks.lineage.graph import Kind, Node, Ref
+from tasks.lineage.standards.cards import items, policy_of
 from tasks.lineage.standards.material import Material, name_of, utc
 
 PRODUCER = "https://forebay/openlineage/v1"
@@ -132,15 +133,15 @@ def _evaluate(material: Material, ref: Ref) -> Iterator[_Event]:
 
 
 def _decide(material: Material, ref: Ref) -> Iterator[_Event]:
-    facts, record = material.node(ref).facts, material.records[ref]
+    facts = material.node(ref).facts
     judged = [
         agent for agent, _ in material.of("agent", "source") if ref in material.behind(agent, "judged by")
     ]
     inputs = [*judged, *material.behind(ref, "compared with"), *material.behind(ref, "rests on")]
-    tests = [_test(item) for item in record["evidence"]]
+    tests = [_test(item) for item in items(material, ref)]
     facets = {
         "test": _facet("TestRunFacet", tests=tests),
-        "tags": _tags("TagsRunFacet", {"verdict": facts["verdict"], "policy": record["policy_digest"]}),
+        "tags": _tags("TagsRunFacet", {"verdict": facts["verdict"], "policy": policy_of(material, ref)}),
     }
     yield from _pair(material, ref, "decide", (facts["time"], facts["time"]), facets, inputs, [ref])
 

@@ -137,7 +137,7 @@ def test_shards_that_are_elsewhere_are_said_to_be_not_counted(world):
     made = bom(gather(world.ledger, world.workspace, "agent/3"))
     assert cyclonedx_fault(made) is None
     (data,) = [c for c in made["components"] if c["bom-ref"] == "dataset/main/v2"]
-    assert properties(data["data"][0]["contents"])["not_counted"].startswith("16 rows")
+    assert properties(data["data"][0]["contents"])["not_counted"].startswith("1 shard")
 
 
 def test_a_base_alone_has_one_too(world):
