@@ -62,9 +62,7 @@ def export(
         files[WHOLE] = sign("export", digests, about, key)
     sent = 0 if collector is None else post(collector, openlineage.events(material))
     if folder is not None:
-        _make(folder)
-        for name, data in files.items():
-            write_atomic(folder / name, data)
+        _write(folder, files)
     unsigned = [ref for ref, _ in material.of("decision") if ref not in material.signatures]
     return {
         "ref": name_of(material.lineage.root),
@@ -76,14 +74,22 @@ def export(
 
 def check_export(context: Context, folder: Path) -> dict[str, Any]:
     """Verify an export's signatures and the digests of what they are about; see `check`."""
-    found = check(folder, context.workspace, keys.trust(context))
+    made = context.ledger.entries("decision.made")
+    found = check(folder, context.workspace, keys.trust(context), made)
     return {"ok": found.ok, **asdict(found)}
 
 
-def _make(folder: Path) -> None:
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write an export; attestations that an earlier one left there and this one has not go away."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
             f"{folder} cannot be a folder to write to ({error.strerror}); choose another with --output."
         ) from None
+    for name, data in files.items():
+        write_atomic(folder / name, data)
+    if WHOLE in files:
+        for path in folder.glob(f"{ATTESTATIONS}/*.dsse.json"):
+            if f"{ATTESTATIONS}/{path.name}" not in files:
+                path.unlink()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.core.digest import sha256_file
-from tasks.core.dsse import Statement, open_envelope
-from tasks.core.errors import Corrupt, ForebayError, NotFound
+from tasks.core.digest import sha256_bytes, sha256_file
+from tasks.core.dsse import open_envelope
+from tasks.core.errors import ForebayError, NotFound
 from tasks.core.keys import Trust
+from tasks.core.ledger import Entry
 from tasks.core.workspace import Workspace
+from tasks.promotion.attest import check_decision
 
 ATTESTATIONS = "attestations"
 WHOLE = "export.dsse.json"
@@ -46,46 +48,57 @@ class Checked:
         return not self.misfits
 
 
-def check(folder: Path, workspace: Workspace, trust: Trust) -> Checked:
+def check(folder: Path, workspace: Workspace, trust: Trust, made: Iterable[Entry]) -> Checked:
     """Verify every attestation in an export, and hash the files it is about.
+
+    Args:
+        made: the ledger's decisions. The key of a decision is judged as of when it was made, every other as of now.
 
     Raises:
         NotFound: there is no export with attestations in `folder`.
     """
-    paths = sorted(path for path in folder.glob(f"{ATTESTATIONS}/*.dsse.json") if path.is_file())
     whole = folder / WHOLE
-    if not whole.exists() and not paths:
+    paths = [path for path in (whole, *sorted(folder.glob(f"{ATTESTATIONS}/*.dsse.json"))) if path.is_file()]
+    if not paths:
         raise NotFound(
             f"There are no attestations in {folder}; `forebay export --as all --output {folder}` writes them."
         )
+    decisions = {e.payload["signature"]["sha256"]: e for e in made if "signature" in e.payload}
     signatures = digests = 0
     misfits: list[Misfit] = []
-    if not whole.exists():
+    if whole not in paths:
         misfits.append(Misfit(WHOLE, None, "The attestation of the whole export is missing."))
-    for path in [*([whole] if whole.exists() else []), *paths]:
+    for path in paths:
         name = path.relative_to(folder).as_posix()
         try:
-            said = open_envelope(
-                path.read_bytes(), ("export", "provenance", "gate-decision"), trust, "service"
-            )
+            files = _files(path.read_bytes(), folder, workspace, trust, decisions)
+        except OSError as error:
+            misfits.append(Misfit(name, None, f"{name} cannot be read: {error.strerror}."))
+            continue
         except ForebayError as error:
             misfits.append(Misfit(name, None, str(error)))
             continue
         signatures += 1
-        found = [(subject, _fault(file, sha256)) for subject, file, sha256 in _files(said, folder, workspace)]
-        digests += sum(fault is None for _, fault in found)
-        misfits += [Misfit(name, subject, fault) for subject, fault in found if fault is not None]
-    misfits += _unclaimed(folder, whole, trust)
+        faults = [(subject, _fault(file, sha256)) for subject, (file, sha256) in files.items()]
+        digests += sum(fault is None for _, fault in faults)
+        misfits += [Misfit(name, subject, fault) for subject, fault in faults if fault is not None]
+        if path == whole:
+            misfits += _unclaimed(folder, files.keys())
     return Checked(signatures, digests, tuple(misfits))
 
 
-def _files(said: Statement, folder: Path, workspace: Workspace) -> Iterator[tuple[str, Path, str]]:
-    """Yield each subject of a statement, the file it names, and the digest it must have."""
-    for name, sha256 in said.subjects.items():
-        if said.kind == "gate-decision":
-            yield name, workspace.evidence / "decisions" / f"{sha256}.json", sha256
-        else:
-            yield name, (folder if said.kind == "export" else workspace.root) / name, sha256
+def _files(
+    envelope: bytes, folder: Path, workspace: Workspace, trust: Trust, decisions: Mapping[str, Entry]
+) -> dict[str, tuple[Path, str]]:
+    """Return the files that a genuine statement is about, and the digests they must have, by subject."""
+    entry = decisions.get(sha256_bytes(envelope))
+    if entry is not None:
+        check_decision(entry.payload, envelope, trust, at=entry.seq)
+        record = entry.payload["record"]
+        return {record["path"]: (workspace.root / record["path"], record["sha256"])}
+    said = open_envelope(envelope, ("export", "provenance"), trust, "service")
+    place = folder if said.kind == "export" else workspace.root
+    return {name: (place / name, sha256) for name, sha256 in said.subjects.items()}
 
 
 def _fault(file: Path, sha256: str) -> str | None:
@@ -102,13 +115,9 @@ def _fault(file: Path, sha256: str) -> str | None:
     )
 
 
-def _unclaimed(folder: Path, whole: Path, trust: Trust) -> Iterator[Misfit]:
+def _unclaimed(folder: Path, claimed: Collection[str]) -> Iterator[Misfit]:
     """Files that lie in the export and are not of it: somebody may take them for signed."""
-    try:
-        said = open_envelope(whole.read_bytes(), ("export",), trust, "service")
-    except (OSError, Corrupt, ForebayError):
-        return
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and path != whole and name not in said.subjects:
+        if path.is_file() and name != WHOLE and name not in claimed:
             yield Misfit(WHOLE, name, f"{name} lies in the export but is not part of it.")

@@ -36,7 +36,7 @@ def document(material: Material) -> dict[str, Any]:
 
 def _add_node(found: dict[str, dict[str, dict[str, Any]]], ref: Ref, node: Node) -> None:
     label = node.name if node.kind in ("agent", "source") else f"{node.kind} {node.name}"
-    about: dict[str, Any] = {"prov:label": label, "prov:type": _typed(node.kind), **_facts(node)}
+    about: dict[str, Any] = {"prov:label": label, "prov:type": _types(node.kind), **_facts(node)}
     if node.files:
         about["forebay:files"] = [f"{file.path} sha256:{file.sha256}" for file in node.files]
     if not node.known:
@@ -130,6 +130,12 @@ def _id(ref: Ref) -> str:
 
 def _making(ref: Ref) -> str:
     return f"{_id(ref)}/made"
+
+
+def _types(kind: Kind) -> dict[str, str] | list[dict[str, str]]:
+    """Return the type of a node; a dataset version is a collection of shards too."""
+    collection = {"$": "prov:Collection", "type": "prov:QUALIFIED_NAME"}
+    return [_typed(kind), collection] if kind == "dataset" else _typed(kind)
 
 
 def _typed(name: str) -> dict[str, str]:

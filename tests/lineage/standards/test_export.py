@@ -10,9 +10,11 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from flows.cli import main
+from tasks.core.dsse import sign
+from tasks.lineage.standards.check import check
 from tests.lineage.standards.collectors import Collector
 from tests.lineage.standards.official import cyclonedx_fault, open_statement, prov_faults
-from tests.promotion.support import EVE, SERVICE
+from tests.promotion.support import EVE, SERVICE, TRUST
 
 ALL = {"README.md", "bom.cdx.json", "export.dsse.json", "openlineage.ndjson", "prov.json"}
 
@@ -127,12 +129,37 @@ def test_a_changed_attestation_and_an_added_file_are_named(forebay, exported):
 
 
 def test_another_key_does_not_pass(world, forebay, exported, monkeypatch):
-    from tasks.core.dsse import sign
-
     said = open_statement((exported / "export.dsse.json").read_bytes())
     subjects = {item["name"]: item["digest"]["sha256"] for item in said["subject"]}
     (exported / "export.dsse.json").write_bytes(sign("export", subjects, said["predicate"], EVE))
     assert misfits(forebay, exported) == {("export.dsse.json", None)}
+
+
+def test_a_key_that_was_removed_signed_old_decisions_and_no_new_export(world, exported):
+    last = world.ledger.last()
+    found = check(
+        exported, world.workspace, TRUST.remove("service", last.seq), world.ledger.entries("decision.made")
+    )
+    assert found.signatures == 2
+    assert len(found.misfits) == 5
+    assert all("removed" in misfit.says for misfit in found.misfits)
+    assert not any("decision" in misfit.attestation for misfit in found.misfits)
+
+
+def test_a_forged_decision_is_named(world, forebay, exported):
+    """One that the service's key signed but the ledger does not have."""
+    name = next((exported / "attestations").glob("decision-*")).name
+    made = open_statement((exported / "attestations" / name).read_bytes())
+    (exported / "attestations" / name).write_bytes(
+        sign("gate-decision", {"decision": "0" * 64}, made["predicate"], SERVICE)
+    )
+    assert (f"attestations/{name}", None) in misfits(forebay, exported)
+
+
+def test_an_export_into_the_folder_of_another_agent_leaves_nothing_of_it(forebay, exported):
+    forebay("export", "agent/2", "--output", str(exported))
+    assert misfits(forebay, exported) == set()
+    assert len(list((exported / "attestations").iterdir())) == 3
 
 
 def test_a_lost_attestation_is_named(forebay, exported):
