@@ -15,8 +15,8 @@ from urllib.parse import quote
 from tasks.core.digest import canonical_json, sha256_bytes
 from tasks.core.dsse import sign
 from tasks.core.keys import PrivateKey
-from tasks.lineage.graph import File, Node, Ref
-from tasks.lineage.standards.material import Material, fresh_of, name_of, utc
+from tasks.lineage.standards.material import Material, beside, name_of, utc
+from tasks.lineage.types import File, Node, Ref
 
 RUN = "https://forebay/training-run/v1"
 DATASET = "https://forebay/replay-snapshot/v1"
@@ -83,7 +83,7 @@ def run_provenance(material: Material, ref: Ref, builder_id: str) -> tuple[dict[
                     "mediaType": "application/json",
                     "content": base64.b64encode(metrics).decode(),
                 },
-                *(_file(file) for file in fresh_of(node)),
+                *(_file(file) for file in beside(node)),
             ],
         },
     }
@@ -99,7 +99,7 @@ def dataset_provenance(
     are the parent version and the policies from which the new episodes were sampled.
     """
     node, manifest = material.node(ref), material.manifests[ref]
-    added = [material.node(shard).files[0] for shard in material.behind(ref, "holds")]
+    added = [file for shard in material.behind(ref, "holds") for file in material.node(shard).files]
     subjects = {file.path: file.sha256 for file in (*node.files, *added)}
     parents = [*material.behind(ref, "continues"), *material.behind(ref, "scored from")]
     policies = [*material.behind(ref, "sampled from"), *material.behind(ref, "rewarded by")]
@@ -112,6 +112,7 @@ def dataset_provenance(
                 "rows": manifest.rows,
                 "groups": manifest.groups,
                 "new_rows": manifest.new_rows,
+                "shards_left_out": material.without(ref),
                 "git_commit": node.facts["git_commit"],
                 "dvc": node.facts["dvc"],
             },

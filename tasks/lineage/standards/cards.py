@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tasks.core.errors import UsageError
-from tasks.lineage.graph import Ref
 from tasks.lineage.standards.material import NOT_RECORDED, Material
+from tasks.lineage.types import Ref
 
 _UNMEASURED: Mapping[str, Any] = dict.fromkeys(("estimate", "low", "high", "n", "margin")) | {
     "counts": True, "says": "", "unit": "",

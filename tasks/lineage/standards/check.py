@@ -93,7 +93,7 @@ def _files(
     """Return the files that a genuine statement is about, and the digests they must have, by subject."""
     entry = decisions.get(sha256_bytes(envelope))
     if entry is not None:
-        check_decision(entry.payload, envelope, trust, at=entry.seq)
+        check_decision(entry, envelope, trust, at=entry.seq)
         record = entry.payload["record"]
         return {record["path"]: (workspace.root / record["path"], record["sha256"])}
     said = open_envelope(envelope, ("export", "provenance"), trust, "service")

@@ -14,7 +14,6 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from tasks.core.digest import canonical_json, digest_json
-from tasks.lineage.graph import File, Kind, Ref, Relation
 from tasks.lineage.standards.cards import (
     agent_of,
     base_licence,
@@ -26,7 +25,8 @@ from tasks.lineage.standards.cards import (
     scores,
     spdx,
 )
-from tasks.lineage.standards.material import NOT_RECORDED, Composition, Material, name_of
+from tasks.lineage.standards.material import NOT_RECORDED, Composition, Material, fresh_of, name_of
+from tasks.lineage.types import File, Kind, Ref, Relation
 
 SPEC = "1.6"
 _Component = dict[str, Any]
@@ -99,6 +99,8 @@ def _agent(material: Material, ref: Ref) -> _Component:
     digests = {name: facts[name] for name in ("tokenizer_digest",)}
     licence, _ = base_licence(material, ref)
     component = _model(material, ref, ref[1], node.files, {**origin, **mlflow, **digests})
+    for run in material.known(ref, "trained by"):
+        component["components"] += [_part("data", ref, file) for file in fresh_of(material.node(run))]
     return {**component, **_licences([licence] if licence else [])}
 
 
@@ -127,15 +129,7 @@ def _model(
     node = material.node(ref)
     component: _Component = {"type": "machine-learning-model", "bom-ref": name_of(ref), "name": name}
     properties = _properties({"digest": node.digest or NOT_RECORDED, **about})
-    parts = [
-        {
-            "type": "file",
-            "bom-ref": f"{name_of(ref)}#{file.path}",
-            "name": file.path,
-            "hashes": _hashes(file.sha256),
-        }
-        for file in files
-    ]
+    parts = [_part("file", ref, file) for file in files]
     weights = [file for file in files if PurePosixPath(file.path).suffix == ".safetensors"]
     if len(weights) == 1:
         component["hashes"] = _hashes(weights[0].sha256)
@@ -150,14 +144,12 @@ def _dataset(material: Material, ref: Ref) -> _Component:
         return {**component, "properties": _properties({"digest": node.digest or ref[1], "known": False})}
     manifest, made_of = material.manifests[ref], material.composition(ref)
     about = {
-        "digest": manifest.root, "rows": manifest.rows, "groups": manifest.groups, "bytes": manifest.total_bytes, "shards": len(manifest.shards),
+        "digest": manifest.root, "rows": manifest.rows, "groups": manifest.groups, "bytes": manifest.total_bytes,
+        "shards": len(manifest.shards), "shards_left_out": material.without(ref) or None,
         "git.commit": node.facts["git_commit"], "dvc.md5": node.facts["dvc"]["md5"], **_made_of(made_of),
     }  # fmt: skip
     data = {"type": "dataset", "name": ref[1], "contents": {"properties": _properties(about)}}
-    shards = [
-        {"type": "data", "bom-ref": f"{name_of(ref)}#{s.path}", "name": s.path, "hashes": _hashes(s.sha256)}
-        for s in (material.node(shard).files[0] for shard in material.behind(ref, "holds"))
-    ]  # a version lists the shards that it added, and depends on its parent
+    added = [file for shard in material.behind(ref, "holds") for file in material.node(shard).files]
     return {
         **component,
         "version": str(manifest.version),
@@ -165,7 +157,9 @@ def _dataset(material: Material, ref: Ref) -> _Component:
         **_licences(made_of.licences),
         "properties": _properties({"digest": manifest.root, "hashes_of": node.files[0].path}),
         "data": [data],
-        "components": shards,
+        "components": [
+            _part("data", ref, file) for file in added
+        ],  # it depends on its parent, which has the others
     }
 
 
@@ -232,6 +226,7 @@ def _model_card(material: Material, agent: Ref) -> dict[str, Any]:
             "dtype": facts["dtype"],
         }
         properties |= {"steps": facts["steps"], "stop_reason": facts["stop_reason"]}
+        properties |= {"groups_learnt_from": facts.get("groups")}
         properties |= {f"training.{key}": value for key, value in facts["settings"].items()}
         properties |= {f"metric.{key}": value for key, value in facts["metrics"].items()}
         properties |= {f"fresh.{key}": value for key, value in _made_of(material.composition(run)).items()}
@@ -276,6 +271,13 @@ def _metric(item: Mapping[str, Any]) -> dict[str, Any]:
     if item["low"] is not None and item["high"] is not None:
         metric["confidenceInterval"] = {"lowerBound": repr(item["low"]), "upperBound": repr(item["high"])}
     return metric
+
+
+def _part(kind: str, whole: Ref, file: File) -> _Component:
+    """Return a file as a component inside another."""
+    return {
+        "type": kind, "bom-ref": f"{name_of(whole)}#{file.path}", "name": file.path, "hashes": _hashes(file.sha256),
+    }  # fmt: skip
 
 
 def _made_of(made_of: Composition) -> dict[str, Any]:

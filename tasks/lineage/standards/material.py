@@ -19,7 +19,8 @@ from tasks.core.digest import sha256_bytes
 from tasks.core.errors import Corrupt, NotFound
 from tasks.core.ledger import Ledger
 from tasks.core.workspace import Workspace
-from tasks.lineage.graph import File, Kind, Lineage, Node, Ref, Relation, lineage
+from tasks.lineage.graph import lineage
+from tasks.lineage.types import Edge, File, Kind, Lineage, Node, Ref, Relation
 from tasks.replay.manifest import Manifest
 
 NOT_RECORDED = "not recorded"
@@ -97,8 +98,8 @@ class Material:
         return self.lineage.nodes[ref]
 
     def of(self, *kinds: Kind) -> Iterator[tuple[Ref, Node]]:
-        """Yield the nodes of these kinds that the ledger knows, oldest first."""
-        for ref, node in reversed(list(self.lineage.nodes.items())):
+        """Yield the nodes of these kinds that the ledger knows."""
+        for ref, node in self.lineage.nodes.items():
             if ref[0] in kinds and node.known:
                 yield ref, node
 
@@ -113,6 +114,12 @@ class Material:
     def bases(self, agent: Ref) -> list[Ref]:
         """Return the base model that an agent descends from, or was converted from."""
         return [*self.behind(agent, "converted from"), *self.behind(agent, "descends from")]
+
+    def without(self, ref: Ref) -> list[str]:
+        """Return the paths of the parent's shards that a dataset version holds no more: some were revoked."""
+        held = {shard.sha256 for shard in self.manifests[ref].shards}
+        parents = [self.manifests[p] for p in self.behind(ref, "continues") if p in self.manifests]
+        return [shard.path for parent in parents for shard in parent.shards if shard.sha256 not in held]
 
     def composition(self, ref: Ref) -> Composition:
         """Return what a dataset version is made of, or what a run sampled while it trained."""
@@ -183,13 +190,20 @@ def gather(ledger: Ledger, workspace: Workspace, ref: str) -> Material:
     shards = {s.path: File(s.path, s.sha256) for manifest in manifests.values() for s in manifest.shards}
     shards |= {file.path: file for ref, node in known if ref[0] == "run" for file in fresh_of(node)}
     return Material(
-        lineage=found,
+        lineage=Lineage(
+            found.root, dict(sorted(found.nodes.items())), tuple(sorted(found.edges, key=_words))
+        ),
         ledger=first.digest,
         manifests=manifests,
         shards={path: _portions(workspace, shard) for path, shard in shards.items()},
         records={ref: json.loads(_read(workspace, node.files[0])) for ref, node in decisions},
         signatures={ref: _read(workspace, node.files[1]) for ref, node in decisions if len(node.files) > 1},
     )
+
+
+def _words(edge: Edge) -> tuple[Ref, Relation, Ref]:
+    """By what edges are sorted, so that an index that was built anew changes no byte."""
+    return edge.source, edge.relation, edge.target
 
 
 def utc(time: str) -> str:
@@ -205,9 +219,14 @@ def name_of(ref: Ref) -> str:
     return key if kind in ("agent", "source") else f"{kind}/{key}"
 
 
+def beside(run: Node) -> list[File]:
+    """Return the files of a run that are no part of its checkpoint: which groups it learnt from, what it sampled."""
+    return [file for file in run.files if not file.path.startswith(f"{run.facts['path']}/")]
+
+
 def fresh_of(run: Node) -> list[File]:
     """Return the shards of the groups that a run sampled from the policy in training (hybrid runs)."""
-    return [file for file in run.files if not file.path.startswith(f"{run.facts['path']}/")]
+    return [file for file in beside(run) if file.path.endswith(".parquet")]
 
 
 def _read(workspace: Workspace, file: File) -> bytes:

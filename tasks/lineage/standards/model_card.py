@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tasks.core.digest import canonical_json
-from tasks.lineage.graph import Ref
 from tasks.lineage.standards.cards import (
     agent_of,
     base_licence,
@@ -24,6 +23,7 @@ from tasks.lineage.standards.cards import (
     spdx,
 )
 from tasks.lineage.standards.material import NOT_RECORDED, Composition, Material, utc
+from tasks.lineage.types import Ref
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -145,6 +145,7 @@ def _training(material: Material, agent: Ref) -> Iterator[str]:
             "Started from": ", ".join(started),
             "Objective": facts["settings"].get("objective", NOT_RECORDED),
             "Steps": f"{facts['steps']} ({facts['stop_reason']})",
+            "Groups it learnt from": facts.get("groups", NOT_RECORDED),
             "Seed": facts["seed"],
             "Device and number format": f"{facts['device']}, {facts['dtype']}",
             "Time": f"{utc(facts['started'])} to {utc(facts['finished'])}",
@@ -176,6 +177,9 @@ def _data(material: Material, agent: Ref) -> Iterator[str]:
             f"{_many(len(manifest.shards), 'shard')}, root `{manifest.root}`."
         )
         yield from _portions(made_of)
+        left_out = material.without(ref)
+        if left_out:
+            yield f"Of its parent version it leaves out: {', '.join(left_out)}."
         policies = ", ".join(f"{b.version} (`{b.digest[:12]}`)" for b in manifest.behaviour)
         yield f"Sampled from: {policies or NOT_RECORDED}."
         for check in material.behind(ref, "checked by"):
@@ -243,6 +247,9 @@ def _evaluation(material: Material, decision: Ref | None) -> Iterator[str]:
         (name, row["candidate"], row["champion"], row["n"])
         for name, row in scores(material, decision).items()
     ]
+    for ref in material.behind(decision, "rests on"):
+        if ref[0] == "evaluation":
+            yield f"Held-out tasks: set `{material.node(ref).facts['tasks_digest']}`."
     yield _table(("held-out tasks", "mean reward", "of the champion", "n"), rows)
     yield _table(
         ("evidence", "verdict", "estimate", "interval", "n", "held against", "unit"),

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tasks.core.digest import canonical_json
-from tasks.lineage.graph import Kind, Node, Ref
 from tasks.lineage.standards.cards import items, policy_of
 from tasks.lineage.standards.material import Material, name_of, utc
+from tasks.lineage.types import Kind, Node, Ref
 
 PRODUCER = "https://forebay/openlineage/v1"
 _SPEC = "https://openlineage.io/spec"
@@ -129,6 +129,7 @@ def _validate(material: Material, ref: Ref) -> Iterator[_Event]:
 def _evaluate(material: Material, ref: Ref) -> Iterator[_Event]:
     facts = material.node(ref).facts
     inputs: list[Ref] = [("agent", f"agent/{facts[side]}") for side in ("candidate", "champion")]
+    inputs += material.behind(ref, "asks")
     yield from _pair(material, ref, "evaluate", (facts["time"], facts["time"]), {}, inputs, [ref])
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from urllib.parse import quote
 
 from tasks.core.digest import canonical_json
-from tasks.lineage.graph import Edge, Kind, Node, Ref
 from tasks.lineage.standards.material import Material, name_of, utc
+from tasks.lineage.types import SHAPING, Edge, Kind, Node, Ref
 
 _PROV = "http://www.w3.org/ns/prov#"
 _SEALING, _EVALUATING, _DECIDING = "sealing", "evaluating", "deciding"
@@ -21,6 +21,10 @@ _ACTIVITIES: frozenset[Kind] = frozenset({"run", "promotion"})
 _MADE_BY: Mapping[Kind, str] = {
     "dataset": _SEALING, "evaluation": _EVALUATING, "decision": _DECIDING, "validation": "validating", "reward": "validating",
 }  # fmt: skip
+
+
+_DERIVED = SHAPING - {"gathered in", "comes from", "licensed under"}
+"""By these an entity was made from another; whatever else is said of it is an influence (a policy, a licence)."""
 
 
 def document(material: Material) -> dict[str, Any]:
@@ -102,11 +106,12 @@ def _add_edge(found: dict[str, dict[str, dict[str, Any]]], edge: Edge) -> None:
         if source[0] in _MADE_BY:
             _relate(found, "used", {"prov:activity": _making(source), "prov:entity": _id(target), **role})
         about = {"prov:type": _typed(edge.relation.replace(" ", "-"))}
-        _relate(
-            found,
-            "wasDerivedFrom",
-            {"prov:generatedEntity": _id(source), "prov:usedEntity": _id(target), **about},
-        )
+        if edge.relation in _DERIVED:
+            ends = {"prov:generatedEntity": _id(source), "prov:usedEntity": _id(target)}
+            _relate(found, "wasDerivedFrom", {**ends, **about})
+        else:
+            ends = {"prov:influencee": _id(source), "prov:influencer": _id(target)}
+            _relate(found, "wasInfluencedBy", {**ends, **about})
 
 
 def _people(node: Node) -> Iterator[tuple[str, str]]:

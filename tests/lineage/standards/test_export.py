@@ -79,6 +79,13 @@ def test_a_second_export_gives_the_same_bytes(forebay, exported, tmp_path):
     assert set(json.loads(out)["files"]) == set(contents(exported))
 
 
+def test_an_index_that_is_built_anew_changes_no_byte(world, forebay, exported, tmp_path):
+    for path in world.workspace.state.glob("lineage.db*"):
+        path.unlink()
+    code, _, _ = forebay("export", "--as", "all", "-o", str(tmp_path / "again"))
+    assert (code, contents(tmp_path / "again")) == (0, contents(exported))
+
+
 def test_the_export_of_a_moved_workspace_is_the_same(world, forebay, exported, tmp_path, monkeypatch):
     before = contents(exported)
     moved = tmp_path / "elsewhere"

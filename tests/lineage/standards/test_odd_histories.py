@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -14,6 +15,7 @@ from tasks.lineage.standards.material import gather
 from tasks.lineage.standards.model_card import card
 from tasks.lineage.standards.openlineage import events
 from tasks.lineage.standards.prov import document
+from tasks.replay.manifest import dataset_root
 from tests.lineage.standards.official import (
     cyclonedx_fault,
     open_statement,
@@ -84,7 +86,40 @@ def test_a_hybrid_run_counts_what_it_sampled_itself(world):
     products = {item["name"]: item["digest"] for item in run["predicate"]["runDetails"]["byproducts"]}
     assert products[fresh["path"]] == {"sha256": fresh["sha256"]}
     said = {p["name"]: p["value"] for p in made["bom"]["metadata"]["component"]["modelCard"]["properties"]}
+    inside = {c["name"]: c["hashes"] for c in made["bom"]["metadata"]["component"]["components"]}
+    assert inside[fresh["path"]] == [{"alg": "SHA-256", "content": fresh["sha256"]}]
     assert said["forebay:fresh.portion.1"].startswith("8 rows in 1 groups; source rollout")
+
+
+def test_a_run_says_which_groups_it_learnt_from(world):
+    groups = world.put(world.workspace.runs / "listed" / "groups.txt", b"g1-0\ng2-0\n")
+    run_again(world, "listed", outputs={"groups": {**groups, "count": 2}})
+    made = exports(world, "agent/9")
+    assert "| Groups it learnt from | 2 |" in made["card"]
+    (run,) = [s for s in made["statements"] if digest_json(["listed"]) in str(s["predicate"])]
+    products = {item["name"]: item["digest"] for item in run["predicate"]["runDetails"]["byproducts"]}
+    assert products[groups["path"]] == {"sha256": groups["sha256"]}
+    assert "Sampled by the run itself" not in made["card"]
+
+
+def test_a_version_without_shards_of_its_parent_says_so(world):
+    parent = world.manifests["main"]
+    kept = parent.shards[1:]
+    manifest = parent.to_dict() | {
+        "version": 9, "parent": parent.root, "root": dataset_root(kept), "shards": [asdict(shard) for shard in kept],
+        "rows": 48, "groups": 6, "new_rows": 0,
+    }  # fmt: skip
+    file = world.put(world.workspace.replay / "main" / "manifests" / "v00009.json", canonical_json(manifest))
+    seal_again(world, **{**manifest, "manifest": file["path"], "manifest_sha256": file["sha256"]})
+    run_again(world, "without", dataset=manifest["root"])
+    made = exports(world, "agent/9")
+    lost = parent.shards[0].path
+    assert f"Of its parent version it leaves out: {lost}." in made["card"]
+    assert "| rollout | Apache-2.0 | calculator 1 | train | 24 | 3 |" in made["card"]
+    (run,) = [s for s in made["statements"] if digest_json(["without"]) in str(s["predicate"])]
+    named = {item["name"] for item in run["predicate"]["buildDefinition"]["resolvedDependencies"]}
+    assert {shard.path for shard in kept} <= named
+    assert lost not in named
 
 
 def test_a_run_that_the_ledger_lacks(world):

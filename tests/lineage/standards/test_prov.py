@@ -13,6 +13,7 @@ ENDS = {
     "wasGeneratedBy": ("prov:entity", "prov:activity"),
     "used": ("prov:activity", "prov:entity"),
     "wasDerivedFrom": ("prov:generatedEntity", "prov:usedEntity"),
+    "wasInfluencedBy": ("prov:influencee", "prov:influencer"),
     "hadMember": ("prov:collection", "prov:entity"),
     "wasAssociatedWith": ("prov:activity", "prov:agent"),
 }
@@ -48,7 +49,9 @@ def test_a_broken_one_is_refused(made, spoil):
 
 def test_every_end_of_a_relation_is_declared(made):
     declared = {"prov:entity": made["entity"], "prov:activity": made["activity"], "prov:agent": made["agent"]}
-    declared |= dict.fromkeys(("prov:generatedEntity", "prov:usedEntity", "prov:collection"), made["entity"])
+    declared |= dict.fromkeys(
+        (e for ends in ENDS.values() for e in ends if e not in declared), made["entity"]
+    )
     for relation, ends in ENDS.items():
         for one in made[relation].values():
             assert all(one[end] in declared[end] for end in ends), one
@@ -66,6 +69,17 @@ def test_walking_it_gives_the_ancestors(world, made):
         if not name.startswith(("run ", "decision ")):
             assert f"fb:{name.replace(' ', '/', 1)}" in reached
     assert not any(name.startswith("fb:agent/4") for name in reached)
+
+
+def test_what_only_judges_is_no_origin(made):
+    """A decision follows from policy and evidence, which is no derivation of an agent from its rival."""
+    derived = {
+        (one["prov:generatedEntity"], one["prov:usedEntity"]) for one in made["wasDerivedFrom"].values()
+    }
+    assert ("fb:dataset/main/v2", "fb:agent/2") in derived
+    assert not any(source.startswith("fb:decision") for source, _ in derived)
+    influenced = {one["prov:influencer"].split("/")[0] for one in made["wasInfluencedBy"].values()}
+    assert {"fb:policy", "fb:evaluation", "fb:agent"} <= influenced
 
 
 def test_people_answer_for_what_they_did(made):
