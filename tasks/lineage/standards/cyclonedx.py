@@ -97,17 +97,21 @@ def _agent(material: Material, ref: Ref) -> _Component:
     }
     mlflow = {f"mlflow.{key}": value for key, value in facts["mlflow"].items()}
     digests = {name: facts[name] for name in ("tokenizer_digest",)}
-    licence, _ = base_licence(material, ref)
     component = _model(material, ref, ref[1], node.files, {**origin, **mlflow, **digests})
     for run in material.known(ref, "trained by"):
         component["components"] += [_part("data", ref, file) for file in fresh_of(material.node(run))]
+    licence = (
+        base_licence(material, ref)[0] if facts["origin"] == "base" else None
+    )  # nobody licensed a trained one
     return {**component, **_licences([licence] if licence else [])}
 
 
 def _base(material: Material, ref: Ref) -> _Component:
     node = material.node(ref)
     source = node.facts.get("source", {})
-    return _model(material, ref, node.name, (), {f"source.{key}": value for key, value in source.items()})
+    about = {f"source.{key}": value for key, value in source.items()}
+    licence = source.get("licence")
+    return {**_model(material, ref, node.name, (), about), **_licences([licence["name"]] if licence else [])}
 
 
 def _source(material: Material, ref: Ref) -> _Component:

@@ -53,7 +53,8 @@ def card(material: Material) -> str:
 def _front_matter(material: Material, agent: Ref, decision: Ref | None) -> str:
     from huggingface_hub import ModelCardData
 
-    licence, _ = base_licence(material, agent)
+    trained = material.root.facts["origin"] != "base"
+    licence = None if trained else base_licence(material, agent)[0]  # nobody licensed a trained agent
     sources = [material.node(base).name for base in material.bases(agent)]
     hub = [name for name in sources if _HUB_ID.fullmatch(name)]
     results = [
@@ -103,6 +104,7 @@ def _identity(material: Material, agent: Ref) -> str:
         "Base model": ", ".join(material.node(base).name for base in material.bases(agent)) or NOT_RECORDED,
         "Earlier agents": _earlier(material, agent),
         "Licence of the base model": base_licence(material, agent)[1],
+        **({} if facts["origin"] == "base" else {"Licence of the agent itself": NOT_RECORDED}),
         "MLflow": ", ".join(f"{key} {value}" for key, value in facts["mlflow"].items()),
         "Tokenizer": f"`{facts['tokenizer_digest']}`",
     }

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 from huggingface_hub import ModelCard
+from yaml import YAMLError
 
 from tasks.core.errors import Corrupt, NotFound, UsageError
+from tasks.lineage.standards.cyclonedx import bom
 from tasks.lineage.standards.material import gather
 from tasks.lineage.standards.model_card import card
 from tests.lineage.standards.conftest import Tables
+from tests.lineage.standards.official import cyclonedx_fault
 
 
 def made(world, ref="agent/3"):
@@ -42,6 +45,17 @@ def test_huggingface_reads_it(world, material):
     }
     assert read.data.library_name == "transformers"
     assert read.data.to_dict().get("license") is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("model-index:", "model-index: ["), ("    dataset:\n", "    data:\n"), ("---\nlib", "---\n- lib")],
+)
+def test_a_broken_one_is_refused(world, old, new):
+    text = made(world)
+    assert old in text
+    with pytest.raises((ValueError, KeyError, YAMLError)):
+        ModelCard(text.replace(old, new))
 
 
 def test_data_is_counted_in_the_shards(world):
@@ -104,7 +118,15 @@ def test_the_licence_of_the_base_is_the_recorded_one(tmp_path):
     for ref in ("agent/1", "agent/2"):
         found = made(world, ref)
         assert ["Licence of the base model", "apache-2.0, by general.license of a.gguf"] in rows(found)
-        assert ModelCard(found).data.license == "apache-2.0"
+        assert ModelCard(found).data.to_dict().get("license") == ("apache-2.0" if ref == "agent/1" else None)
+    assert ["Licence of the agent itself", "not recorded"] in rows(made(world, "agent/2"))
+    bill = bom(gather(world.ledger, world.workspace, "agent/2"))
+    assert cyclonedx_fault(bill) is None
+    licensed = {
+        c["bom-ref"]: c["licenses"] for c in bill["components"] if "licenses" in c and c["type"] != "data"
+    }
+    whole = [{"expression": "Apache-2.0"}]
+    assert licensed == {"agent/1": whole, f"base/{world.agents[1]['digest']}": whole}
 
 
 def test_hostile_text_stays_in_its_cell(world):
