@@ -7,7 +7,7 @@ MLflow aliases and files are its projections. Appending takes the database's wri
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -50,21 +50,48 @@ class Entry:
     digest: str
 
 
-class LedgerView:
-    """A consistent, read-only look at the ledger through one connection."""
+@dataclass(frozen=True)
+class Row:
+    """One line of the ledger as it is stored; bytes that are no text are replaced by U+FFFD.
 
-    def __init__(self, connection: sa.Connection) -> None:
+    Attributes:
+        computed: the SHA-256 over everything but `digest`, which `digest` must be.
+    """
+
+    seq: int
+    time: str
+    kind: str
+    subject: str
+    payload: str
+    prev: str
+    digest: str
+    computed: str
+
+
+class LedgerView:
+    """A consistent, read-only look at the ledger through one connection.
+
+    Args:
+        only: a condition on the rows that are seen; all by default.
+    """
+
+    def __init__(self, connection: sa.Connection, only: sa.ColumnElement[bool] | None = None) -> None:
         self._connection = connection
+        self._only = sa.true() if only is None else only
 
     def entries(self, kind: str | None = None, subject: str | None = None) -> list[Entry]:
         """Return the entries in order, of one kind and subject where given."""
         return [
-            _entry(row) for row in self._connection.execute(_select(kind, subject).order_by(_table.c.seq))
+            _entry(row)
+            for row in self._connection.execute(
+                _select(kind, subject).where(self._only).order_by(_table.c.seq)
+            )
         ]
 
     def last(self, kind: str | None = None, subject: str | None = None) -> Entry | None:
         """Return the newest entry of that kind and subject, or None."""
-        row = self._connection.execute(_select(kind, subject).order_by(_table.c.seq.desc()).limit(1)).first()
+        newest = _select(kind, subject).where(self._only).order_by(_table.c.seq.desc()).limit(1)
+        row = self._connection.execute(newest).first()
         return None if row is None else _entry(row)
 
 
@@ -73,6 +100,44 @@ class Ledger:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self._only: sa.ColumnElement[bool] | None = None
+
+    def without(self, seqs: Collection[int], after: int | None = None) -> Ledger:
+        """Return the same ledger to read, in which the entries `seqs`, and those `after` one, are not seen.
+
+        For verification: what a damaged entry says must not be taken for a fact. Not to be appended to.
+        """
+        seen = Ledger(self.url)
+        seen.__dict__["_engine"] = self._engine
+        seen._only = _table.c.seq.not_in(sorted(seqs))
+        if after is not None:
+            seen._only &= _table.c.seq <= after
+        return seen
+
+    def rows(self) -> Iterator[Row]:
+        """Yield every row as it is stored, in order, whatever was done to it.
+
+        Raises:
+            Corrupt: the database itself is damaged; what it says is quoted.
+        """
+        names = [column.name for column in _table.columns]
+        columns: list[Any] = list(_table.columns)
+        if (
+            self._engine.dialect.name == "sqlite"
+        ):  # which keeps bytes that are no text, and fails at reading them
+            columns = [_table.c.seq, *(sa.cast(c, sa.LargeBinary).label(c.name) for c in columns[1:])]
+        try:
+            with self._engine.connect() as connection:
+                for found in connection.execute(sa.select(*columns).order_by(_table.c.seq)):
+                    values = dict(zip(names, (_text(cell) for cell in found), strict=True))
+                    yield Row(**values, computed=_digest(values))
+        except sa.exc.DBAPIError as error:
+            reason = str(error.orig).strip().splitlines()[0]
+            if "locked" in reason:
+                raise Unavailable(f"The ledger is held by another process ({reason}); try again.") from error
+            raise Corrupt(
+                f"The ledger's database is damaged ({reason}); restore it from a backup."
+            ) from error
 
     @cached_property
     def _engine(self) -> sa.Engine:
@@ -151,12 +216,12 @@ class Ledger:
     def entries(self, kind: str | None = None, subject: str | None = None) -> list[Entry]:
         """Return the entries in order, of one kind and subject where given."""
         with self._engine.connect() as connection:
-            return LedgerView(connection).entries(kind, subject)
+            return LedgerView(connection, self._only).entries(kind, subject)
 
     def last(self, kind: str | None = None, subject: str | None = None) -> Entry | None:
         """Return the newest entry of that kind and subject, or None."""
         with self._engine.connect() as connection:
-            return LedgerView(connection).last(kind, subject)
+            return LedgerView(connection, self._only).last(kind, subject)
 
     def digest_at(self, seq: int) -> str | None:
         """Return the digest that entry `seq` carries, None where there is no such entry."""
@@ -206,6 +271,10 @@ def _select(kind: str | None, subject: str | None) -> sa.Select[Any]:
     if subject is not None:
         query = query.where(_table.c.subject == subject)
     return query
+
+
+def _text(cell: Any) -> Any:
+    return cell.decode(errors="replace") if isinstance(cell, bytes) else cell
 
 
 def _entry(row: sa.Row[Any]) -> Entry:
