@@ -42,7 +42,7 @@ class Chain:
     def problems(self) -> Iterator[Problem]:
         """Name the altered entries, those in a row together."""
         for seqs, says in _runs(self.faults):
-            more = f", and so are the {len(seqs) - 1} entries after it" if len(seqs) > 1 else ""
+            more = f", and so {_after(len(seqs) - 1)}" if len(seqs) > 1 else ""
             yield Problem(
                 "changed", "ledger", f"The ledger was altered at entry {seqs[0]}: {says}{more}", "", None
             )
@@ -178,3 +178,7 @@ def _integrity(ledger: Ledger) -> str:
     with engine.connect() as connection:
         found = connection.execute(sa.text("PRAGMA integrity_check(1)")).scalar()
     return "" if found == "ok" else f"The ledger's database is damaged ({' '.join(str(found).split())})."
+
+
+def _after(count: int) -> str:
+    return "is the 1 entry after it" if count == 1 else f"are the {count} entries after it"

@@ -73,7 +73,8 @@ class Remote:
         """
         store = self._objects
         try:
-            return store.fs.open(store.oid_to_path(md5), "rb")
+            stream: BinaryIO = store.fs.open(store.oid_to_path(md5), "rb")
+            return stream
         except FileNotFoundError:
             if not store.fs.exists(store.path):
                 raise Unavailable(f"The DVC remote {self.url} is not there.") from None
