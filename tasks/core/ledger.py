@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -120,24 +121,11 @@ class Ledger:
         Raises:
             Corrupt: the database itself is damaged; what it says is quoted.
         """
-        names = [column.name for column in _table.columns]
-        columns: list[Any] = list(_table.columns)
-        if (
-            self._engine.dialect.name == "sqlite"
-        ):  # which keeps bytes that are no text, and fails at reading them
-            columns = [_table.c.seq, *(sa.cast(c, sa.LargeBinary).label(c.name) for c in columns[1:])]
-        try:
-            with self._engine.connect() as connection:
-                for found in connection.execute(sa.select(*columns).order_by(_table.c.seq)):
-                    values = dict(zip(names, (_text(cell) for cell in found), strict=True))
-                    yield Row(**values, computed=_digest(values))
-        except sa.exc.DBAPIError as error:
-            reason = str(error.orig).strip().splitlines()[0]
-            if "locked" in reason:
-                raise Unavailable(f"The ledger is held by another process ({reason}); try again.") from error
-            raise Corrupt(
-                f"The ledger's database is damaged ({reason}); restore it from a backup."
-            ) from error
+        columns = [_table.c.seq, *(self._raw(column) for column in list(_table.columns)[1:])]
+        with self._reading() as connection:
+            for found in connection.execute(sa.select(*columns).order_by(_table.c.seq)):
+                values = {name: _text(cell) for name, cell in found._mapping.items()}
+                yield Row(**values, computed=_digest(values))
 
     @cached_property
     def _engine(self) -> sa.Engine:
@@ -215,18 +203,19 @@ class Ledger:
 
     def entries(self, kind: str | None = None, subject: str | None = None) -> list[Entry]:
         """Return the entries in order, of one kind and subject where given."""
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             return LedgerView(connection, self._only).entries(kind, subject)
 
     def last(self, kind: str | None = None, subject: str | None = None) -> Entry | None:
         """Return the newest entry of that kind and subject, or None."""
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             return LedgerView(connection, self._only).last(kind, subject)
 
     def digest_at(self, seq: int) -> str | None:
         """Return the digest that entry `seq` carries, None where there is no such entry."""
-        with self._engine.connect() as connection:
-            return connection.execute(sa.select(_table.c.digest).where(_table.c.seq == seq)).scalar()
+        with self._reading() as connection:
+            wanted = sa.select(self._raw(_table.c.digest)).where(_table.c.seq == seq)
+            return _text(connection.execute(wanted).scalar())
 
     def head(self) -> str:
         """Return the digest of the newest entry: the one value that pins the whole history."""
@@ -250,6 +239,25 @@ class Ledger:
                     )
                 prev = values["digest"]
         return seq
+
+    @contextmanager
+    def _reading(self) -> Iterator[sa.Connection]:
+        try:
+            with self._engine.connect() as connection:
+                yield connection
+        except sa.exc.DBAPIError as error:
+            reason = str(error.orig).strip().splitlines()[0]
+            if "locked" in reason:
+                raise Unavailable(f"The ledger is held by another process ({reason}); try again.") from error
+            if self._engine.dialect.name != "sqlite":
+                raise Unavailable(f"The ledger cannot be read ({reason}).") from error
+            raise Corrupt(f"The ledger's database is damaged ({reason}); run `forebay verify`.") from error
+
+    def _raw(self, column: sa.Column[Any]) -> sa.ColumnElement[Any]:
+        """SQLite keeps bytes that are no text in a column of text, and fails at reading them as one."""
+        if self._engine.dialect.name != "sqlite":
+            return column
+        return sa.cast(column, sa.LargeBinary).label(column.name)
 
     def _lock(self, connection: sa.Connection) -> None:
         if self._engine.dialect.name == "sqlite":
@@ -279,7 +287,10 @@ def _text(cell: Any) -> Any:
 
 def _entry(row: sa.Row[Any]) -> Entry:
     values = dict(row._mapping)
-    return Entry(**{**values, "payload": json.loads(values["payload"])})
+    try:
+        return Entry(**{**values, "payload": json.loads(values["payload"])})
+    except ValueError:
+        raise Corrupt(f"Entry {values['seq']} of the ledger cannot be read; run `forebay verify`.") from None
 
 
 def _digest(row: Mapping[str, Any]) -> str:

@@ -120,7 +120,7 @@ class _Walk:
     def _judge(self, last: Row, row: Row) -> None:
         if not self._whole(last):
             if row.seq == last.seq + 1 and row.prev == last.computed:
-                self.faults[last.seq] = "its digest was changed; what it says is confirmed by the next entry"
+                self._damage(last.seq, "its digest was changed; what it says is confirmed by the next entry")
             else:
                 self._damage(last.seq, "its digest does not follow from what it says")
         if self.unlinked == last.seq:

@@ -67,10 +67,10 @@ def verify(
         odd = [problem.seq for problem in contradicted if problem.problem == "changed"]
         anew = written_anew(chain, signed_seqs(workspace.heads), odd)
         believed = ledger.without(chain.damaged, anew)
-    doubted = bool(chain.damaged) or anew is not None
+    doubted = bool(chain.faults) or anew is not None
     if doubted:
         notes.append(
-            "What damaged entries of the ledger say was not followed; verify again when it is restored."
+            "What cannot be believed in the ledger was not followed; verify again when it is restored."
         )
     try:
         found = lineage(believed, workspace, ref)
@@ -83,7 +83,7 @@ def verify(
     for store in stores:
         problems += store.prepare(found)
     readings = _read(workspace, claims, cache, stores, progress)
-    erasures = _erasures(believed)
+    erasures = _erasures(ledger, believed)
     wrong, unreachable, erased = _compare(claims, readings, erasures)
     problems += wrong
     problems += misjudged(workspace, claims.looks)
@@ -160,13 +160,16 @@ def _shifted(progress: Progress, done: int, total: int) -> Progress:
     return lambda more, _, note: progress(done + more, total, note)
 
 
-def _erasures(ledger: Ledger) -> dict[File, Entry]:
-    """Return the files that the ledger says were erased, and the entry that says so."""
-    return {
-        File(file["path"], file["sha256"]): entry
-        for entry in ledger.entries("data.erased")
-        for file in entry.payload["files"]
-    }
+def _erasures(ledger: Ledger, believed: Ledger) -> dict[File, Entry]:
+    """Return the files that the ledger says were erased, and the entry that says so.
+
+    Entries that are not believed count as well: the ledger is at fault then, not the file that is rightly gone.
+    """
+    try:
+        entries = ledger.entries("data.erased")
+    except Corrupt:
+        entries = believed.entries("data.erased")
+    return {File(file["path"], file["sha256"]): e for e in entries for file in e.payload["files"]}
 
 
 def _compare(
