@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from tasks.core.digest import digest_files, digest_json, sha256_bytes
 from tasks.core.errors import Corrupt
@@ -210,9 +210,13 @@ def _added(workspace: Workspace, found: Lineage) -> Iterator[tuple[str, str]]:
 
 
 def _inside(workspace: Workspace, folder: str) -> Iterator[str]:
-    """Yield the files in a folder, relative to the workspace, in order."""
-    paths: list[Path] = sorted((workspace.root / folder).rglob("*"))
-    return (path.relative_to(workspace.root).as_posix() for path in paths if path.is_file())
+    """Yield the files in a folder, and links to other folders, relative to the workspace, in order."""
+    found = []
+    for place, folders, names in os.walk(workspace.root / folder):
+        here = os.path.relpath(place, workspace.root).replace(os.sep, "/")
+        links = (name for name in folders if os.path.islink(os.path.join(place, name)))
+        found += [f"{here}/{name}" for name in (*names, *links)]
+    return iter(sorted(found))
 
 
 def _intact(workspace: Workspace, file: File) -> bytes | None:

@@ -1,7 +1,7 @@
 """Hashing many files: in parallel, in memory that does not grow with them, and only those that may have changed.
 
 `hashlib` lets go of the interpreter while it hashes, so threads use all cores. Each thread has one buffer, which it
-reads into again and again; it is small enough to stay in the processor's cache between the read and the hash.
+reads into again and again.
 
 A file is taken from the cache, and not read, where its path, size, times of change (of content and of inode), inode and
 device are those it was hashed with, and where that was safely later than the change: a file that is written again within
@@ -24,6 +24,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from queue import SimpleQueue
 from typing import BinaryIO, Literal, Protocol, cast
@@ -31,7 +32,7 @@ from typing import BinaryIO, Literal, Protocol, cast
 Progress = Callable[[int, int, str], None]
 """progress(files done, files in all, note)"""
 
-CHUNK = 256 << 10  # benchmarks/verify_rate.py --chunks
+CHUNK = 1 << 20  # benchmarks/verify_rate.py --chunks
 RACY_SECONDS = 2.0  # the coarsest clock of a file system in use (FAT)
 _BATCH_FILES, _BATCH_BYTES = 64, 4 << 20
 
@@ -142,13 +143,13 @@ def hash_files(
     Args:
         cache: files whose stat it knows are not read; None: all are read.
     """
-    wanted = list(dict.fromkeys(paths))
+    wanted, base = list(dict.fromkeys(paths)), f"{root}/"  # joining Paths costs as much as hashing a small file
     known = cache.known() if cache else {}
     readings: dict[str, Reading] = {}
     waiting: list[tuple[int, str]] = []
     for path in wanted:
         try:
-            found = os.stat(root / path)
+            found = os.stat(base + path)
         except FileNotFoundError:
             readings[path] = Reading(None, fault="missing")
         except OSError as error:  # a file where a folder was, a link to itself
@@ -164,10 +165,10 @@ def hash_files(
 
     def read(path: str, buffer: memoryview) -> Reading:
         at = time.time_ns()
-        with open(root / path, "rb", buffering=0) as stream:
-            before = Stat.of(os.fstat(stream.fileno()))
+        with FileIO(base + path) as stream:
+            before = Stat.of(os.fstat(stream.fileno())) if cache else None
             digest, length = hash_stream(stream, buffer)
-            if cache and Stat.of(os.fstat(stream.fileno())) == before:
+            if before is not None and Stat.of(os.fstat(stream.fileno())) == before:
                 learnt.append((path, before, at, digest))
         return Reading(digest, length)
 
