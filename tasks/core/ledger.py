@@ -21,6 +21,7 @@ from tasks.core.digest import canonical_json, sha256_bytes
 from tasks.core.errors import Corrupt, Unavailable
 
 GENESIS = "0" * 64
+LOCK_SECONDS = 60.0  # how long to wait for another process that writes
 
 _metadata = sa.MetaData()
 _table = sa.Table(
@@ -137,7 +138,7 @@ class Ledger:
             url,
             # AUTOCOMMIT hands BEGIN to us: SQLite must take its write lock before the first read of an append.
             isolation_level="AUTOCOMMIT" if sqlite else None,
-            connect_args={"timeout": 60} if sqlite else {},
+            connect_args={"timeout": LOCK_SECONDS} if sqlite else {},
         )
         try:
             try:

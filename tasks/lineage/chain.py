@@ -67,10 +67,11 @@ def inspect_chain(ledger: Ledger) -> Chain:
         if broken:
             raise Corrupt(broken)
     except Corrupt as error:
-        return Chain(walk.held, "", ((walk.last.seq if walk.last else 0, str(error)),), past_reading=True)
+        reached = walk.last.seq if walk.last else 0
+        return Chain(walk.held, "", ((reached + 1, str(error)),), past_reading=True)
     walk.end()
     return Chain(
-        entries=walk.held if walk.faults else walk.count,
+        entries=walk.held,
         head="" if walk.faults else walk.last.digest if walk.last else GENESIS,
         faults=tuple(sorted(walk.faults.items())),
         damaged=frozenset(walk.damaged),
@@ -87,10 +88,14 @@ class _Walk:
     damaged: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     count: int = 0
-    held: int = 0
     last: Row | None = None
     before: Row | None = None
     unlinked: int | None = None  # `last` does not follow from `before`, though both are whole
+
+    @property
+    def held(self) -> int:
+        """How many entries hold from the first one on."""
+        return max(min(self.faults) - 1, 0) if self.faults else self.count
 
     def take(self, row: Row) -> None:
         last = self.last
@@ -105,8 +110,6 @@ class _Walk:
         if last is not None and self._whole(row) and self._whole(last) and row.time < last.time:
             self._backwards(row)
         self.before, self.last = last, row
-        if not self.faults and self.unlinked is None:
-            self.held = self.count
 
     def end(self) -> None:
         last = self.last

@@ -143,7 +143,10 @@ def hash_files(
     Args:
         cache: files whose stat it knows are not read; None: all are read.
     """
-    wanted, base = list(dict.fromkeys(paths)), f"{root}/"  # joining Paths costs as much as hashing a small file
+    wanted, base = (
+        list(dict.fromkeys(paths)),
+        f"{root}/",
+    )  # joining Paths costs as much as hashing a small file
     known = cache.known() if cache else {}
     readings: dict[str, Reading] = {}
     waiting: list[tuple[int, str]] = []

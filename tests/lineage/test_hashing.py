@@ -77,7 +77,11 @@ def test_a_flipped_byte_is_found_though_its_time_was_put_back(root: Path, cache:
     path.write_bytes(data)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     after = path.stat()
-    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (
+        before.st_size,
+        before.st_mtime_ns,
+        before.st_ino,
+    )
     reading = hash_files(root, names(root), cache)["3.bin"]
     assert (reading.sha256, reading.cached) == (hashlib.sha256(data).hexdigest(), False)
 
