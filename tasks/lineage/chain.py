@@ -28,6 +28,7 @@ class Chain:
         head: digest of the newest entry; empty where anything is wrong.
         faults: the entry each is about, and what is wrong, in the order of the ledger.
         damaged: entries whose content is not to be believed.
+        broken: what is wrong with the database itself; empty where nothing is.
         past_reading: nothing can be followed: the database is damaged, or most of what it holds.
         notes: what is no fault.
     """
@@ -36,11 +37,14 @@ class Chain:
     head: str
     faults: tuple[tuple[int, str], ...] = ()
     damaged: frozenset[int] = frozenset()
+    broken: str = ""
     past_reading: bool = False
     notes: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[Problem]:
         """Name the altered entries, those in a row together."""
+        if self.broken:
+            yield Problem("changed", "ledger", self.broken, "", None)
         for seqs, says in _runs(self.faults):
             more = f", and so {_after(len(seqs) - 1)}" if len(seqs) > 1 else ""
             yield Problem(
@@ -59,23 +63,22 @@ def written_anew(chain: Chain, signed: Iterable[int], contradicted: Iterable[int
 
 def inspect_chain(ledger: Ledger) -> Chain:
     """Hash every row again and compare it with its neighbours."""
-    walk = _Walk()
+    walk, broken = _Walk(), ""
     try:
         for row in ledger.rows():
             walk.take(row)
+        walk.end()
         broken = _integrity(ledger)
-        if broken:
-            raise Corrupt(broken)
     except Corrupt as error:
-        reached = walk.last.seq if walk.last else 0
-        return Chain(walk.held, "", ((reached + 1, str(error)),), past_reading=True)
-    walk.end()
+        broken = str(error)
+    odd = bool(walk.faults or broken)
     return Chain(
         entries=walk.held,
-        head="" if walk.faults else walk.last.digest if walk.last else GENESIS,
+        head="" if odd else walk.last.digest if walk.last else GENESIS,
         faults=tuple(sorted(walk.faults.items())),
         damaged=frozenset(walk.damaged),
-        past_reading=len(walk.damaged) > _SET_ASIDE,
+        broken=broken,
+        past_reading=bool(broken) or len(walk.damaged) > _SET_ASIDE,
         notes=tuple(walk.notes),
     )
 

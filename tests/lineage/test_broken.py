@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,15 +109,6 @@ def test_a_half_migrated_workspace_names_each_file_that_did_not_come(world, fold
     assert all(path in lost or any(p.startswith(f"{path}/") for p in lost) for path in named)
 
 
-def test_a_file_of_rights_to_nobody(world):
-    if os.geteuid() == 0:
-        pytest.skip("root may read everything")
-    path = world.workspace.root / world.manifests["main"].shards[0].path
-    path.chmod(0)
-    (problem,) = check(world).problems
-    assert (problem.problem, problem.found) == ("unreadable", "Permission denied")
-
-
 def test_a_folder_and_a_pipe_in_place_of_a_file(world):
     first, second = (world.workspace.root / shard.path for shard in world.manifests["main"].shards[:2])
     first.unlink()
@@ -127,7 +119,7 @@ def test_a_folder_and_a_pipe_in_place_of_a_file(world):
     assert [problem.problem for problem in report.problems] == ["unreadable", "unreadable"]
 
 
-def test_a_clock_that_ran_backwards_is_a_note(world, tmp_path):
+def test_a_clock_that_ran_backwards_is_a_note(world):
     ledger = rows(world)
     for row in ledger[10:]:
         row["time"] = "2001" + row["time"][4:]
@@ -198,13 +190,7 @@ def test_bytes_that_are_no_text(world):
             raw.execute(f"UPDATE ledger SET {column} = CAST(x'ff00fe' AS TEXT) WHERE seq = ?", (seq,))
     report = check(world)
     assert [problem.path for problem in report.problems] == ["ledger"] * 3
-    assert [
-        s in p.owner for s, p in zip(("entry 7", "entry 9", "entry 11"), sorted_by_entry(report), strict=True)
-    ] == [True] * 3
-
-
-def sorted_by_entry(report: VerifyReport):
-    return sorted(report.problems, key=lambda p: int(p.owner.split("entry ")[1].split(":")[0]))
+    assert {int(p.owner.split("altered at entry ")[1].split(":")[0]) for p in report.problems} == {7, 9, 11}
 
 
 def test_a_file_is_not_blamed_for_the_ledger(world):
@@ -268,8 +254,6 @@ def test_an_erasure_of_other_bytes_excuses_nothing(world):
 
 
 def test_incremental_and_full_agree_and_say_what_was_read(world):
-    import time
-
     time.sleep(0.08)
     cache = DigestCache(world.workspace.digests, racy_seconds=0.05)
     first = verify(world.ledger, world.workspace, "agent@champion", cache=cache)
