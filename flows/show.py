@@ -226,18 +226,17 @@ def verify_view(report: Mapping[str, Any]) -> RenderableType:
 
 def _verified(report: Mapping[str, Any]) -> str:
     """Say what was checked, and how much of it was read."""
-    signed = f" {report['signatures']} signatures," if report["signatures"] else ""
-    cached = (
-        f"; {report['cached']} files unchanged by their stat were not read (--full reads them)"
-        if report["cached"]
-        else ""
-    )
-    read = f"{report['read']} files, {report['bytes'] / 1e6:,.0f} MB, read{cached}"
+    signed = f", {report['signatures']} signatures hold" if report["signatures"] else ""
+    read = f"{report['bytes'] / 1e6:,.0f} MB read"
+    if report["cached"]:
+        read += (
+            f" from {report['read']} files, {report['cached']} unchanged ones not read (--full reads them)"
+        )
     if report["ok"]:
-        return f"verified: {report['checked']} digests agree,{signed} {read}."
+        return f"verified: {report['checked']} digests agree{signed}, {read}."
     counts = [f"{len(found)} {word}" for word, found in report["by_problem"].items() if found]
     counts += [f"{len(report['unreachable'])} unreachable"] if report["unreachable"] else []
-    return f"not verified: {', '.join(counts)}, of {report['checked']} digests;{signed} {read}."
+    return f"not verified: {', '.join(counts)}, of {report['checked']} digests, {read}."
 
 
 def scores_table(evaluation: Mapping[str, Any]) -> RenderableType:

@@ -331,9 +331,8 @@ class Registry:
         except FileNotFoundError:
             raise
         except (MlflowException, OSError) as error:
-            response = getattr(error, "response", None)
             absent = getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST"
-            if absent or getattr(response, "status_code", None) == 404:
+            if absent or self._lacks(version, name):
                 raise FileNotFoundError(name) from error
             says = " ".join(str(error).split())
             raise Unavailable(
@@ -440,6 +439,7 @@ class Registry:
     @cached_property
     def _client(self) -> MlflowClient:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         if not self._is_database:
             _answering(self.uri)
         from mlflow import MlflowClient
@@ -453,8 +453,23 @@ class Registry:
             source = self._client.get_logged_model(source.removeprefix("models:/")).artifact_location
         return source
 
+    def _lacks(self, version: int, name: str) -> bool:
+        """Tell whether the artifact store answers, and has no such file: a failed download does not say why."""
+        from mlflow.artifacts import list_artifacts
+        from mlflow.exceptions import MlflowException
+
+        path = f"model/{name}"
+        try:
+            folder = f"{self._place(version)}/{path.rpartition('/')[0]}"
+            found = list_artifacts(artifact_uri=folder, tracking_uri=self.uri)
+        except (MlflowException, OSError):
+            return False
+        return all(Path(item.path).name != Path(name).name for item in found)
+
     def _require_store(self) -> None:
-        """Refuse to read a store that is gone: MLflow would make an empty one."""
+        """Refuse at once where the store is gone: MLflow would make an empty one, or try a server for minutes."""
+        if not self._is_database:
+            _answering(self.uri)
         path = self.uri.removeprefix("sqlite:///")
         if path != self.uri and not Path(path).exists():
             raise Unavailable(f"MLflow's store {path} is not there; `forebay reconcile` makes it again.")

@@ -171,7 +171,7 @@ def test_the_command_reads_what_may_have_changed_and_all_with_full(context: Cont
     done = forebay(root, "verify", REF)
     assert done.returncode == 6
     assert "1 changed" in done.stdout
-    assert "were not read (--full reads them)" in done.stdout
+    assert "unchanged ones not read (--full reads them)" in done.stdout
     full = json.loads(forebay(root, "verify", REF, "--full", "--json").stdout)
     assert (full["cached"], full["read"]) == (0, first["read"])
 
