@@ -155,7 +155,8 @@ class Campaign:
     @contextmanager
     def tampered(self) -> Iterator[Tampering]:
         """Do one thing at random, and undo it afterwards."""
-        kind = self.random.choice([*self.kinds, "ledger", "ledger", "added", "erased"])
+        often = ("data", "checkpoint", "evidence", "manifest", "ledger", "ledger", "ledger", "ledger")
+        kind = self.random.choice([*self.kinds, *often, "added", "erased"])
         if kind == "ledger":
             done = self._tamper_row(self.random.choice(_ROW_ACTS))
         elif kind == "added":
@@ -238,11 +239,7 @@ class Campaign:
             after = self._spoilt(before, act)
             with sqlite3.connect(self.ledger) as raw:
                 raw.execute(f"UPDATE ledger SET {column} = CAST(? AS TEXT) WHERE seq = ?", (after, at + 1))
-            return Tampering(
-                ("ledger", act),
-                (("ledger", frozenset(touched)),),
-                f"{act} {column} of entry {at + 1}: {after[:80]!r}",
-            )
+            return self._of_rows(act, touched, follows, f"{column}: {after[:80]!r}")
         if act == "delete":
             del found[at]
         elif act == "swap":

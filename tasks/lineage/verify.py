@@ -10,7 +10,9 @@ not followed, and a key that `keys.yaml` has lost is taken from the ledger.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -135,6 +137,15 @@ def require_ledger(ledger: Ledger) -> None:
     page = int.from_bytes(start[16:18], "big")
     if size < int.from_bytes(start[28:32], "big") * (65536 if page == 1 else page):
         raise Corrupt(f"The ledger {path} is cut off after {size:,} bytes; {advice}.")
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            known = database.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'ledger'")
+            if known.fetchone() is None:
+                raise Corrupt(f"The database {path} holds no ledger; {advice}.")
+    except sqlite3.OperationalError:
+        return  # locked, or a crash to recover from: whoever reads it now waits, or recovers
+    except sqlite3.DatabaseError as error:
+        raise Corrupt(f"The ledger {path} is damaged ({error}); {advice}.") from None
 
 
 def _read(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import sqlite3
 import time
@@ -36,11 +37,23 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def rename(path: Path) -> None:
+    """An honest program would make the table that it does not find."""
+    with sqlite3.connect(path) as raw:
+        raw.execute("ALTER TABLE ledger RENAME TO lodger")
+
+
+def spoil_schema(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"tableledgerledger", b"tablelodgerlodger"))
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "gone": (Path.unlink, "cannot be read (No such file or directory)"),
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
     "cut off": (cut, "is cut off after"),
     "no database": (lambda path: path.write_bytes(b"x" * 8192), "is not a SQLite database"),
+    "without its table": (rename, "holds no ledger"),
+    "with a damaged schema": (spoil_schema, "is damaged (malformed database schema"),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read (Is a directory)"),
 }
 
@@ -69,6 +82,31 @@ def test_a_damaged_page_is_a_finding(world):
     assert {problem.path for problem in report.problems} == {"ledger"}
     assert any("past reading" in note for note in report.notes)
     assert digest_tree(world.workspace.root) == before
+
+
+def test_whatever_byte_of_the_database_is_flipped_the_rows_are_the_same_or_it_is_told(world):
+    """Not every byte of a SQLite file says something; of those that do, none changes unseen, and none is a crash."""
+    path, chance = database(world), random.Random(0)
+    right, before = path.read_bytes(), rows(world)
+    told = 0
+    for _ in range(60):
+        data = bytearray(right)
+        data[chance.randrange(len(data))] ^= chance.randrange(1, 256)
+        path.write_bytes(data)
+        ledger = Ledger(world.workspace.ledger_url)
+        try:
+            report = verify(ledger, world.workspace, "agent@champion")
+        except (Corrupt, Unavailable):
+            told += 1
+            continue
+        finally:
+            ledger.__dict__.pop("_engine", None)
+        if report.ok:
+            assert rows(world) == before
+        else:
+            assert {problem.path for problem in report.problems} == {"ledger"}
+            told += 1
+    assert told > 20
 
 
 def test_an_index_that_lost_a_row_is_a_finding(world):
