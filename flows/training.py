@@ -38,6 +38,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
     """
     from torch import get_num_threads
 
+    from tasks.lineage.rows import keep_consumed
     from tasks.training.shards import ShardRef
     from tasks.training.trainer import encoder_of
 
@@ -114,7 +115,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
             "files": dict(result.files),
             "steps": result.steps,
             "stop_reason": result.stop_reason,
-            "groups": list(result.groups_consumed),
+            "groups": keep_consumed(context.workspace, run_dir, result.groups_consumed),
             "fresh": [{"path": shard.path, "sha256": shard.sha256} for shard in result.fresh],
             "metrics": dict(result.metrics),
             "mlflow_run": run.run_id,

@@ -15,6 +15,7 @@ import flows.cli.workspace
 import flows.cli.schedule
 import flows.cli.promote
 import flows.cli.keys
+import flows.cli.lineage
 import flows.cli.audit
 import flows.cli.steps
 import flows.cli.evaluate

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from tasks.core.digest import digest_files, digest_json, sha256_bytes
 from tasks.core.errors import Corrupt
 from tasks.core.ledger import Ledger
 from tasks.core.workspace import Workspace
-from tasks.lineage.graph import File, Kind, Lineage, Node, Relation
 from tasks.lineage.report import Problem
-from tasks.promotion.canary import recompute
+from tasks.lineage.types import File, Kind, Lineage, Node
+from tasks.promotion.canary import Recomputer
 from tasks.replay.manifest import Manifest, dataset_root
 
 
@@ -83,51 +83,16 @@ def owner_of(node: Node) -> str:
     return node.name if node.kind in ("agent", "source") else f"{node.kind} {node.name}"
 
 
-def misjudged(workspace: Workspace, looks: Mapping[File, str]) -> Iterator[Problem]:
+def misjudged(workspace: Workspace, looks: dict[File, str]) -> Iterator[Problem]:
     """Every intact record of a look is judged again: its groups must lead to what it says."""
-    for file, owner in looks.items():
+    canaries = Recomputer()
+    for file, owner in reversed(looks.items()):  # from the first look on
         if _intact(workspace, file) is None:
             continue  # hashing the file has named it
         try:
-            recompute(workspace.root / file.path, file.sha256)
+            canaries.check(workspace.root / file.path, file.sha256)
         except (Corrupt, ValueError, KeyError, TypeError):
             yield Problem("changed", file.path, f"result of the {owner}", file.sha256, None)
-
-
-_MADE_FROM: frozenset[Relation] = frozenset((
-    "trained by", "converted from", "descends from", "trained on", "started from", "holds", "continues",
-    "sampled from", "scored from", "learnt from", "reads states of", "made from",
-))  # fmt: skip
-
-
-def cycle(found: Lineage) -> Problem | None:
-    """Return the circle in which something is made from itself, None where there is none.
-
-    Judging may go in circles (a reward model is judged by evidence about itself); making may not.
-    """
-    leaving = {
-        ref: [edge.target for edge in edges if edge.relation in _MADE_FROM]
-        for ref, edges in found.following.items()
-    }
-    done: set[object] = set()
-    for start in leaving:
-        if start in done:
-            continue
-        path, on, todo = [start], {start}, [iter(leaving[start])]
-        while todo:
-            target = next(todo[-1], None)
-            if target is None:
-                done.add(path[-1])
-                on.discard(path.pop())
-                todo.pop()
-            elif target in on:
-                names = [owner_of(found.nodes[ref]) for ref in (*path[path.index(target) :], target)]
-                return Problem("cycle", "ledger", f"made from itself: {' < '.join(names)}", "", None)
-            elif target not in done:
-                path.append(target)
-                on.add(target)
-                todo.append(iter(leaving.get(target, ())))
-    return None
 
 
 def _folder(workspace: Workspace, node: Node) -> Iterator[Problem]:

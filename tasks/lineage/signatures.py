@@ -10,8 +10,8 @@ from tasks.core.heads import HeadProblem, check_heads
 from tasks.core.keys import Trust, TrustedKey, read_trust, trust_bytes
 from tasks.core.ledger import Entry, Ledger
 from tasks.core.workspace import Workspace
-from tasks.lineage.graph import Lineage
 from tasks.lineage.report import Problem
+from tasks.lineage.types import Lineage
 from tasks.promotion.attest import Changed, Unsigned, check_answer, check_decision, read_signature
 from tasks.promotion.kept_heads import kept_head, kept_names
 
@@ -156,8 +156,8 @@ def _behind(ledger: Ledger, found: Lineage) -> Iterable[Entry]:
 def _check(workspace: Workspace, entry: Entry, trust: Trust, path: str, owner: str) -> Problem | None:
     try:
         if entry.kind == "decision.made":
-            envelope = read_signature(workspace.root, entry.payload)
-            check_decision(entry.payload, envelope, trust, at=entry.seq)
+            envelope = read_signature(workspace.root, entry)
+            check_decision(entry, envelope, trust, at=entry.seq)
         else:
             check_answer(entry, trust, at=entry.seq)
     except (NotFound, Changed, OSError):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import BinaryIO, Protocol
 
 from tasks.core.errors import Corrupt, Unavailable
-from tasks.lineage.graph import Lineage
 from tasks.lineage.report import Problem
+from tasks.lineage.types import Lineage
 from tasks.promotion.promote import Office
 from tasks.promotion.registry import Registry
 from tasks.replay.dvc_store import Remote

@@ -23,12 +23,14 @@ from tasks.core.heads import signed_seqs
 from tasks.core.ledger import Entry, Ledger
 from tasks.core.workspace import Workspace
 from tasks.lineage.chain import Chain, inspect_chain, written_anew
-from tasks.lineage.claims import Claims, Tree, cycle, gather, misjudged, owner_of
-from tasks.lineage.graph import File, lineage
+from tasks.lineage.claims import Claims, Tree, gather, misjudged, owner_of
+from tasks.lineage.graph import Circle, lineage
 from tasks.lineage.hashing import DigestCache, Progress, Reading, hash_files, hash_streams
+from tasks.lineage.index import Index
 from tasks.lineage.report import Erased, Problem, Unreachable, VerifyReport
 from tasks.lineage.signatures import find_trust, verify_heads, verify_signatures
 from tasks.lineage.stores import Store
+from tasks.lineage.types import File
 
 __all__ = ["DigestCache", "Erased", "Problem", "Progress", "Unreachable", "VerifyReport", "verify"]
 
@@ -75,7 +77,13 @@ def verify(
             "What cannot be believed in the ledger was not followed; verify again when it is restored."
         )
     try:
-        found = lineage(believed, workspace, ref)
+        found = lineage(
+            believed, workspace, ref, Index.derive(believed)
+        )  # no index that lies about is trusted
+    except Circle as error:
+        problems.append(Problem("cycle", "ledger", str(error), "", None))
+        notes.append(f"Nothing behind {ref} was looked at: the ledger leads in a circle.")
+        return _report(ref, chain, problems, signatures=heads, notes=notes)
     except (ForebayError, ValueError, KeyError, TypeError):
         if not problems:
             raise
@@ -90,8 +98,6 @@ def verify(
     problems += wrong
     problems += misjudged(workspace, claims.looks)
     problems += (check for check in claims.checks if check.expected != check.found)
-    circle = cycle(found)
-    problems += [circle] if circle else []
     if not doubted:
         problems += (
             Problem("missing", "ledger", f"the entry of {owner_of(node)}", node.digest or "", None)

@@ -190,7 +190,7 @@ def _seal_folder(
         torn_bytes=torn_bytes,
     )
     with clock("ledger"):
-        _record(ledger, sealed, pointer)
+        _record(ledger, sealed, pointer, shards.contents(workspace, new))
     with clock("index"):
         _drop(folder)
         index.catch_up(workspace, manifest)
@@ -251,7 +251,9 @@ def _commit(workspace: Workspace, manifest: Manifest) -> str:
     return git_pointer.commit(workspace.root, files, f"{title}\n\nroot {manifest.root}", manifest.created_at)
 
 
-def _record(ledger: Ledger, sealed: SealedDataset, pointer: dvc_store.Pointer) -> None:
+def _record(
+    ledger: Ledger, sealed: SealedDataset, pointer: dvc_store.Pointer, contents: Sequence[Mapping[str, Any]]
+) -> None:
     def check(view: LedgerView) -> None:
         if view.last(SEALED, sealed.manifest.subject) is not None:
             raise Conflict(
@@ -264,6 +266,7 @@ def _record(ledger: Ledger, sealed: SealedDataset, pointer: dvc_store.Pointer) -
         "manifest_sha256": sealed.manifest_sha256,
         "git_commit": sealed.git_commit,
         "dvc": asdict(pointer),
+        "contents": list(contents),  # of the new rows
         "dropped": len(sealed.dropped),
         "torn_bytes": sealed.torn_bytes,
     }
