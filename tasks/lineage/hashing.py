@@ -248,10 +248,11 @@ def _parallel(
                 found = ended.get()
                 if isinstance(found, BaseException):
                     raise found
+                size += sum(reading.bytes for _, reading in found)
+                note = f"{size / 1e6:,.0f} MB read"
                 for path, reading in found:
                     readings[path] = reading
-                    size += reading.bytes
-                    progress(done + len(readings), total, f"{size / 1e6:,.0f} MB read")
+                    progress(done + len(readings), total, note)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
