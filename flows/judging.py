@@ -159,7 +159,7 @@ def decide_promotion(
     Raises:
         Conflict: another decision took from the same budgets meanwhile.
     """
-    from flows.scoring import expiry
+    from flows.scoring import expiry, standing_fail
     from tasks.evaluation.paired import read_outcomes
     from tasks.promotion.budget import asked_before, spent
     from tasks.promotion.gate import FileRef, Finding, Inputs, decide
@@ -180,7 +180,7 @@ def decide_promotion(
         data=Finding(data["verdict"], data["root"], data["evidence"]["sha256"], tuple(data["reasons"])),
         integrity=check_integrity(context, candidate, data["root"]),
         **further,
-        reward_expired=expiry(context, reward) or "",
+        reward_expired=expiry(context, reward) or standing_fail(context, reward) or "",
     )
     outcomes = read_outcomes(evidence / inputs.outcomes.path, inputs.outcomes.sha256)
 

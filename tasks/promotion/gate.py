@@ -198,7 +198,7 @@ def reward_evidence(
     if verdict == "PASS":
         said = (accuracy.says, f"All {len(counted)} checks pass.")
     if expired:
-        verdict, said = "FAIL", (f"The verdict has expired: {expired}.", *said)
+        verdict, said = "FAIL", (f"The verdict no longer holds: {expired}.", *said)
     return Evidence(
         "reward model",
         verdict,
