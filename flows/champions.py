@@ -14,7 +14,7 @@ from flows import keys, progress
 from flows.context import Context
 from flows.registry import enter, restore, settle
 from flows.reward_office import newest_reward_decision, promote_by_decision
-from flows.scoring import require_valid_reward
+from flows.scoring import require_unflagged, require_valid_reward
 from flows.service import start_canary
 from tasks.core.digest import digest_files
 from tasks.core.errors import NotFound
@@ -91,6 +91,7 @@ def _promote(context: Context, made: Entry, reason: str) -> dict[str, Any]:
     dataset = context.agent(made.subject).payload["parents"].get("dataset")
     if dataset:
         require_valid_reward(context, dataset)
+    revision = require_unflagged(context, made.subject)
     context.weights(context.agent(made.subject).payload)  # months may lie between decision and approval
     entry = promote(
         context.ledger,
@@ -102,6 +103,7 @@ def _promote(context: Context, made: Entry, reason: str) -> dict[str, Any]:
         expected_champion=made.payload["champion"]["version"],
         by=getpass.getuser(),
         reason=reason,
+        revision=revision,
     )
     change = _change(context, entry)
     start_canary(context)

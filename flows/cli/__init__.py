@@ -16,6 +16,7 @@ import flows.cli.schedule
 import flows.cli.promote
 import flows.cli.keys
 import flows.cli.audit
+import flows.cli.revoke
 import flows.cli.steps
 import flows.cli.evaluate
 import flows.cli.reward  # noqa: F401
