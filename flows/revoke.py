@@ -15,6 +15,7 @@ from flows.context import Context
 from tasks.core.digest import sha256_file
 from tasks.core.errors import Conflict, ForebayError, NotFound, Refused, UsageError
 from tasks.core.ledger import Entry, LedgerView
+from tasks.lineage.recipe import keep_revocations
 from tasks.lineage.revocation import (
     ERASED,
     ERASING,
@@ -136,6 +137,20 @@ def listing(context: Context) -> dict[str, Any]:
         ],
         "descendants": [asdict(each) for each in descendants_of(ledger, context.workspace, now)],
         "plan": _plan(retrain_plan(ledger, context.workspace, now)),
+    }
+
+
+def published(context: Context) -> dict[str, Any]:
+    """Return what a clone must know: {revoked: {target: reason}, flagged: {agent: why}, erased: {SHA-256: reason}}."""
+    erasing = context.ledger.entries(ERASING)
+    return {
+        "revoked": {e.payload["what"]: e.payload["reason"] for e in standing_entries(context.ledger)},
+        "flagged": {flag.ref: flag.why for flag in open_flags(context.ledger, context.workspace)},
+        "erased": {
+            file["sha256"]: f"{e.payload['what']}: {e.payload['reason']}"
+            for e in erasing
+            for file in e.payload["files"]
+        },
     }
 
 
@@ -398,8 +413,12 @@ def _by(context: Context) -> dict[str, str]:
 
 
 def _sign(context: Context, entry: Entry) -> None:
-    """Sign the ledger up to here where the workspace has keys: a revocation that is cut off again is found."""
-    try:
-        keys.sign_head(context, entry)
-    except ForebayError as error:
-        progress.current().say(f"    the ledger's head was not signed: {error}")
+    """Sign the ledger up to here where the workspace has keys, and tell git: who cuts it off again is found out."""
+    for act in (
+        lambda: keys.sign_head(context, entry),
+        lambda: keep_revocations(context.workspace, published(context), entry.time),
+    ):
+        try:
+            act()
+        except ForebayError as error:
+            progress.current().say(f"    recorded in the ledger, but not beside it: {error}")

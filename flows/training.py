@@ -78,7 +78,15 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
     started = ledger.last("run.started", key) or ledger.append(
         "run.started",
         key,
-        {"key": key, **inputs, "commit": code_commit(), "device": device, "threads": get_num_threads()},
+        {
+            "key": key,
+            **inputs,
+            "commit": code_commit(),
+            "device": device,
+            "threads": get_num_threads(),
+            "processes": context.settings.compute.processes,
+            "machine": machine(),
+        },
     )
     tracked = context.registry.run(
         context.settings.replay.dataset,
@@ -209,6 +217,13 @@ class _Revocations:
         now = revoked(ledger, workspace)
         prompts = sorted(now.values.get("prompt_sha256", ()))
         return now.revision, left_out(ledger, workspace, self._root, self._init, now), prompts
+
+
+def machine() -> dict[str, str]:
+    """Return what decides how numbers are rounded here beside the code: instructions of the processor, and PyTorch."""
+    import torch
+
+    return {"processor": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
 
 
 def _processor_seconds() -> float:

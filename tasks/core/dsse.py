@@ -19,7 +19,9 @@ from tasks.core.keys import PrivateKey, Role, Trust, TrustedKey
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT = "https://in-toto.io/Statement/v1"
-Predicate = Literal["gate-decision", "approval", "rejection", "promotion", "rollback", "ledger-head"]
+Predicate = Literal[
+    "gate-decision", "approval", "rejection", "promotion", "rollback", "ledger-head", "recipe"
+]
 
 
 @dataclass(frozen=True)
