@@ -166,6 +166,7 @@ def _one(
                 workspace,
                 code,
                 device,
+                Path(__file__).with_name("again.py"),
                 lambda done, total: report(done, total, ""),
             )
         folder = workspace.root / made["path"]

@@ -6,6 +6,7 @@ import getpass
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -240,8 +241,8 @@ def _intend(
             number = 0 if last is None else last.seq
             hit = [shard for shard in sealed.manifest.shards if shard.path in files]
             replaces = []
-            for place, shard in enumerate(hit):
-                path = shards.folder_of(workspace, name) / f"e{number:05d}-{place:05d}.parquet"
+            for at, shard in enumerate(hit):
+                path = shards.folder_of(workspace, name) / f"e{number:05d}-{at:05d}.parquet"
                 new = shards.rewrite(workspace, shard, groups, path)
                 locators.append(dvc_store.locator(workspace.root / shard.path))
                 gone.append({"path": shard.path, "sha256": shard.sha256})
@@ -414,11 +415,16 @@ def _by(context: Context) -> dict[str, str]:
 
 def _sign(context: Context, entry: Entry) -> None:
     """Sign the ledger up to here where the workspace has keys, and tell git: who cuts it off again is found out."""
-    for act in (
-        lambda: keys.sign_head(context, entry),
-        lambda: keep_revocations(context.workspace, published(context), entry.time),
-    ):
-        try:
-            act()
-        except ForebayError as error:
-            progress.current().say(f"    recorded in the ledger, but not beside it: {error}")
+    with _said():
+        keys.sign_head(context, entry)
+    with _said():
+        keep_revocations(context.workspace, published(context), entry.time)
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """Say what went wrong beside the ledger; the ledger has it, and the next entry makes up for it."""
+    try:
+        yield
+    except ForebayError as error:
+        progress.current().say(f"    recorded in the ledger, but not beside it: {error}")

@@ -52,7 +52,14 @@ def recipe_of(ledger: Entries, workspace: Workspace, subject: str) -> dict[str, 
             "template_digest",
         )
     }
-    recipe = {"schema": SCHEMA, "agent": agent, "run": None, "result": None, "dataset": None, "left_out": []}
+    recipe: dict[str, Any] = {
+        "schema": SCHEMA,
+        "agent": agent,
+        "run": None,
+        "result": None,
+        "dataset": None,
+        "left_out": [],
+    }
     key = p["parents"].get("run")
     if key is None:
         return recipe

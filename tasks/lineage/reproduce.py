@@ -213,6 +213,7 @@ def train_again(
     workspace: Workspace,
     code: Path,
     device: str,
+    script: Path,
     on_step: OnStep = lambda done, total: None,
 ) -> dict[str, Any]:
     """Train by a recipe in a process of its own, with the recorded settings, seed, precision and threads.
@@ -221,6 +222,7 @@ def train_again(
         init: folder of the initial agent under the workspace, its digests verified.
         code: folder of the code.
         device: cpu or cuda.
+        script: what the process runs, `flows/again.py`.
 
     Returns:
         {path, files, digest, metrics, steps, stop_reason, device}.
@@ -261,7 +263,7 @@ def train_again(
     with (
         log.open("w") as stderr,
         subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("again.py")), str(path)],
+            [sys.executable, "-P", str(script), str(path)],
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
 from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
@@ -27,6 +27,8 @@ from tasks.promotion.promote import Entries, standing
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from tasks.replay.schema import Episode
 
 REVOKED, REINSTATED, ERASING, ERASED = "data.revoked", "data.reinstated", "data.erasing", "data.erased"
 
@@ -41,16 +43,6 @@ _COLUMN: Mapping[Kind, str] = {
 _FACTS = (*_COLUMN.values(), "behaviour_digest", "reward_digest")
 _OFFICES = ("champion", "previous", "candidate")
 _KEPT_TABLES = 4096  # shards whose facts stay in memory: some hundred bytes an episode
-
-
-class Row(Protocol):
-    """What is read of an episode to tell whether it is revoked."""
-
-    episode_id: str
-    group_id: str
-    prompt_sha256: str
-    source: str
-    licence: str
 
 
 @dataclass(frozen=True)
@@ -133,7 +125,7 @@ class Revoked:
     def __bool__(self) -> bool:
         return bool(self.what)
 
-    def reason(self, row: Row) -> str | None:
+    def reason(self, row: Episode) -> str | None:
         """Return the target that takes this episode out, None where nothing does."""
         if row.group_id in self.by_group:
             return self.by_group[row.group_id]

@@ -115,7 +115,7 @@ def test_a_record_of_another_version_is_refused(tmp_path):
 
     path = tmp_path / "decisions" / f"{sha256_bytes(old)}.json"
     write_atomic(path, old)
-    with pytest.raises(Refused, match="decision/2"):
+    with pytest.raises(Refused, match="decision/3"):
         read_decision(path)
 
 

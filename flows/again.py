@@ -15,7 +15,7 @@ from typing import Any
 
 
 def main(path: Path) -> int:
-    """Do the job in the file `path`: what `tasks.lineage.reproduce` wrote there. Return the exit code."""
+    """Do the job in the file `path`: what `flows.reproduce` had written there. Return the exit code."""
     job = json.loads(path.read_text())
     import torch
 
@@ -54,7 +54,7 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
         run = partial(train, fresh=fresh_source(context, job["init"], job["key"], job["started"], *more))
     elif job["processes"] > 1:
         run = partial(train_in_processes, job["processes"])
-    more = {"left_out": job["left_out"]} if job["left_out"] else {}
+    left_out = {"left_out": job["left_out"]} if job["left_out"] else {}
     made = run(
         run_dir=root / ".forebay" / "runs" / job["key"][:16],
         init_dir=root / job["init"]["path"],
@@ -67,7 +67,7 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
         oldest_behaviour=job["oldest_behaviour"],
         cache=root / ".forebay" / "decoded",
         on_metrics=lambda step, values: _say({"step": step, "metrics": values}),
-        **more,
+        **left_out,
     )
     return {
         "path": str(made.export_dir.relative_to(root)),
