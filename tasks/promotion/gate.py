@@ -52,13 +52,13 @@ class Inputs:
     reward: FileRef | None = None
     data: Finding | None = None
     integrity: Finding | None = None
-    lineage: Finding | None = None
     serving: FileRef | None = None
     replay_value: FileRef | None = None
     proxy: FileRef | None = None
     run: FileRef | None = None
     spent: Spent = field(default_factory=Spent)
     reward_expired: str = ""  # why the reward model's verdict holds no more; the gate has no clock of its own
+    lineage: Finding | None = None  # whether the candidate learnt from what is revoked
 
     def question(self, policy: Policy) -> str:
         """Return the digest of all evidence and the policy, whatever was spent before."""

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
+from signal import SIGKILL
 
 import pyarrow.parquet as pq
 import pytest
 
 from flows.context import Context
-from flows.experience import collect_into_segment, import_experience, seal_dataset, validate_dataset
+from flows.experience import (
+    collect_into_segment,
+    import_experience,
+    seal_dataset,
+    unsealed_rows,
+    validate_dataset,
+)
 from flows.revoke import erase, listing, reinstate, revoke
-from flows.rewards import episodes
+from flows.rewards import episodes, read_set, replay_set
 from flows.scoring import require_unflagged
 from flows.status import status
 from flows.training import register_trained, train_agent
 from tasks.core.digest import sha256_file
 from tasks.core.errors import Conflict, NotFound, Refused, UsageError
 from tasks.lineage.revocation import left_out, open_flags
+from tasks.replay.seal import find, restore
 from tests.flows.conftest import ENVIRONMENT, forebay, lay_workspace, loads
 
 SMALL = (
@@ -251,3 +261,66 @@ def test_the_command_line_shows_and_schedules(chain: Context):
     assert f"group:{group}" in shown.stdout
     assert "agent/3" in shown.stdout
     assert "agent/3" in forebay(root, "status").stdout
+
+
+KILLS = ("track_anew", "push", "_record", "erase")
+
+
+def test_an_erasure_that_is_killed_anywhere_is_finished_by_the_next_one(chain: Context):
+    """Killed with SIGKILL before old shards leave the pointer, before the push, before the new version is in the
+    ledger, and before cache and remote are emptied."""
+    from tasks.replay import dvc_store, seal
+
+    groups = sorted(set(used(chain, 2)) | set(used(chain, 3)))
+    assert len(groups) >= len(KILLS)
+    for point, group in zip(KILLS, groups, strict=False):
+        old = next(s for s in newest(chain)["shards"] if group_in(chain, s["path"], group))
+        revoke(chain, f"group:{group}", "asked to be forgotten")
+        child = os.fork()
+        if child == 0:
+            os.setpgid(0, 0)
+            setattr(
+                seal if point == "_record" else dvc_store, point, lambda *_: os.kill(os.getpid(), SIGKILL)
+            )
+            with suppress(BaseException):
+                erase(opened(chain.workspace.root), f"group:{group}", "")
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -SIGKILL, point
+        assert chain.ledger.last("data.erased", f"group:{group}") is None
+        report = erase(opened(chain.workspace.root), f"group:{group}", "")
+        assert copies_of(chain, old["sha256"]) == 0, point
+        assert len(report["versions"]) == 1
+        left = {row["group_id"] for row in rows(chain, "group_id")}
+        assert group not in left
+        assert left
+        shutil.rmtree(chain.workspace.replay / "main" / "shards")  # what is left can be fetched again
+        restore(chain.workspace, find(chain.ledger, "main").manifest)
+    assert len(chain.ledger.entries("data.erased")) == len(KILLS)
+    assert len([e for e in chain.ledger.entries("dataset.sealed") if "erasing" in e.payload]) == len(KILLS)
+    assert validate_dataset(chain)["verdict"] == "PASS"
+
+
+def test_erasing_all_of_a_dataset_leaves_an_empty_version(chain: Context):
+    shards = newest(chain)["shards"]
+    revoke(chain, "dataset:main", "the customer left")
+    report = erase(chain, "dataset:main", "")
+    assert newest(chain)["rows"] == 0
+    assert [copies_of(chain, shard["sha256"]) for shard in shards] == [0] * len(shards)
+    assert set(report["files"]) >= {shard["path"] for shard in shards}
+    collect_into_segment(chain, "agent/3")
+    assert seal_dataset(chain, announce=False)["rows"] > 0
+
+
+def test_waiting_rows_and_sets_of_preferences_are_erased_too(chain: Context):
+    made = replay_set(chain, newest(chain))
+    quoted = read_set(chain, made)[0].chosen_id
+    collect_into_segment(chain, "agent/3")
+    waiting = next(iter(unsealed_rows(chain, "main")))
+    for episode in (quoted, waiting["episode_id"]):
+        revoke(chain, f"episode:{episode}", "asked to be forgotten")
+        assert erase(chain, f"episode:{episode}", "")["files"]
+    assert not (chain.workspace.root / made["path"]).exists()
+    assert waiting["group_id"] not in {row["group_id"] for row in unsealed_rows(chain, "main")}
+    assert seal_dataset(chain, announce=False)["new_rows"] > 0
+    files = (path for path in chain.workspace.root.rglob("*.jsonl") if path.is_file())
+    assert not any(waiting["response_text"] and quoted in path.read_text() for path in files)
