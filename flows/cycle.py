@@ -193,7 +193,7 @@ def _reward(context: Context, cycle: Cycle) -> Receipt:
     from flows.training import train_and_validate_reward_model
 
     _require_valid(cycle)
-    return train_and_validate_reward_model(context, cycle.receipt("seal"), cycle.champion)
+    return train_and_validate_reward_model(context, cycle.receipt("seal"), cycle.start)
 
 
 def _train(context: Context, cycle: Cycle) -> Receipt:

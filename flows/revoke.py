@@ -69,7 +69,7 @@ def revoke(context: Context, what: str, reason: str, dry_run: bool = False) -> d
         "lists": {"path": "", "sha256": "", "groups": len(hit.groups), "episodes": len(hit.episodes)},
         "roots": list(hit.roots),
         "files": [asdict(place) for place in hit.places],
-        "descendants": [asdict(each) for each in found],
+        "descendants": [each.plain() for each in found],
     }
     if dry_run:
         plan = retrain_plan(ledger, workspace, foreseen)
@@ -136,7 +136,7 @@ def listing(context: Context) -> dict[str, Any]:
             }
             for e in standing_entries(ledger)
         ],
-        "descendants": [asdict(each) for each in descendants_of(ledger, context.workspace, now)],
+        "descendants": [each.plain() for each in descendants_of(ledger, context.workspace, now)],
         "plan": _plan(retrain_plan(ledger, context.workspace, now)),
     }
 
@@ -395,7 +395,7 @@ def _shown(
         "groups": p["lists"]["groups"],
         "roots": list(p["roots"]),
         "files": [dict(file) for file in p["files"]],
-        "descendants": [asdict(each) for each in found],
+        "descendants": [each.plain() for each in found],
         "plan": _plan(plan),
     }
 

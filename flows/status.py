@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from rich.console import RenderableType
@@ -122,7 +121,7 @@ def _flags(context: Context) -> list[dict[str, Any]]:
         return []
     from tasks.lineage.revocation import open_flags
 
-    return [asdict(flag) for flag in open_flags(context.ledger, context.workspace)]
+    return [flag.plain() for flag in open_flags(context.ledger, context.workspace)]
 
 
 def _open_intent(context: Context) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -155,6 +155,10 @@ class Descendant:
     roles: tuple[str, ...]
     why: str
     since: int
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {**asdict(self), "roles": list(self.roles)}
 
 
 # ------------------------------------------------------------------------------------------------ what is revoked
