@@ -24,6 +24,7 @@ OnStep = Callable[[int, int], None]
 _PROJECT = Path(__file__).resolve().parents[2]
 _SMALLEST = 1e-3  # metrics below it are compared as if they were this large: a relative difference of noise says nothing
 _COMPARED = ("reward_estimate", "loss", "kl_k3", "ess", "entropy", "grad_norm", "phi")
+_OTHER = {"device": "another device", "machine": "another processor or PyTorch", "lock": "other packages"}
 _TAIL = 5
 
 
@@ -68,7 +69,8 @@ def compare(
         )
     was = {"device": run["device"], "machine": run.get("machine"), "lock": run["lock"]}
     now = {"device": made["device"], **here}
-    excuses = [name for name in was if was[name] != now[name]] + (["GPU"] if was["device"] == "cuda" else [])
+    excuses = [phrase for name, phrase in _OTHER.items() if was[name] != now[name]]
+    excuses += ["a GPU trained it"] if was["device"] == "cuda" else []
     recorded = recipe["result"]["metrics"]
     metrics = {
         n: (recorded[n], made["metrics"][n]) for n in _COMPARED if n in recorded and n in made["metrics"]
@@ -77,7 +79,7 @@ def compare(
     names = ", ".join(differs[:3])
     if not excuses:
         return Comparison("different", differs, metrics, f"different: {names}; nothing explains it")
-    why = f"bits cannot agree ({', '.join(excuses)} differs)".replace("GPU differs", "a GPU trained it")
+    why = f"bits cannot agree ({', '.join(excuses)})"
     same_end = (made["steps"], made["stop_reason"]) == (
         recipe["result"]["steps"],
         recipe["result"]["stop_reason"],
