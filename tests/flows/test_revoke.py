@@ -40,9 +40,7 @@ SMALL = (
 
 
 def opened(root: Path, *more: str) -> Context:
-    context = Context.open(root, [*SMALL[1:], *more])
-    context.settings.collect.environments[ENVIRONMENT] = 8
-    return context
+    return Context.open(root, [*SMALL, *more])
 
 
 def generation(context: Context, agent: int) -> int:

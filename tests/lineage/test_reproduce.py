@@ -63,7 +63,9 @@ def test_code_that_is_not_here_is_named(tmp_path: Path):
         code_of(wanted, tmp_path)
 
 
-def test_code_of_an_earlier_commit_is_taken_from_the_repository(tmp_path: Path):
+def test_code_of_an_earlier_commit_is_taken_from_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     project = Path(__file__).resolve().parents[2]
     git = ["git", "-C", str(project)]
     done = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
@@ -75,6 +77,11 @@ def test_code_of_an_earlier_commit_is_taken_from_the_repository(tmp_path: Path):
     commit = {"commit": done.stdout.strip(), "dirty": False}
     here = {"agent": {"version": 2}, "run": {"code": code_digest(), "commit": commit}}
     assert code_of(here, tmp_path) == project
+    with monkeypatch.context() as patched:
+        patched.setattr("tasks.lineage.reproduce.code_digest", lambda: "f" * 64)  # the code has moved on since
+        taken = code_of(here, tmp_path)
+    assert taken != project
+    assert (taken / "tasks" / "training" / "trainer.py").exists()
     wrong = {"agent": {"version": 2}, "run": {"code": "d" * 64, "commit": commit}}
     with pytest.raises(Refused, match=f"has the digest {code_digest()[:12]}"):
         code_of(wrong, tmp_path)
