@@ -28,12 +28,15 @@ def git(root: Path, *words: str) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    """A folder with `ws`, three trained generations, and its remote beside it, `remote`."""
+    """A folder with `ws`, three trained generations, the last with fresh groups, and its remote beside it, `remote`."""
     folder = tmp_path_factory.mktemp("made")
     root = lay_workspace(folder / "ws", tiny_base).workspace.root
-    context = opened(root, f"replay.remote={folder / 'remote'}")
-    for agent in (1, 2, 3):
-        assert generation(context, agent) == agent + 1
+    remote = f"replay.remote={folder / 'remote'}"
+    for agent, more in ((1, ()), (2, ()), (3, ("training.mixture.schedule=constant",))):
+        assert generation(opened(root, remote, *more), agent) == agent + 1
+    finished = Context.open(root).ledger.last("run.finished")
+    assert finished is not None
+    assert finished.payload["outputs"]["fresh"]
     git(root, "add", "params.yaml", "policy.yaml", "keys.yaml")
     git(root, "commit", "-qm", "settings")
     return folder
@@ -45,6 +48,7 @@ def clone(made: Path, tmp_path: Path) -> Path:
     return tmp_path / "clone"
 
 
+@pytest.mark.slow
 def test_a_chain_of_three_is_reproduced_from_a_clone_and_the_remote_alone(
     made: Path, clone: Path, tmp_path: Path
 ):

@@ -264,6 +264,7 @@ def test_the_command_line_shows_and_schedules(chain: Context):
 KILLS = ("track_anew", "push", "_record", "erase")
 
 
+@pytest.mark.slow
 def test_an_erasure_that_is_killed_anywhere_is_finished_by_the_next_one(chain: Context):
     """Killed with SIGKILL before old shards leave the pointer, before the push, before the new version is in the
     ledger, and before cache and remote are emptied."""

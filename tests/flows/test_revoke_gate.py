@@ -37,6 +37,7 @@ def test_what_was_revoked_after_the_decision_blocks_the_promotion(root: Path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_champion_is_replaced_by_the_plan_and_the_new_one_is_clean(root: Path):
     context = Context.open(root)
     cycle = open_cycle(context)
