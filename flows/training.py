@@ -16,6 +16,7 @@ from flows import progress
 from flows.champions import register_agent
 from flows.context import Context
 from flows.hybrid import fresh_source
+from flows.logs import flow_run_id
 from flows.scoring import require_valid_reward
 from tasks.core.digest import digest_json, sha256_bytes, write_atomic
 from tasks.core.errors import Conflict, UsageError
@@ -40,6 +41,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
     from torch import get_num_threads
 
     from tasks.lineage.revocation import require_not_erased
+    from tasks.lineage.rows import keep_consumed
     from tasks.training.shards import ShardRef
     from tasks.training.trainer import encoder_of
 
@@ -86,6 +88,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
             "threads": get_num_threads(),
             "processes": context.settings.compute.processes,
             "machine": machine(),
+            "prefect": flow_run_id(),
         },
     )
     tracked = context.registry.run(
@@ -132,7 +135,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
             "files": dict(result.files),
             "steps": result.steps,
             "stop_reason": result.stop_reason,
-            "groups": list(result.groups_consumed),
+            "groups": keep_consumed(context.workspace, run_dir, result.groups_consumed),
             "fresh": [{"path": shard.path, "sha256": shard.sha256} for shard in result.fresh],
             "metrics": dict(result.metrics),
             "mlflow_run": run.run_id,

@@ -1,4 +1,4 @@
-"""Where an agent came from, whether its bytes are intact, what was recorded."""
+"""Whether the bytes behind an agent are intact, and what was recorded."""
 
 from __future__ import annotations
 
@@ -17,26 +17,6 @@ from flows.cli.console import (
     print_json,
     watch,
 )
-
-
-@app.command(rich_help_panel=AUDIT)
-def lineage(
-    ref: Annotated[
-        str, typer.Argument(help="agent@champion, agent/12, dataset:main/v3, or the start of a digest.")
-    ] = "agent@champion",
-    workspace: Where = HERE,
-    as_json: Json = False,
-) -> None:
-    """Where an agent or a dataset came from, down to shards, base model, code, policy and lock file."""
-    from tasks.lineage.graph import lineage as walk
-    from tasks.lineage.render import to_json, to_tree
-
-    context = open_context(workspace)
-    node = walk(context.ledger, context.workspace, ref)
-    if as_json:
-        print_json(to_json(node))
-    else:
-        out.print(to_tree(node))
 
 
 @app.command(rich_help_panel=AUDIT)

@@ -7,7 +7,7 @@ MLflow aliases and files are its projections. Appending takes the database's wri
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -20,6 +20,7 @@ from tasks.core.digest import canonical_json, sha256_bytes
 from tasks.core.errors import Corrupt, Unavailable
 
 GENESIS = "0" * 64
+_AT_ONCE = 500  # numbers in one SQL list
 
 _metadata = sa.MetaData()
 _table = sa.Table(
@@ -157,6 +158,34 @@ class Ledger:
         """Return the newest entry of that kind and subject, or None."""
         with self._engine.connect() as connection:
             return LedgerView(connection).last(kind, subject)
+
+    def since(self, seq: int, kinds: Sequence[str]) -> Iterator[Entry]:
+        """Yield the entries after number `seq` that are of these kinds, in order, without holding them all."""
+        query = sa.select(_table).where(_table.c.seq > seq, _table.c.kind.in_(kinds)).order_by(_table.c.seq)
+        with self._engine.connect() as connection:
+            for row in connection.execution_options(yield_per=500).execute(query):
+                yield _entry(row)
+
+    def at(self, numbers: Iterable[int]) -> dict[int, Entry]:
+        """Return {number: entry} of those of `numbers` that there are."""
+        wanted = sorted(numbers)
+        found: dict[int, Entry] = {}
+        with self._engine.connect() as connection:
+            for start in range(0, len(wanted), _AT_ONCE):
+                query = sa.select(_table).where(_table.c.seq.in_(wanted[start : start + _AT_ONCE]))
+                found |= {row.seq: _entry(row) for row in connection.execute(query)}
+        return found
+
+    def last_before(self, time: str) -> tuple[int | None, bool]:
+        """Return the number of the last entry written by `time` (ISO 8601, UTC), None where there is none, and whether
+        an entry before it says a later time: some writer's clock ran backwards.
+        """
+        with self._engine.connect() as connection:
+            seq = connection.execute(
+                sa.select(sa.func.max(_table.c.seq)).where(_table.c.time <= time)
+            ).scalar()
+            query = sa.select(_table.c.seq).where(_table.c.time > time, _table.c.seq < (seq or 0)).limit(1)
+            return seq, connection.execute(query).first() is not None
 
     def digest_at(self, seq: int) -> str | None:
         """Return the digest that entry `seq` carries, None where there is no such entry."""

@@ -26,7 +26,7 @@ _FOLDER = "data/recipes"
 _REVOKED = f"{_FOLDER}/revoked.json"
 _BRANCHES = (git_pointer.BRANCH, "refs/remotes/origin/forebay/data")
 # What a run's start says beside the inputs that its key stands for.
-_CIRCUMSTANCES = ("key", "commit", "device", "threads", "processes", "machine")
+_CIRCUMSTANCES = ("key", "commit", "device", "threads", "processes", "machine", "prefect")
 
 
 def recipe_of(ledger: Entries, workspace: Workspace, subject: str) -> dict[str, Any]:

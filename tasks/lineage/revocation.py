@@ -524,10 +524,9 @@ def pair_revoked(pair: Mapping[str, Any], now: Revoked) -> str | None:
 
 def consumed(workspace: Workspace, payload: Mapping[str, Any]) -> set[str]:
     """Return the groups of the replay that a finished run used (payload of `run.finished`)."""
-    groups = payload["outputs"]["groups"]
-    if isinstance(groups, Mapping):  # a file with one id a line
-        return set(_checked(workspace.root / groups["path"], groups["sha256"]).decode().split())
-    return set(groups)
+    from tasks.lineage import rows
+
+    return set(rows.consumed(workspace, payload["outputs"]))
 
 
 # ------------------------------------------------------------------------------------------------ a plan to retrain

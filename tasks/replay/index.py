@@ -1,25 +1,61 @@
-"""Which episodes and groups are sealed already: a projection of the shards that makes the question cheap.
+"""Where each episode and group of a dataset lies: a projection of the shards that makes the question cheap.
 
 A SQLite file per dataset, caught up version by version from the newest shards only. It may be deleted at any
-time: the next seal builds it again from the shards.
+time: the next seal, or the next question, builds it again from the shards.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from tasks.core.errors import Corrupt
 from tasks.core.workspace import Workspace
 from tasks.replay import shards
-from tasks.replay.manifest import Manifest
+from tasks.replay.manifest import Manifest, Shard
 
+_VERSION = 2  # of the tables
 _TABLES = """
-CREATE TABLE IF NOT EXISTS shard (sha256 TEXT PRIMARY KEY) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS episode (episode_id TEXT PRIMARY KEY, group_id TEXT NOT NULL) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS episode_group ON episode (group_id);
+CREATE TABLE shard (number INTEGER PRIMARY KEY, sha256 TEXT NOT NULL UNIQUE, path TEXT NOT NULL);
+CREATE TABLE grp (number INTEGER PRIMARY KEY, group_id TEXT NOT NULL, shard INTEGER NOT NULL, prompt TEXT NOT NULL,
+                  env TEXT NOT NULL, source TEXT NOT NULL, licence TEXT NOT NULL, episodes INTEGER NOT NULL);
+CREATE INDEX grp_id ON grp (group_id);
+CREATE INDEX grp_prompt ON grp (prompt);
+CREATE INDEX grp_source ON grp (source);
+CREATE INDEX grp_licence ON grp (licence);
+CREATE TABLE episode (episode_id TEXT PRIMARY KEY, grp INTEGER NOT NULL) WITHOUT ROWID;
+CREATE INDEX episode_grp ON episode (grp);
 """
+_COLUMNS = ("episode_id", "group_id", "prompt_sha256", "env", "source", "licence")
+_BATCH = 400  # values in one SQL list
+
+By = Literal["episode", "group", "prompt", "source", "licence"]
+"""What groups are looked for by: an episode's id, their own, the SHA-256 of the prompt's text, source or licence."""
+_WHERE: dict[By, str] = {
+    "episode": "grp.number = (SELECT grp FROM episode WHERE episode_id = ?)",
+    "group": "group_id = ?",
+    "prompt": "prompt = ?",
+    "source": "source = ?",
+    "licence": "licence = ?",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a group lies: the dataset's name, the shard's path; and what it is."""
+
+    dataset: str
+    shard: str
+    group_id: str
+    prompt: str
+    env: str
+    source: str
+    licence: str
+    episodes: int
 
 
 def catch_up(workspace: Workspace, manifest: Manifest) -> None:
@@ -28,18 +64,84 @@ def catch_up(workspace: Workspace, manifest: Manifest) -> None:
     Raises:
         Corrupt: a shard to add is missing or differs from its digest.
     """
+    add_shards(workspace, manifest.name, manifest.shards)
+
+
+def add_shards(workspace: Workspace, dataset: str, wanted: Sequence[Shard]) -> None:
+    """Add those of `wanted` that the index of `dataset` does not hold; see `catch_up`."""
+    with _open(workspace, dataset) as index:
+        known = {sha256 for (sha256,) in index.execute("SELECT sha256 FROM shard")}
+        for shard in wanted:
+            if shard.sha256 not in known:
+                shards.verify(workspace, [shard])
+                _add(index, workspace.root / shard.path, shard)
+
+
+def _add(index: sqlite3.Connection, path: Path, shard: Shard) -> None:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with _open(workspace, manifest.name) as index:
-        known = {sha256 for (sha256,) in index.execute("SELECT sha256 FROM shard")}
-        for shard in manifest.shards:
-            if shard.sha256 in known:
-                continue
-            shards.verify(workspace, [shard])
-            ids = pq.read_table(workspace.root / shard.path, columns=["episode_id", "group_id"])
-            rows = zip(ids["episode_id"].to_pylist(), ids["group_id"].to_pylist(), strict=True)
-            index.executemany("INSERT OR REPLACE INTO episode VALUES (?, ?)", rows)
-            index.execute("INSERT INTO shard VALUES (?)", (shard.sha256,))
+    try:
+        table = pq.read_table(path, columns=list(_COLUMNS))
+    except (pa.ArrowException, KeyError) as error:
+        raise Corrupt(
+            f"Shard {shard.path} is as it was sealed, but no replay can be read from it: {error}."
+        ) from error
+    number = index.execute(
+        "INSERT INTO shard (sha256, path) VALUES (?, ?)", (shard.sha256, shard.path)
+    ).lastrowid
+    columns = [column.to_pylist() for column in table.itercolumns()]
+    groups: dict[str, list[str]] = {}
+    about: dict[str, tuple[str, ...]] = {}
+    for episode, group, *rest in zip(*columns, strict=True):
+        groups.setdefault(group, []).append(episode)
+        about.setdefault(group, tuple(rest))
+    start = index.execute("SELECT coalesce(max(number), 0) + 1 FROM grp").fetchone()[0]
+    numbers = {group: start + at for at, group in enumerate(groups)}
+    index.executemany(
+        "INSERT INTO grp VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        ((numbers[group], group, number, *about[group], len(episodes)) for group, episodes in groups.items()),
+    )
+    index.executemany(
+        "INSERT OR REPLACE INTO episode VALUES (?, ?)",
+        sorted((episode, numbers[group]) for group, episodes in groups.items() for episode in episodes),
+    )
+
+
+def holds(workspace: Workspace, dataset: str, sha256: str) -> bool:
+    """Tell whether the index of `dataset` holds the shard with that digest."""
+    with _open(workspace, dataset) as index:
+        return index.execute("SELECT 1 FROM shard WHERE sha256 = ?", (sha256,)).fetchone() is not None
+
+
+def places(workspace: Workspace, dataset: str, by: By, value: str) -> list[Place]:
+    """Return where the groups lie that `by` and `value` select, in the order in which they were sealed."""
+    query = (
+        "SELECT path, group_id, prompt, env, source, licence, episodes FROM grp JOIN shard ON shard.number = grp.shard "
+        f"WHERE {_WHERE[by]} ORDER BY grp.number"
+    )
+    with _open(workspace, dataset) as index:
+        return [Place(dataset, *row) for row in index.execute(query, (value,))]
+
+
+def episodes(workspace: Workspace, dataset: str, group: str) -> list[str]:
+    """Return the ids of the episodes of a group."""
+    query = "SELECT episode_id FROM episode JOIN grp ON grp.number = episode.grp WHERE group_id = ? ORDER BY episode_id"
+    with _open(workspace, dataset) as index:
+        return [episode for (episode,) in index.execute(query, (group,))]
+
+
+def any_of(workspace: Workspace, dataset: str, groups: Collection[str], by: By, value: str) -> bool:
+    """Tell whether one of `groups` is among those that `by` and `value` select."""
+    names = list(groups)
+    with _open(workspace, dataset) as index:
+        for start in range(0, len(names), _BATCH):
+            part = names[start : start + _BATCH]
+            marks = ", ".join("?" * len(part))
+            query = f"SELECT 1 FROM grp WHERE {_WHERE[by]} AND group_id IN ({marks}) LIMIT 1"
+            if index.execute(query, (value, *part)).fetchone():
+                return True
+    return False
 
 
 def sealed_among(workspace: Workspace, dataset: str, episodes: Iterable[tuple[str, str]]) -> set[str]:
@@ -49,14 +151,14 @@ def sealed_among(workspace: Workspace, dataset: str, episodes: Iterable[tuple[st
             episode
             for episode, group in episodes
             if index.execute("SELECT 1 FROM episode WHERE episode_id = ?", (episode,)).fetchone()
-            or index.execute("SELECT 1 FROM episode WHERE group_id = ? LIMIT 1", (group,)).fetchone()
+            or index.execute("SELECT 1 FROM grp WHERE group_id = ? LIMIT 1", (group,)).fetchone()
         }
 
 
 def sealed_groups(workspace: Workspace, dataset: str) -> set[str]:
     """Return the ids of all sealed groups."""
     with _open(workspace, dataset) as index:
-        return {group for (group,) in index.execute("SELECT DISTINCT group_id FROM episode")}
+        return {group for (group,) in index.execute("SELECT DISTINCT group_id FROM grp")}
 
 
 @contextmanager
@@ -64,5 +166,18 @@ def _open(workspace: Workspace, dataset: str) -> Iterator[sqlite3.Connection]:
     path: Path = workspace.state / "replay" / f"{dataset}.db"
     path.parent.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(path, timeout=60)) as connection, connection:
-        connection.executescript(_TABLES)
+        if connection.execute("PRAGMA user_version").fetchone()[0] != _VERSION:
+            _make(connection)
         yield connection
+
+
+def _make(connection: sqlite3.Connection) -> None:
+    """Lay the tables; those of an earlier release go, for the shards hold all that they held."""
+    connection.execute("BEGIN IMMEDIATE")
+    if connection.execute("PRAGMA user_version").fetchone()[0] == _VERSION:
+        return  # another process was faster
+    for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+        connection.execute(f"DROP TABLE {name}")
+    for statement in filter(None, map(str.strip, _TABLES.split(";"))):
+        connection.execute(statement)
+    connection.execute(f"PRAGMA user_version = {_VERSION}")

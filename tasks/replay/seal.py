@@ -170,7 +170,8 @@ def seal_rewritten(
         {"path": shard.path, "sha256": shard.sha256, "by": (new := replaced[shard.sha256]) and asdict(new)}
         for shard in gone
     ]
-    _record(ledger, sealed, pointer, {"erasing": erasing, "replaces": replaces})
+    # No row is new: what is left was counted when it was sealed first.
+    _record(ledger, sealed, pointer, (), {"erasing": erasing, "replaces": replaces})
     return sealed
 
 
@@ -236,7 +237,7 @@ def _seal_folder(
         torn_bytes=torn_bytes,
     )
     with clock("ledger"):
-        _record(ledger, sealed, pointer)
+        _record(ledger, sealed, pointer, shards.contents(workspace, new))
     with clock("index"):
         _drop(folder)
         index.catch_up(workspace, manifest)
@@ -301,6 +302,7 @@ def _record(
     ledger: Ledger,
     sealed: SealedDataset,
     pointer: dvc_store.Pointer,
+    contents: Sequence[Mapping[str, Any]],
     more: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     def check(view: LedgerView) -> None:
@@ -315,6 +317,7 @@ def _record(
         "manifest_sha256": sealed.manifest_sha256,
         "git_commit": sealed.git_commit,
         "dvc": asdict(pointer),
+        "contents": list(contents),  # of the new rows
         "dropped": len(sealed.dropped),
         "torn_bytes": sealed.torn_bytes,
         **more,

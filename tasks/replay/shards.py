@@ -85,6 +85,21 @@ def behaviours(workspace: Workspace, shards: Sequence[Shard]) -> set[Behaviour]:
     return found
 
 
+def contents(workspace: Workspace, shards: Sequence[Shard]) -> list[dict[str, str | int]]:
+    """Return what `shards` are made of: {env, env_version, source, licence, rows, groups} for each combination."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = ["env", "env_version", "source", "licence"]
+    table = pa.concat_tables(
+        pq.read_table(workspace.root / shard.path, columns=[*kinds, "group_id"]) for shard in shards
+    )
+    found = table.group_by(kinds).aggregate([("group_id", "count"), ("group_id", "count_distinct")])
+    found = found.rename_columns([*kinds, "rows", "groups"]).sort_by([(kind, "ascending") for kind in kinds])
+    parts: list[dict[str, str | int]] = found.to_pylist()
+    return parts
+
+
 def damaged(workspace: Workspace, shards: Sequence[Shard]) -> dict[Shard, str]:
     """Re-hash `shards`; return the missing and the changed ones, each with a sentence that says so."""
     found = {}

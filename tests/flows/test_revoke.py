@@ -28,6 +28,7 @@ from flows.training import register_trained, train_agent
 from tasks.core.digest import sha256_file
 from tasks.core.errors import Conflict, NotFound, Refused, UsageError
 from tasks.lineage.revocation import left_out, open_flags
+from tasks.lineage.rows import consumed
 from tasks.replay.seal import find, restore
 from tests.flows.conftest import ENVIRONMENT, forebay, lay_workspace, loads
 
@@ -61,7 +62,11 @@ def used(context: Context, agent: int) -> list[str]:
     run = context.agent(str(agent)).payload["parents"]["run"]
     entry = context.ledger.last("run.finished", run)
     assert entry is not None
-    return list(entry.payload["outputs"]["groups"])
+    return learnt(context, entry.payload["outputs"])
+
+
+def learnt(context: Context, outputs: dict) -> list[str]:
+    return consumed(context.workspace, outputs)
 
 
 def rows(context: Context, *columns: str) -> list[dict]:
@@ -104,7 +109,7 @@ def test_a_revoked_episode_is_in_no_later_run_and_its_descendants_are_flagged(ch
     assert report["descendants"][0]["why"] == "started from agent/2"
     again = train_agent(chain, newest(chain), 3)
     assert again["key"] != before["key"]
-    assert group not in again["groups"]
+    assert group not in learnt(chain, again)
     assert group not in {row.group_id for row in episodes(chain, newest(chain))}
     assert validate_dataset(chain)["verdict"] == "PASS"
     assert [f["ref"] for f in status(chain)["flags"]] == ["agent/3", "agent/2"]
@@ -154,7 +159,7 @@ def test_a_run_stops_when_its_data_is_revoked_while_it_trains(
     assert chain.ledger.last("run.failed") is not None
     assert len(chain.ledger.entries("run.finished")) == 2
     monkeypatch.undo()
-    assert used(chain, 3)[0] not in train_agent(changed, newest(chain), 3)["groups"]
+    assert used(chain, 3)[0] not in learnt(chain, train_agent(changed, newest(chain), 3))
 
 
 def test_what_is_revoked_by_source_or_prompt_does_not_come_in_again(chain: Context, tmp_path: Path):
@@ -223,7 +228,7 @@ def test_erasing_takes_the_bytes_everywhere_and_leaves_the_rest_to_train_on(chai
     assert {row["group_id"] for row in rows(chain, "group_id")} == parts - {group}
     assert validate_dataset(chain)["verdict"] == "PASS"
     run = train_agent(chain, sealed, 3)
-    assert group not in run["groups"]
+    assert group not in learnt(chain, run)
     version = chain.ledger.last("dataset.sealed", "main/v2")
     assert version is not None
     with pytest.raises(Refused, match="erased on purpose"):

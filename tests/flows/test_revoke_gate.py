@@ -15,7 +15,7 @@ from flows.run import run_stages
 from flows.status import status
 from tasks.core.errors import Refused
 from tests.flows.conftest import POLICY, forebay
-from tests.flows.test_revoke import used
+from tests.flows.test_revoke import learnt, used
 
 UNBLOCKED = POLICY + "revocation: {block_promotion: false}\n"
 
@@ -60,7 +60,7 @@ def test_a_champion_is_replaced_by_the_plan_and_the_new_one_is_clean(root: Path)
     candidate = cycle.receipt("register")["version"]
     entry = again.agent(str(candidate)).payload
     assert entry["parents"]["init"] == "agent/1"
-    assert group not in cycle.receipt("train")["groups"]
+    assert group not in learnt(again, cycle.receipt("train"))
     decision = again.ledger.last("decision.made", f"agent/{candidate}")
     assert decision is not None
     lineage = [e for e in decision.payload["evidence"] if e["name"] == "lineage"]
