@@ -78,7 +78,9 @@ def test_code_of_an_earlier_commit_is_taken_from_the_repository(
     here = {"agent": {"version": 2}, "run": {"code": code_digest(), "commit": commit}}
     assert code_of(here, tmp_path) == project
     with monkeypatch.context() as patched:
-        patched.setattr("tasks.lineage.reproduce.code_digest", lambda: "f" * 64)  # the code has moved on since
+        patched.setattr(
+            "tasks.lineage.reproduce.code_digest", lambda: "f" * 64
+        )  # the code has moved on since
         taken = code_of(here, tmp_path)
     assert taken != project
     assert (taken / "tasks" / "training" / "trainer.py").exists()
