@@ -146,8 +146,8 @@ def import_experience(
         feedback: name of the feedback that is the reward of a trace.
 
     Returns:
-        {groups, episodes, revoked: {what: groups}, errors: [sentence]}; good records are kept whatever the errors. What
-        is revoked is left out and said.
+        {groups, episodes, errors: [sentence]}; good records are kept whatever the errors. What is revoked is left out
+        and said, with revoked: {what: groups}.
     """
     from models.causal_lm import load_policy, load_tokenizer
     from tasks.lineage.revocation import revoked
@@ -195,7 +195,7 @@ def import_experience(
     return {
         "groups": len(kept),
         "episodes": sum(map(len, kept)),
-        "revoked": dict(dropped),
+        **({"revoked": dict(dropped)} if dropped else {}),
         "errors": [
             *(str(error) for error in report.errors),
             *(f"{count} groups were left out: {why} is revoked." for why, count in dropped.items()),
