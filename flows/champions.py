@@ -6,6 +6,7 @@ import getpass
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from flows import keys, progress
 from flows.context import Context
 from flows.registry import enter, restore, settle
+from flows.reproduce import remember
 from flows.reward_office import newest_reward_decision, promote_by_decision
-from flows.scoring import require_valid_reward
+from flows.scoring import require_unflagged, require_valid_reward
 from flows.service import start_canary
 from tasks.core.digest import digest_files
-from tasks.core.errors import NotFound
+from tasks.core.errors import ForebayError, NotFound
 from tasks.core.ledger import Entry
 
 if TYPE_CHECKING:
@@ -72,7 +74,10 @@ def register_agent(
         "template_digest": template,
         "source": dict(source),
     }
-    return int(enter(context, "agent", registered, payload).payload["version"])
+    version = int(enter(context, "agent", registered, payload).payload["version"])
+    with suppress(ForebayError):  # a branch that is checked out, say: the next one brings this one along
+        remember(context)
+    return version
 
 
 def promote_agent(context: Context, version: str, reason: str) -> dict[str, Any]:
@@ -95,6 +100,7 @@ def _promote(context: Context, made: Entry, reason: str) -> dict[str, Any]:
     dataset = context.agent(made.subject).payload["parents"].get("dataset")
     if dataset:
         require_valid_reward(context, dataset)
+    revision = require_unflagged(context, made.subject)
     context.weights(context.agent(made.subject).payload)  # months may lie between decision and approval
     entry = promote(
         context.ledger,
@@ -106,6 +112,7 @@ def _promote(context: Context, made: Entry, reason: str) -> dict[str, Any]:
         expected_champion=made.payload["champion"]["version"],
         by=getpass.getuser(),
         reason=reason,
+        revision=revision,
     )
     change = _change(context, entry)
     start_canary(context)

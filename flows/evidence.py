@@ -81,6 +81,7 @@ def estimate_on_replay(context: Context, candidate: int, champion: int, ref: str
         ref: name, name/vN or root of the dataset.
     """
     from tasks.evaluation.replay_value import usable
+    from tasks.lineage.revocation import revoked, without
     from tasks.replay.seal import find, read_rows
 
     sealed = find(context.ledger, ref)
@@ -93,6 +94,9 @@ def estimate_on_replay(context: Context, candidate: int, champion: int, ref: str
         "without": digest_json(sorted(known)),
         "dtype": context.dtype(),
     }
+    now = revoked(context.ledger, context.workspace)
+    if now:
+        inputs["revoked"] = context.revoked
 
     def work(key: str) -> dict[str, Any]:
         about = {
@@ -106,7 +110,9 @@ def estimate_on_replay(context: Context, candidate: int, champion: int, ref: str
         new = set(prompts["prompt_sha256"].unique().to_pylist()) - known
         try:
             rows = read_rows(context.workspace, sealed.manifest) if new else None
-            episodes = [] if rows is None else usable(rows, agents[0]["tokenizer_digest"], known)
+            episodes = (
+                [] if rows is None else usable(without(rows, now), agents[0]["tokenizer_digest"], known)
+            )
         except Refused as refused:
             return {"evidence": keep(context, "replay_value", {**about, "problem": str(refused)})}
         if not episodes:

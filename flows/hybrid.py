@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.context import Context
-from tasks.core.digest import digest_json, sha256_file, write_atomic, write_file_atomic
+from tasks.core.digest import digest_json, sha256_bytes, sha256_file, write_atomic, write_file_atomic
 from tasks.core.stages import derive_seed
 
 if TYPE_CHECKING:
@@ -20,12 +20,17 @@ if TYPE_CHECKING:
     from tasks.training.shards import ShardRef
 
 
-def fresh_source(context: Context, agent: Mapping[str, Any], key: str, created_at: str) -> FreshSource:
+def fresh_source(
+    context: Context, agent: Mapping[str, Any], key: str, created_at: str, without: Collection[str] = ()
+) -> FreshSource:
     """Return what collects groups with the model as it stands, as a shard of the run; see `rounds.FreshSource`.
 
     A shard that is there already with the digest beside it is taken as it is: a resumed run learns from the bytes
     that it learnt from before. Anything else is sampled again. The episodes are marked as `agent/<n>+<updates>`:
     written by that agent's successor in the making.
+
+    Args:
+        without: SHA-256 of prompts that are revoked; they are not asked.
     """
     from models.causal_lm import load_tokenizer
     from tasks.arena.environment import get
@@ -50,11 +55,16 @@ def fresh_source(context: Context, agent: Mapping[str, Any], key: str, created_a
             for name, groups in shares(settings.environments, before, before + count).items():
                 env = get(name)
                 noise = derive_seed(seed, name, f"fresh {before}")
+                tasks = [
+                    task
+                    for task in env.tasks("train", groups, noise)
+                    if sha256_bytes(task.prompt.encode()) not in without
+                ]
                 for group in rollout(
                     model,
                     tokenizer,
                     env,
-                    env.tasks("train", groups, noise),
+                    tasks,
                     group_size=settings.group_size,
                     temperature=settings.temperature,
                     seed=noise,

@@ -179,6 +179,7 @@ def decide_promotion(
         reward=ref(reward["evidence"]),
         data=Finding(data["verdict"], data["root"], data["evidence"]["sha256"], tuple(data["reasons"])),
         integrity=check_integrity(context, candidate, data["root"]),
+        lineage=check_lineage(context, candidate),
         **further,
         reward_expired=expiry(context, reward) or standing_fail(context, reward) or "",
     )
@@ -300,6 +301,21 @@ def check_integrity(context: Context, candidate: int, root: str) -> Any:
         digest_json({"agent": agent, "data": root, "problems": reasons}),
         reasons,
     )
+
+
+def check_lineage(context: Context, candidate: int) -> Any:
+    """Find out whether the candidate learnt from anything that is revoked now, itself or through others."""
+    from tasks.lineage.revocation import open_flags
+    from tasks.promotion.gate import Finding
+
+    flags = open_flags(context.ledger, context.workspace)
+    subject, agent = f"agent/{candidate}", context.agent(str(candidate)).payload["digest"]
+    reasons = tuple(f"{subject} {flag.why}" for flag in flags if flag.ref == subject) or (
+        "nothing that it learnt from is revoked",
+    )
+    flagged = any(flag.ref == subject for flag in flags)
+    evidence = digest_json({"agent": agent, "revoked": context.revoked, "reasons": reasons})
+    return Finding("FAIL" if flagged else "PASS", agent, evidence, reasons)
 
 
 def _answer(

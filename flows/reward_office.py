@@ -12,7 +12,7 @@ from flows.context import Context
 from flows.judging import record_decision
 from flows.registry import restore, settle
 from flows.rewards import heldout, newest_verdict, open_source, reward
-from flows.scoring import expiry, standing_fail
+from flows.scoring import expiry, require_unflagged, standing_fail
 from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def promote_by_decision(context: Context, made: Entry, reason: str) -> dict[str,
     trust = keys.ready(context)
     entry = reward(context, made.subject)
     open_source(context, entry.payload)  # hashes its files: months may lie between decision and office
+    revision = require_unflagged(context, made.subject)
     done = promote(
         context.ledger,
         context.registry.for_office("reward"),
@@ -112,6 +113,7 @@ def promote_by_decision(context: Context, made: Entry, reason: str) -> dict[str,
         expected_champion=made.payload["champion"]["version"] or None,
         by=getpass.getuser(),
         reason=reason,
+        revision=revision,
     )
     keys.sign_head(context, done)
     return {"kind": done.kind, "seq": done.seq, "subject": done.subject, **done.payload}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,10 +115,13 @@ def preference_set(context: Context, ref: str) -> dict[str, Any]:
 
 
 def read_set(context: Context, payload: Mapping[str, Any]) -> list[Preference]:
-    """Return the preferences of a set, bytes checked."""
+    """Return the preferences of a set that are not revoked, bytes checked."""
+    from tasks.lineage.revocation import pair_revoked, revoked
     from tasks.reward.preferences import read_preferences
 
-    return read_preferences(context.workspace.root / payload["path"], payload["digest"])
+    found = read_preferences(context.workspace.root / payload["path"], payload["digest"])
+    now = revoked(context.ledger, context.workspace)
+    return [pair for pair in found if not now or pair_revoked(asdict(pair), now) is None]
 
 
 def _keep_set(
@@ -177,6 +180,9 @@ def train_reward(
         "model": model.model_dump(mode="json"),
         "seed": context.settings.seed,
     }
+    left = preferences["pairs"] - len(read_set(context, preferences))
+    if left:
+        inputs["revoked"] = {"pairs": left, "at": context.revoked}
 
     def work(key: str) -> dict[str, Any]:
         from models.causal_lm import ModelError
@@ -486,11 +492,13 @@ class Decoder:
 
 
 def episodes(context: Context, dataset: Mapping[str, Any]) -> Iterator[Episode]:
-    """Read the rows of a sealed dataset, bytes checked against their digests."""
+    """Read the rows of a sealed dataset that are not revoked, bytes checked against their digests."""
+    from tasks.lineage.revocation import revoked, without
     from tasks.replay.schema import Episode
     from tasks.replay.seal import find, read_rows
 
     table = read_rows(context.workspace, find(context.ledger, dataset["root"]).manifest)
+    table = without(table, revoked(context.ledger, context.workspace))
     for batch in table.to_batches():
         for row in batch.to_pylist():
             yield Episode(**row)

@@ -222,6 +222,31 @@ def standing_fail(context: Context, told: Mapping[str, Any]) -> str | None:
     return None
 
 
+def require_unflagged(context: Context, subject: str) -> int:
+    """Veto: what learnt from revoked data, itself or through others, is not put in office where the policy says so.
+
+    Args:
+        subject: agent/3 or reward/2.
+
+    Returns:
+        The ledger entry of the newest revocation that was looked at, for the promotion's compare-and-set.
+
+    Raises:
+        Refused: it did, and how.
+    """
+    from tasks.lineage.revocation import descendants_of, revoked
+
+    now = revoked(context.ledger, context.workspace)
+    flags = descendants_of(context.ledger, context.workspace, now)
+    flag = next((flag for flag in flags if flag.ref == subject), None)
+    if flag is not None and context.policy.revocation.block_promotion:
+        raise Refused(
+            f"{subject} {flag.why}; the policy keeps it from office. `forebay revoke --list` says what is revoked and what to "
+            "train anew."
+        )
+    return now.revision
+
+
 def _judged_again(context: Context, told: Mapping[str, Any]) -> tuple[str, str]:
     """Return (verdict, its sentences) of a recorded validation, by its report and the present policy."""
     from tasks.promotion.evidence.item import read_json

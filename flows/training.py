@@ -6,7 +6,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,13 @@ from flows.context import Context
 from flows.hybrid import fresh_source
 from flows.logs import flow_run_id
 from flows.scoring import require_valid_reward
-from tasks.core.digest import digest_json
-from tasks.core.errors import UsageError
-from tasks.core.ledger import Ledger
+from tasks.core.digest import digest_json, sha256_bytes, write_atomic
+from tasks.core.errors import Conflict, UsageError
+from tasks.core.ledger import Ledger, LedgerView
 from tasks.core.stages import code_commit, code_digest, lock_digest
 
 if TYPE_CHECKING:
+    from tasks.promotion.promote import Entries
     from tasks.promotion.registry import DatasetRef
     from tasks.training.trainer import TrainResult
 
@@ -39,11 +40,13 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
     """
     from torch import get_num_threads
 
+    from tasks.lineage.revocation import require_not_erased
     from tasks.lineage.rows import keep_consumed
     from tasks.training.shards import ShardRef
     from tasks.training.trainer import encoder_of
 
     check_settings(context)
+    require_not_erased(context.ledger, f"{dataset['name']}/v{dataset['version']}", dataset["shards"])
     require_valid_reward(context, dataset["root"])
     device, dtype = context.device(), context.dtype()
     agent = context.agent(str(champion)).payload
@@ -59,8 +62,13 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
         "outside_code": settings.outside_code(),
         "lock": lock_digest(),
     }
+    watch = _Revocations(context, dataset["root"], agent["digest"])
+    if watch.left_out:
+        inputs["left_out"] = watch.kept()
     if settings.mixture.schedule != "replay":
         inputs["collect"] = context.settings.collect.model_dump(mode="json")
+        if watch.prompts:
+            inputs["without_prompts"] = watch.prompts
     encoder = encoder_of(settings)
     if encoder is not None:
         inputs["encoder"] = encoder.digest()
@@ -78,6 +86,8 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
             "commit": code_commit(),
             "device": device,
             "threads": get_num_threads(),
+            "processes": context.settings.compute.processes,
+            "machine": machine(),
             "prefect": flow_run_id(),
         },
     )
@@ -97,6 +107,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
         report(0, settings.steps, "loading")
 
         def on_metrics(step: int, values: Mapping[str, float]) -> None:
+            watch.require_same(ledger)
             run.log(values, step)
             _append_curve(run_dir, step, values)
             note = (
@@ -104,7 +115,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
             )
             report(step, settings.steps, note)
 
-        result = _trainer(context, agent, key, started.time)(
+        result = _trainer(context, agent, key, started.time, watch.prompts)(
             run_dir=run_dir,
             init_dir=context.weights(agent),
             shards=[ShardRef(s["path"], s["sha256"]) for s in dataset["shards"]],
@@ -114,6 +125,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
             device=device,
             dtype=dtype,
             oldest_behaviour=inputs["oldest_behaviour"],
+            left_out=watch.left_out,
             cache=context.workspace.state / "decoded",
             on_metrics=on_metrics,
         )
@@ -133,8 +145,88 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
             },
         }
     # After the block: MLflow has every metric and the end of the run before the ledger says that it is finished.
-    ledger.append("run.finished", key, {"key": key, "outputs": outputs})
+    watch.finish(key, {"key": key, "outputs": outputs})
     return {"key": key, **outputs}
+
+
+class _Revocations:
+    """What a run leaves out because it is revoked, and the promise that this is still so when it ends."""
+
+    def __init__(self, context: Context, root: str, init: str) -> None:
+        self._context, self._root, self._init = context, root, init
+        self._revision, self.left_out, self.prompts = self._look()
+        if self.left_out:
+            groups = len(self.left_out)
+            progress.current().say(f"    {groups} groups are left out: revoked, or sampled by flagged agents")
+
+    def kept(self) -> dict[str, Any]:
+        """Keep the ids as evidence; return {path, sha256, count}."""
+        data = "".join(f"{name}\n" for name in self.left_out).encode()
+        digest = sha256_bytes(data)
+        path = self._context.workspace.evidence / "left_out" / f"{digest}.txt"
+        write_atomic(path, data)
+        return {
+            "path": self._context.workspace.relative(path),
+            "sha256": digest,
+            "count": len(self.left_out),
+        }
+
+    def require_same(self, ledger: Entries) -> None:
+        """Stop a run that learns from what has been revoked meanwhile.
+
+        Raises:
+            Conflict: the same run would leave out other groups now.
+        """
+        from tasks.lineage.revocation import revision
+
+        if revision(ledger) == self._revision:
+            return
+        now, left_out, prompts = self._look()
+        if (left_out, prompts) != (self.left_out, self.prompts):
+            more = len(set(left_out) - set(self.left_out))
+            raise Conflict(
+                f"Data of this run was revoked or reinstated while it trained ({more} more groups are to be left out now); "
+                "nothing of it is kept, run `forebay retrain` again."
+            )
+        self._revision = now
+
+    def finish(self, key: str, payload: Mapping[str, Any]) -> None:
+        """Record the end of the run, unless something was revoked: looked at again under the ledger's lock.
+
+        Raises:
+            Conflict: as `require_same`.
+        """
+        from tasks.lineage.revocation import revision
+
+        class Moved(Exception):
+            pass
+
+        def check(view: LedgerView) -> None:
+            if revision(view) != self._revision:
+                raise Moved
+
+        while True:
+            self.require_same(self._context.ledger)
+            try:
+                self._context.ledger.append("run.finished", key, payload, check)
+                return
+            except Moved:
+                continue
+
+    def _look(self) -> tuple[int, tuple[str, ...], list[str]]:
+        from tasks.lineage.revocation import left_out, revoked
+
+        ledger, workspace = self._context.ledger, self._context.workspace
+        now = revoked(ledger, workspace)
+        prompts = sorted(now.values.get("prompt_sha256", ()))
+        return now.revision, left_out(ledger, workspace, self._root, self._init, now), prompts
+
+
+def machine() -> dict[str, str]:
+    """Return what decides how numbers are rounded here beside the code: instructions of the processor, and PyTorch."""
+    import torch
+
+    return {"processor": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
 
 
 def _processor_seconds() -> float:
@@ -170,14 +262,14 @@ def check_settings(context: Context) -> None:
 
 
 def _trainer(
-    context: Context, agent: Mapping[str, Any], key: str, started: str
+    context: Context, agent: Mapping[str, Any], key: str, started: str, without: Sequence[str]
 ) -> Callable[..., TrainResult]:
     """Return `train`, with a source of fresh groups where the settings mix them in, or by several processes."""
     from tasks.training.trainer import train
     from tasks.training.worker import train_in_processes
 
     if context.settings.training.mixture.schedule != "replay":
-        return partial(train, fresh=fresh_source(context, agent, key, started))
+        return partial(train, fresh=fresh_source(context, agent, key, started, without))
     processes = context.settings.compute.processes
     return partial(train_in_processes, processes) if processes > 1 else train
 

@@ -20,8 +20,8 @@ from tasks.core.keys import PrivateKey, Role, Trust, TrustedKey
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT = "https://in-toto.io/Statement/v1"
 Predicate = Literal[
-    "gate-decision", "approval", "rejection", "promotion", "rollback", "ledger-head", "provenance", "export"
-]
+    "gate-decision", "approval", "rejection", "promotion", "rollback", "ledger-head", "provenance", "export", "recipe",
+]  # fmt: skip
 SLSA_PROVENANCE = "https://slsa.dev/provenance/v1"
 
 

@@ -177,6 +177,8 @@ def _compared(workspace: Workspace, selection: Selection, path: str, episodes: C
     """Tell whether a set of preferences has a pair of a selected answer."""
     try:
         lines = (workspace.root / path).read_text().splitlines()
+    except FileNotFoundError:
+        return True  # erased, perhaps; who may have learnt from it is not told that they did not
     except OSError as error:
         raise Corrupt(
             f"{path}, which a reward model learnt from, cannot be read: {error.strerror}."

@@ -131,6 +131,40 @@ def add(workspace: Workspace, folder: Path, files: Sequence[Path]) -> Pointer:
         return Pointer(workspace.relative(folder), out["md5"], str(repo.config["remote"][_REMOTE]["url"]))
 
 
+def track_anew(workspace: Workspace, folder: Path) -> Pointer:
+    """Make the pointer of `folder` say what is in it now, files that are gone included; return it.
+
+    Raises:
+        Unavailable: DVC failed; what it said is quoted.
+    """
+    with _repo(workspace, "track the folder anew") as repo:
+        repo.add([str(folder)])
+        out = yaml.safe_load(_pointer_file(folder).read_text())["outs"][0]
+        return Pointer(workspace.relative(folder), out["md5"], str(repo.config["remote"][_REMOTE]["url"]))
+
+
+def locator(path: Path) -> str:
+    """Return by which name DVC's cache and remote know the bytes of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "md5").hexdigest()
+
+
+def erase(workspace: Workspace, locators: Sequence[str]) -> int:
+    """Delete bytes from cache and remote for good; return how many copies there were. Harmless where there is none.
+
+    Raises:
+        Unavailable: the remote cannot be reached or does not allow it; run again.
+    """
+    gone = 0
+    with _repo(workspace, "erase from cache and remote") as repo:
+        for store in (repo.cache.local, repo.cloud.get_remote_odb(_REMOTE)):
+            for name in locators:
+                if store.exists(name):
+                    store.delete(name)
+                    gone += 1
+    return gone
+
+
 def push(workspace: Workspace, folder: Path) -> None:
     """Copy what the remote lacks of `folder` to it.
 

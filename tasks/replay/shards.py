@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import ExitStack
 from functools import partial
 from itertools import groupby
@@ -50,6 +50,27 @@ def write(
             Shard(workspace.relative(path), sha256_file(path), table.num_rows, groups, path.stat().st_size)
         )
     return shards
+
+
+def rewrite(workspace: Workspace, shard: Shard, groups: Set[str], path: Path) -> Shard | None:
+    """Write the rows of `shard` without some groups to `path`; return the new shard, None where nothing is left.
+
+    Raises:
+        Corrupt: the shard is missing or differs from its digest.
+        Unavailable: the disk is full; nothing is half-written.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    verify(workspace, [shard])
+    table = pq.read_table(workspace.root / shard.path)
+    left = table.filter(pc.invert(pc.is_in(table["group_id"], pa.array(sorted(groups), pa.string()))))
+    if not left.num_rows:
+        return None
+    write_file_atomic(path, partial(_write_parquet, left))
+    counted = pc.count_distinct(left["group_id"]).as_py()
+    return Shard(workspace.relative(path), sha256_file(path), left.num_rows, counted, path.stat().st_size)
 
 
 def behaviours(workspace: Workspace, shards: Sequence[Shard]) -> set[Behaviour]:

@@ -1,0 +1,135 @@
+"""A chain of three trained agents, made again bit for bit from a fresh clone and DVC's remote, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from flows.context import Context
+from flows.reproduce import reproduce
+from flows.revoke import erase, revoke
+from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
+from tasks.core.ledger import Ledger
+from tasks.core.workspace import Workspace
+from tasks.lineage.recipe import chain_of, read_recipe
+from tasks.replay import git_pointer
+from tests.flows.conftest import forebay, lay_workspace, loads
+from tests.flows.test_revoke import generation, opened, used
+
+
+def git(root: Path, *words: str) -> None:
+    who = ["-c", "user.name=ada", "-c", "user.email=ada@localhost"]
+    subprocess.run(["git", "-C", str(root), *who, *words], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A folder with `ws`, three trained generations, the last with fresh groups, and its remote beside it, `remote`."""
+    folder = tmp_path_factory.mktemp("made")
+    root = lay_workspace(folder / "ws", tiny_base).workspace.root
+    remote = f"replay.remote={folder / 'remote'}"
+    for agent, more in ((1, ()), (2, ()), (3, ("training.mixture.schedule=constant",))):
+        assert generation(opened(root, remote, *more), agent) == agent + 1
+    finished = Context.open(root).ledger.last("run.finished")
+    assert finished is not None
+    assert finished.payload["outputs"]["fresh"]
+    git(root, "add", "params.yaml", "policy.yaml", "keys.yaml")
+    git(root, "commit", "-qm", "settings")
+    return folder
+
+
+@pytest.fixture
+def clone(made: Path, tmp_path: Path) -> Path:
+    subprocess.run(["git", "clone", "-q", str(made / "ws"), str(tmp_path / "clone")], check=True)
+    return tmp_path / "clone"
+
+
+@pytest.mark.slow
+def test_a_chain_of_three_is_reproduced_from_a_clone_and_the_remote_alone(
+    made: Path, clone: Path, tmp_path: Path
+):
+    digests = {
+        e.subject: e.payload["digest"] for e in Context.open(made / "ws").ledger.entries("agent.registered")
+    }
+    assert not (clone / ".forebay").exists()
+    away = made / "away"
+    (made / "ws").rename(away)
+    try:
+        into = tmp_path / "again"
+        report = loads(forebay(clone, "reproduce", "agent/4", "--into", str(into), "--json"))
+    finally:
+        away.rename(made / "ws")
+    assert [(a["agent"], a["verdict"]) for a in report["agents"]] == [
+        (f"agent/{n}", "identical") for n in (1, 2, 3, 4)
+    ]
+    assert {a["agent"]: a["reproduced"] for a in report["agents"]} == digests
+    assert {a["signed_by"] for a in report["agents"]} == {"service"}
+    recorded = Ledger(Workspace(into).ledger_url).entries("agent.reproduced")
+    assert [e.subject for e in recorded] == ["agent/1", "agent/2", "agent/3", "agent/4"]
+
+
+def test_in_the_workspace_kept_weights_are_the_start_and_the_ledger_has_the_result(made: Path):
+    context = Context.open(made / "ws")
+    report = reproduce(made / "ws", "agent/3")
+    assert [a["agent"] for a in report["agents"]] == ["agent/3"]
+    assert report["verdict"] == "identical"
+    last = context.ledger.last("agent.reproduced", "agent/3")
+    assert last is not None
+    assert last.payload["verdict"] == "identical"
+    assert last.payload["seconds"] > 0
+
+
+def test_a_recipe_that_was_changed_is_refused(made: Path, clone: Path):
+    git(clone, "fetch", "-q", "origin", "forebay/data:forebay/data")
+    recipe = read_recipe(clone, "agent/2")
+    assert len(chain_of(clone, "agent/4")) == 4
+    del recipe["signed_by"]
+    path = clone / "data" / "recipes" / "agent-00002.json"
+    path.parent.mkdir(parents=True)
+    for change, says in (
+        ({"run": {**recipe["run"], "seed": 5}}, "does not follow from its inputs"),
+        ({"left_out": ["g"]}, "left out are others"),
+        ({"agent": {**recipe["agent"], "digest": "0" * 64}}, "does not follow from its files"),
+    ):
+        path.write_text(json.dumps({**recipe, **change}))
+        git_pointer.commit(clone, [path], "tampered", "2026-01-01T00:00:00+00:00")
+        with pytest.raises(Corrupt, match=says):
+            reproduce(clone, "agent/4")
+    path.write_text(json.dumps(recipe))  # another spelling of the same: only the signature tells
+    git_pointer.commit(clone, [path], "tampered", "2026-01-01T00:00:00+00:00")
+    with pytest.raises(Corrupt, match="of another one"):
+        reproduce(clone, "agent/2")
+
+
+def test_bad_requests_say_what_to_do(made: Path, clone: Path, tmp_path: Path):
+    with pytest.raises(NotFound, match="there are: agent/1, agent/2"):
+        reproduce(clone, "agent/9")
+    with pytest.raises(UsageError, match="by number"):
+        reproduce(clone, "agent@champion")
+    with pytest.raises(NotFound, match="neither in a workspace nor"):
+        reproduce(tmp_path, "agent/2")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").touch()
+    with pytest.raises(Refused, match="is not empty"):
+        reproduce(made / "ws", "agent/2", into=full)
+
+
+def test_revoked_and_erased_data_is_not_learnt_from_once_more(made: Path, tmp_path: Path):
+    shutil.copytree(made, tmp_path / "made")
+    root = tmp_path / "made" / "ws"
+    context = opened(root, f"replay.remote={tmp_path / 'made' / 'remote'}")
+    subprocess.run(["git", "clone", "-q", str(root), str(tmp_path / "clone")], check=True)
+    group = used(context, 3)[0]
+    revoke(context, f"group:{group}", "asked to be forgotten")
+    for agent in ("agent/3", "agent/4"):
+        with pytest.raises(Refused, match="learn from that once more"):
+            reproduce(root, agent)
+    erase(context, f"group:{group}", "")
+    git(tmp_path / "clone", "fetch", "-q")
+    with pytest.raises(Refused, match=r"erased on purpose \(group:"):
+        reproduce(tmp_path / "clone", "agent/3")

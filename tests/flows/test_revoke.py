@@ -1,0 +1,330 @@
+"""Data is revoked in a chain of generations: later runs leave it out, who learnt from it is flagged, bytes can go."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from signal import SIGKILL
+
+import pyarrow.parquet as pq
+import pytest
+
+from flows.context import Context
+from flows.experience import (
+    collect_into_segment,
+    import_experience,
+    seal_dataset,
+    unsealed_rows,
+    validate_dataset,
+)
+from flows.revoke import erase, listing, reinstate, revoke
+from flows.rewards import episodes, read_set, replay_set
+from flows.scoring import require_unflagged
+from flows.status import status
+from flows.training import register_trained, train_agent
+from tasks.core.digest import sha256_file
+from tasks.core.errors import Conflict, NotFound, Refused, UsageError
+from tasks.lineage.revocation import left_out, open_flags
+from tasks.lineage.rows import consumed
+from tasks.replay.seal import find, restore
+from tests.flows.conftest import ENVIRONMENT, forebay, lay_workspace, loads
+
+SMALL = (
+    f"collect.environments.{ENVIRONMENT}=8",
+    "training.steps=2",
+    "training.groups_per_step=3",
+    "training.checkpoint_every=1",
+)
+
+
+def opened(root: Path, *more: str) -> Context:
+    return Context.open(root, [*SMALL, *more])
+
+
+def generation(context: Context, agent: int) -> int:
+    """Let an agent make experience and train its successor from it on all that is sealed; return the version."""
+    collect_into_segment(context, f"agent/{agent}")
+    dataset = seal_dataset(context, announce=False)
+    run = train_agent(context, dataset, agent)
+    return register_trained(context, run, dataset, agent)["version"]
+
+
+def newest(context: Context) -> dict:
+    entry = context.ledger.last("dataset.sealed")
+    assert entry is not None
+    return dict(entry.payload)
+
+
+def used(context: Context, agent: int) -> list[str]:
+    run = context.agent(str(agent)).payload["parents"]["run"]
+    entry = context.ledger.last("run.finished", run)
+    assert entry is not None
+    return learnt(context, entry.payload["outputs"])
+
+
+def learnt(context: Context, outputs: dict) -> list[str]:
+    return consumed(context.workspace, outputs)
+
+
+def rows(context: Context, *columns: str) -> list[dict]:
+    return [
+        row
+        for shard in newest(context)["shards"]
+        for row in pq.read_table(context.workspace.root / shard["path"], columns=list(columns)).to_pylist()
+    ]
+
+
+@pytest.fixture(scope="module")
+def _chain(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """agent/1 (base, champion) -> agent/2 -> agent/3; main/v1 sampled by agent/1, main/v2 by agent/2 as well."""
+    root = lay_workspace(tmp_path_factory.mktemp("chain") / "ws", tiny_base).workspace.root
+    context = opened(root)
+    assert generation(context, 1) == 2
+    assert generation(context, 2) == 3
+    return root
+
+
+@pytest.fixture
+def chain(_chain: Path, tmp_path: Path) -> Context:
+    root = tmp_path / "ws"
+    shutil.copytree(_chain, root)
+    return opened(root)
+
+
+def episode_of(context: Context, group: str) -> str:
+    return next(r["episode_id"] for r in rows(context, "episode_id", "group_id") if r["group_id"] == group)
+
+
+def test_a_revoked_episode_is_in_no_later_run_and_its_descendants_are_flagged(chain: Context):
+    group = used(chain, 2)[0]
+    episode = episode_of(chain, group)
+    before = train_agent(chain, newest(chain), 3)
+    report = revoke(chain, f"episode:{episode}", "asked to be forgotten")
+    assert report["episodes"] == 1
+    assert [d["ref"] for d in report["descendants"]] == ["agent/3", "agent/2"]
+    assert report["descendants"][1]["why"] == f"trained on group {group}, revoked by episode:{episode}"
+    assert report["descendants"][0]["why"] == "started from agent/2"
+    again = train_agent(chain, newest(chain), 3)
+    assert again["key"] != before["key"]
+    assert group not in learnt(chain, again)
+    assert group not in {row.group_id for row in episodes(chain, newest(chain))}
+    assert validate_dataset(chain)["verdict"] == "PASS"
+    assert [f["ref"] for f in status(chain)["flags"]] == ["agent/3", "agent/2"]
+    assert revoke(chain, f"episode:{episode}", "again")["new"] is False
+
+
+def test_an_agent_that_did_not_use_the_group_is_not_flagged(chain: Context):
+    table = {row["group_id"] for row in rows(chain, "group_id")}
+    unused = sorted(table - set(used(chain, 2)) - set(used(chain, 3)))
+    assert unused
+    report = revoke(chain, f"group:{unused[0]}", "a test")
+    assert report["descendants"] == []
+    assert report["plan"] == []
+
+
+def test_training_from_an_unflagged_agent_leaves_out_what_flagged_agents_sampled(chain: Context):
+    group = used(chain, 2)[0]
+    revoke(chain, f"group:{group}", "a test")
+    root, table = newest(chain)["root"], rows(chain, "group_id", "behaviour_version")
+    theirs = {row["group_id"] for row in table if row["behaviour_version"] == "agent/2"}
+    clean, flagged = (
+        left_out(chain.ledger, chain.workspace, root, chain.agent(str(v)).payload["digest"]) for v in (1, 3)
+    )
+    assert set(clean) == theirs | {group}
+    assert set(flagged) == {group}
+    run = train_agent(chain, newest(chain), 1)
+    version = register_trained(chain, run, newest(chain), 1)["version"]
+    assert f"agent/{version}" not in {flag.ref for flag in open_flags(chain.ledger, chain.workspace)}
+
+
+def test_a_run_stops_when_its_data_is_revoked_while_it_trains(
+    chain: Context, monkeypatch: pytest.MonkeyPatch
+):
+    from flows import training
+
+    append, told = training._append_curve, []
+
+    def curve(run_dir: Path, step: int, values: dict) -> None:
+        append(run_dir, step, values)
+        if not told:  # another process revokes between two updates
+            told.append(revoke(opened(chain.workspace.root), f"group:{used(chain, 3)[0]}", "now"))
+
+    monkeypatch.setattr(training, "_append_curve", curve)
+    changed = opened(chain.workspace.root, "training.learning_rate=0.0001")
+    with pytest.raises(Conflict, match="revoked or reinstated while it trained"):
+        train_agent(changed, newest(chain), 3)
+    assert chain.ledger.last("run.failed") is not None
+    assert len(chain.ledger.entries("run.finished")) == 2
+    monkeypatch.undo()
+    assert used(chain, 3)[0] not in learnt(chain, train_agent(changed, newest(chain), 3))
+
+
+def test_what_is_revoked_by_source_or_prompt_does_not_come_in_again(chain: Context, tmp_path: Path):
+    chat = tmp_path / "chats.jsonl"
+    line = {"messages": [{"role": "user", "content": "gcd of 4, 6:"}, {"role": "assistant", "content": " 2"}]}
+    chat.write_text("".join(json.dumps({**line, "reward": r}) + "\n" for r in (1.0, 0.0)))
+    how = {"written_by": "them", "recompute": False, "licence": "CC-BY-4.0", "feedback": "reward"}
+    assert import_experience(chain, str(chat), "chat", source="forum", **how)["episodes"] == 2
+    report = revoke(chain, "source:forum", "licence withdrawn")
+    assert report["episodes"] == 2
+    assert "segments" in report["files"][0]["path"]
+    again = import_experience(chain, str(chat), "chat", source="forum", **how)
+    assert again["episodes"] == 0
+    assert sum(again["revoked"].values()) == 1
+    assert "source:forum is revoked" in again["errors"][-1]
+    prompt = rows(chain, "prompt_sha256")[0]["prompt_sha256"]
+    revoke(chain, f"prompt:{prompt}", "a bad question")
+    assert prompt not in {row.prompt_sha256 for row in episodes(chain, newest(chain))}
+
+
+def test_a_dry_run_writes_nothing_and_bad_requests_say_what_to_do(chain: Context):
+    head, group = chain.ledger.head(), used(chain, 2)[0]
+    assert revoke(chain, f"group:{group}", "", dry_run=True)["descendants"][-1]["ref"] == "agent/2"
+    for what, error in (
+        ("episode:nobody", NotFound),
+        ("dataset:main/v9", NotFound),
+        ("something", UsageError),
+        ("episode:", UsageError),
+        (f"group:{group}", UsageError),  # no reason
+    ):
+        with pytest.raises(error):
+            revoke(chain, what, "" if what.startswith("group") else "why")
+    with pytest.raises(NotFound):
+        reinstate(chain, f"group:{group}", "why")
+    with pytest.raises(NotFound):
+        erase(chain, f"group:{group}", "why")
+    assert chain.ledger.head() == head
+
+
+def test_reinstating_takes_the_flags_away_and_finds_the_old_run(chain: Context):
+    group = used(chain, 2)[0]
+    before = train_agent(chain, newest(chain), 3)
+    revoke(chain, f"group:{group}", "a mistake")
+    with pytest.raises(Refused, match=f"trained on group {group}"):
+        require_unflagged(chain, "agent/2")
+    reinstate(chain, f"group:{group}", "it was a mistake")
+    assert listing(chain) == {"revoked": [], "descendants": [], "plan": []}
+    require_unflagged(chain, "agent/2")
+    assert train_agent(chain, newest(chain), 3)["key"] == before["key"]
+    with pytest.raises(NotFound, match="not revoked"):
+        reinstate(chain, f"group:{group}", "twice")
+
+
+def test_erasing_takes_the_bytes_everywhere_and_leaves_the_rest_to_train_on(chain: Context):
+    group = used(chain, 2)[0]
+    old = next(s for s in newest(chain)["shards"] if group_in(chain, s["path"], group))
+    parts = {row["group_id"] for row in rows(chain, "group_id")}
+    assert copies_of(chain, old["sha256"]) >= 3  # workspace, cache, remote
+    revoke(chain, f"group:{group}", "asked to be forgotten")
+    report = erase(chain, f"group:{group}", "")
+    assert copies_of(chain, old["sha256"]) == 0
+    assert not list((chain.workspace.state / "decoded").glob(f"{old['sha256']}*"))
+    assert report["versions"] == ["main/v3"]
+    sealed = newest(chain)
+    assert sealed["replaces"][0]["sha256"] == old["sha256"]
+    assert {row["group_id"] for row in rows(chain, "group_id")} == parts - {group}
+    assert validate_dataset(chain)["verdict"] == "PASS"
+    run = train_agent(chain, sealed, 3)
+    assert group not in learnt(chain, run)
+    version = chain.ledger.last("dataset.sealed", "main/v2")
+    assert version is not None
+    with pytest.raises(Refused, match="erased on purpose"):
+        train_agent(chain, version.payload, 3)
+    with pytest.raises(Refused, match="cannot be reinstated"):
+        reinstate(chain, f"group:{group}", "why")
+    erased = chain.ledger.last("data.erased")
+    assert erased is not None
+    assert {"path": old["path"], "sha256": old["sha256"]} in erased.payload["files"]
+    assert erase(chain, f"group:{group}", "")["entry"] == erased.seq  # again: nothing new
+    assert chain.ledger.verify_chain()
+    collect_into_segment(chain, "agent/3")  # life goes on
+    assert seal_dataset(chain, announce=False)["version"] == 4
+
+
+def group_in(context: Context, path: str, group: str) -> bool:
+    return group in pq.read_table(context.workspace.root / path, columns=["group_id"])["group_id"].to_pylist()
+
+
+def copies_of(context: Context, sha256: str) -> int:
+    """Files with exactly these bytes anywhere under the workspace."""
+    files = (path for path in context.workspace.root.rglob("*") if path.is_file())
+    return sum(sha256_file(path) == sha256 for path in files)
+
+
+def test_the_command_line_shows_and_schedules(chain: Context):
+    root, group = chain.workspace.root, used(chain, 2)[0]
+    said = forebay(root, "revoke", f"group:{group}", "--dry-run")
+    assert "would leave all later sampling" in said.stdout, said.stderr
+    report = loads(forebay(root, "revoke", f"group:{group}", "--reason", "a test", "--json"))
+    assert report["entry"] == chain.ledger.last("data.revoked").seq
+    shown = forebay(root, "revoke", "--list")
+    assert f"group:{group}" in shown.stdout
+    assert "agent/3" in shown.stdout
+    assert "agent/3" in forebay(root, "status").stdout
+
+
+KILLS = ("track_anew", "push", "_record", "erase")
+
+
+@pytest.mark.slow
+def test_an_erasure_that_is_killed_anywhere_is_finished_by_the_next_one(chain: Context):
+    """Killed with SIGKILL before old shards leave the pointer, before the push, before the new version is in the
+    ledger, and before cache and remote are emptied."""
+    from tasks.replay import dvc_store, seal
+
+    groups = sorted(set(used(chain, 2)) | set(used(chain, 3)))
+    assert len(groups) >= len(KILLS)
+    for point, group in zip(KILLS, groups, strict=False):
+        old = next(s for s in newest(chain)["shards"] if group_in(chain, s["path"], group))
+        revoke(chain, f"group:{group}", "asked to be forgotten")
+        child = os.fork()
+        if child == 0:
+            os.setpgid(0, 0)
+            setattr(
+                seal if point == "_record" else dvc_store, point, lambda *_: os.kill(os.getpid(), SIGKILL)
+            )
+            with suppress(BaseException):
+                erase(opened(chain.workspace.root), f"group:{group}", "")
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -SIGKILL, point
+        assert chain.ledger.last("data.erased", f"group:{group}") is None
+        report = erase(opened(chain.workspace.root), f"group:{group}", "")
+        assert copies_of(chain, old["sha256"]) == 0, point
+        assert len(report["versions"]) == 1
+        left = {row["group_id"] for row in rows(chain, "group_id")}
+        assert group not in left
+        assert left
+        shutil.rmtree(chain.workspace.replay / "main" / "shards")  # what is left can be fetched again
+        restore(chain.workspace, find(chain.ledger, "main").manifest)
+    assert len(chain.ledger.entries("data.erased")) == len(KILLS)
+    assert len([e for e in chain.ledger.entries("dataset.sealed") if "erasing" in e.payload]) == len(KILLS)
+    assert validate_dataset(chain)["verdict"] == "PASS"
+
+
+def test_erasing_all_of_a_dataset_leaves_an_empty_version(chain: Context):
+    shards = newest(chain)["shards"]
+    revoke(chain, "dataset:main", "the customer left")
+    report = erase(chain, "dataset:main", "")
+    assert newest(chain)["rows"] == 0
+    assert [copies_of(chain, shard["sha256"]) for shard in shards] == [0] * len(shards)
+    assert set(report["files"]) >= {shard["path"] for shard in shards}
+    collect_into_segment(chain, "agent/3")
+    assert seal_dataset(chain, announce=False)["rows"] > 0
+
+
+def test_waiting_rows_and_sets_of_preferences_are_erased_too(chain: Context):
+    made = replay_set(chain, newest(chain))
+    quoted = read_set(chain, made)[0].chosen_id
+    collect_into_segment(chain, "agent/3")
+    waiting = next(iter(unsealed_rows(chain, "main")))
+    for episode in (quoted, waiting["episode_id"]):
+        revoke(chain, f"episode:{episode}", "asked to be forgotten")
+        assert erase(chain, f"episode:{episode}", "")["files"]
+    assert not (chain.workspace.root / made["path"]).exists()
+    assert waiting["group_id"] not in {row["group_id"] for row in unsealed_rows(chain, "main")}
+    assert seal_dataset(chain, announce=False)["new_rows"] > 0
+    files = (path for path in chain.workspace.root.rglob("*.jsonl") if path.is_file())
+    assert not any(waiting["response_text"] and quoted in path.read_text() for path in files)
