@@ -12,7 +12,6 @@ import sqlite3
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-
 from pathlib import Path
 from typing import Any, Self
 
