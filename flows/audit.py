@@ -1,4 +1,4 @@
-"""The flow `audit`: hash every byte behind an agent again and keep the result as an artifact."""
+"""The flow `audit`: hash every byte behind an agent again, write the page that says so, and keep both as artifacts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from flows.artifacts import publish
 from flows.champions import verify_ref
 from flows.context import Context
 from flows.logs import report_to_prefect
+from flows.pages import make_audit
 from flows.registry import settle
 from tasks.core.errors import Corrupt
 
 
 @flow(name="audit", flow_run_name="audit-{ref}", persist_result=False)
 def audit(workspace: str, ref: str = "agent@champion") -> dict[str, Any]:
-    """Verify `ref` and all its ancestors; the run fails if a byte differs."""
+    """Verify `ref` and all its ancestors and write its page; the run fails if a byte differs."""
     context = Context.open(Path(workspace))
 
     @task(name="verify", cache_policy=NO_CACHE, timeout_seconds=6 * 3600)
@@ -27,9 +28,14 @@ def audit(workspace: str, ref: str = "agent@champion") -> dict[str, Any]:
         publish(context, "verify", report)
         return report
 
+    @task(name="page", cache_policy=NO_CACHE, timeout_seconds=3600)
+    def page() -> None:
+        publish(context, "audit", make_audit(context, ref, report))
+
     with report_to_prefect():
         settle(context)
         report = verify()
+        page()
     if not report["ok"]:
         raise Corrupt(
             f"{len(report['problems'])} files behind {ref} differ from their digests; the run's artifact lists them."

@@ -212,6 +212,17 @@ def verify_view(report: Mapping[str, Any]) -> RenderableType:
     return Group(table, *unsigned)
 
 
+def audit_view(made: Mapping[str, Any]) -> RenderableType:
+    """Say what an audit came to, and where its page is."""
+    colours = {"VERIFIED": "green", "DIFFERS": "red"}
+    flags = [Text(f"open: {flag}", style="yellow") for flag in made["open"]] or [Text("open flags: none", style="dim")]
+    where = [Text(made["page"])] + ([Text(made["mlflow"])] if made["mlflow"] else [])
+    if made["problem"]:
+        where.append(Text(f"Not attached in MLflow: {made['problem']}", style="yellow"))
+    told = Text.assemble((made["verdict"], f"bold {colours.get(made['verdict'], 'yellow')}"), f" {made['says']}")
+    return Group(Text(made["headline"], style="bold"), told, *flags, *where)
+
+
 def scores_table(evaluation: Mapping[str, Any]) -> RenderableType:
     """Draw candidate, champion and constant answer side by side, per environment."""
     table = _table("held-out tasks", "n:n", "constant answer:n", "champion:n", "candidate:n", "difference:n")

@@ -144,7 +144,8 @@ def headline(audit: Audit) -> str:
     what = "the champion" if node.kind == "agent" else "the reward model in office"
     if last.until is None:
         return f"{node.name} is {what}: put in office {_day(last.since)} by {last.by}."
-    return f"{node.name} was {what} from {_day(last.since)} to {_day(last.until)}."
+    first, end = _day(last.since), _day(last.until)
+    return f"{node.name} was {what} " + (f"on {first}." if first == end else f"from {first} to {end}.")
 
 
 def verdict(audit: Audit) -> Verdict:
@@ -337,7 +338,7 @@ def _cost(audit: Audit) -> str:
 
 def _duration(seconds: float) -> str:
     if seconds < 120:
-        return f"{seconds:,.0f} s"
+        return f"{seconds:,.1f} s" if seconds < 10 else f"{seconds:,.0f} s"
     return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 

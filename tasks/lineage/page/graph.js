@@ -6,7 +6,7 @@
   const by = (name, within) => new Map([...within.querySelectorAll(`[data-${name}]`)].map((e) => [e.dataset[name], e]));
   const nodes = by("node", scene), cards = by("card", document), edges = [...scene.querySelectorAll("[data-from]")];
   const view = { x: 0, y: 0, k: 1 };  // k = 1 shows all
-  const READABLE = 0.85;  // pixels a unit
+  const READABLE = 1;  // pixels a unit
 
   // ---------------------------------------------------------------------------------------------- where one looks
   const scale = () => svg.getScreenCTM().a;

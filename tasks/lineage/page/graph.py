@@ -5,6 +5,7 @@ Without the script the links still lead to the cards, and print has both.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ TITLES: Mapping[Kind, str] = {
     "validation": "data validation", "reward": "reward report", "tasks": "held-out tasks", "lock": "packages",
 }  # fmt: skip
 """Kinds that people call by another word."""
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[.\d]*\+00:00")  # as the ledger writes it
 _LONG = 300  # characters of a single fact
 _EDGES = 12  # of one relation that a card names one by one
 _FILES = 40
@@ -142,6 +144,12 @@ def name_of(node: Node) -> str:
     return node.name if node.kind != "shard" else node.name.rpartition("/")[2]
 
 
+def called(node: Node) -> str:
+    """Return what people call a thing, with its kind where the name alone does not tell it."""
+    name, kind = name_of(node), kind_of(node)
+    return name if kind == name or node.kind in ("agent", "dataset", "source") else f"{kind} {name}"
+
+
 def kind_of(node: Node) -> str:
     """Return the word for its kind."""
     return TITLES.get(node.kind, node.kind)
@@ -194,8 +202,7 @@ def _links(
         other = edge.source if back else edge.target
         node = found.nodes[other]
         says = INVERSE[edge.relation] if back else edge.relation
-        name = name_of(node) if node.kind in ("agent", "dataset", "source") else f"{kind_of(node)} {name_of(node)}"
-        by[says].append((of[other], plain(name)))
+        by[says].append((of[other], plain(called(node))))
     return [
         Link(says, tuple(o for o in others if o[0] < most)[:_EDGES], max(0, len(others) - _EDGES))
         for says, others in by.items()
@@ -227,7 +234,9 @@ def _scalar(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value[:10]} {value[11:19]} UTC" if _TIME.fullmatch(str(value)) else str(value)
 
 
 def _text(text: str) -> str:

@@ -26,7 +26,7 @@ def events(
         made: the entries of the decisions about it.
     """
     return tuple(
-        Event(entry.seq, entry.time, *_READERS[entry.kind](entry.payload), _signature(workspace, entry, trust))
+        Event(entry.seq, entry.time, *_READERS[entry.kind](entry.payload, found.root[1].partition("/")[0]), _signature(workspace, entry, trust))
         for entry in sorted(_about(ledger, found), key=lambda e: e.seq)
     )
 
@@ -36,7 +36,7 @@ def terms(ledger: Ledger, subject: str) -> tuple[Term, ...]:
     office = subject.partition("/")[0]
     changes = [e for kind in _CHANGES for e in ledger.entries(kind) if e.subject.partition("/")[0] == office]
     changes.sort(key=lambda e: e.seq)
-    ends = [*(e.time for e in changes[1:]), None]
+    ends = [*(e.time for e in changes[1:]), None][: len(changes)]
     return tuple(
         Term(e.time, end, e.payload["by"], e.payload["reason"])
         for e, end in zip(changes, ends, strict=True)
@@ -86,29 +86,39 @@ def _signer(workspace: Workspace, entry: Entry, trust: Trust) -> TrustedKey:
     return check_answer(entry, trust, entry.seq)
 
 
-def _registered(p: Mapping[str, Any]) -> _Told:
+_Reader = Callable[[Mapping[str, Any], str], _Told]  # of a payload and the office it is about
+
+
+def _whom(office: str, version: int | None) -> str:
+    return f"{office}/{version}" if version else "nobody"
+
+
+def _registered(p: Mapping[str, Any], office: str) -> _Told:
     return "registered", "", str(p.get("origin") or p.get("kind") or "")
 
 
-def _decided(p: Mapping[str, Any]) -> _Told:
-    champion = p["champion"]["version"]
-    return f"gate: {p['verdict']}", "", f"against {champion or 'nobody'}. {' '.join(p['reasons'])}"
+def _decided(p: Mapping[str, Any], office: str) -> _Told:
+    return f"gate: {p['verdict']}", "", f"against {_whom(office, p['champion']['version'])}. {' '.join(p['reasons'])}"
 
 
-def _put(p: Mapping[str, Any]) -> _Told:
-    return "put in office", p["by"], f"after {p['from'] or 'nobody'}: {p['reason']}"
+def _put(p: Mapping[str, Any], office: str) -> _Told:
+    return f"{_whom(office, p['to'])} in office", p["by"], f"after {_whom(office, p['from'])}: {p['reason']}"
 
 
-def _back(p: Mapping[str, Any]) -> _Told:
-    return "rolled back", p["by"], f"{p['from']} left office for {p['to']}: {p['reason']}"
+def _back(p: Mapping[str, Any], office: str) -> _Told:
+    return f"back to {_whom(office, p['to'])}", p["by"], f"{_whom(office, p['from'])} left office: {p['reason']}"
 
 
-def _answered(word: str) -> Callable[[Mapping[str, Any]], _Told]:
-    return lambda p: (word, p["by"], p["reason"])
+def _answered(word: str) -> _Reader:
+    return lambda p, office: (word, p["by"], p["reason"])
+
+
+def _judged(word: str) -> _Reader:
+    return lambda p, office: (f"{word}: {p['verdict']}", "", " ".join(p["reasons"]) if "reasons" in p else p["says"])
 
 
 _CANARY = ("canary.started", "canary.looked", "canary.ended")
-_READERS: Mapping[str, Callable[[Mapping[str, Any]], _Told]] = {
+_READERS: Mapping[str, _Reader] = {
     "agent.registered": _registered,
     "reward.registered": _registered,
     "decision.made": _decided,
@@ -116,11 +126,11 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any]], _Told]] = {
     "approval.rejected": _answered("rejected"),
     "promotion.committed": _put,
     "rollback.committed": _back,
-    "canary.started": lambda p: ("canary started", "", f"in service against {p['old']['version']}"),
-    "canary.looked": lambda p: (f"canary looked: {p['verdict']}", "", p["says"]),
-    "canary.ended": lambda p: (f"canary ended: {p['verdict']}", "", p["says"]),
-    "rollback.rehearsed": lambda p: ("way back rehearsed", "", "it works" if p["ok"] else str(p["problem"])),
-    "reward.validated": lambda p: (f"validated: {p['verdict']}", "", " ".join(p["reasons"])),
-    "dataset.sealed": lambda p: ("sealed", "", f"{p['new_rows']:,} new rows of {p['rows']:,}"),
-    "dataset.validated": lambda p: (f"validated: {p['verdict']}", "", " ".join(p["reasons"])),
+    "canary.started": lambda p, office: ("canary started", "", f"in service against {_whom(office, p['old']['version'])}"),
+    "canary.looked": _judged("canary looked"),
+    "canary.ended": _judged("canary ended"),
+    "rollback.rehearsed": lambda p, office: ("way back rehearsed", "", "it works" if p["ok"] else str(p["problem"])),
+    "reward.validated": _judged("validated"),
+    "dataset.sealed": lambda p, office: ("sealed", "", f"{p['new_rows']:,} new rows of {p['rows']:,}"),
+    "dataset.validated": _judged("validated"),
 }
