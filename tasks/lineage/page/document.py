@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from tasks.core.errors import ForebayError
 from tasks.lineage.page import graph
 from tasks.lineage.page.graph import Fact
 from tasks.lineage.page.types import Amount, Audit, Part, Version
-from tasks.lineage.types import Node
+from tasks.lineage.types import Kind, Node
 from tasks.pages import figures
 from tasks.pages.parts import Chart, Section, Strips, listed, plain
 from tasks.pages.templates import resource, template
@@ -40,6 +41,7 @@ _CURVES = (
     ("grad_norm", "Norm of the gradient"),
     ("loss", "Loss"),
 )
+_MADE: tuple[Kind, ...] = ("agent", "source", "run", "dataset", "preferences")
 _POINTS = 240  # of a curve; longer ones are drawn as means of neighbouring steps
 _TOLD = 200  # differences that a page lists one by one
 _PROBLEMS = (  # the order of the groups, and what each means
@@ -123,7 +125,7 @@ def build(audit: Audit) -> str:
         gate=_gate(audit),
         reward=_reward(audit),
         problems=_problems(audit.report),
-        descendants=_descendants(audit.descendants),
+        descendants=_descendants(audit),
     )
     return page
 
@@ -205,7 +207,7 @@ def _identity(audit: Audit) -> list[tuple[str, list[tuple[str, str]]]]:
         end = moment(term.until) if term.until else "now"
         says = f"{moment(term.since)} to {end}, put there by {term.by}: {term.reason}"
         lines.append(("in office", [(plain(says), "")]))
-    if "origin" in facts:
+    if node.kind == "agent":
         lines.append(("made by", [(plain(f"{facts['origin']}, {facts['source'].get('name', '')}"), "")]))
     for kind, what in (("base", "base model"), ("code", "code"), ("lock", "packages"), ("policy", "policy")):
         near = [n for n in _near(audit) if n.kind == kind]
@@ -346,13 +348,17 @@ def _charts(audit: Audit) -> list[Chart]:
     curve = audit.training.curve if audit.training else ()
     charts = []
     for name, says in _CURVES:
-        points = [(row["step"], row[name]) for row in curve if isinstance(row.get(name), int | float)]
+        points = [(row["step"], row[name]) for row in curve if _finite(row.get(name))]
         if len(points) > 1:
             thin = _thinned(points)
             first, last = thin[0][1], thin[-1][1]
             caption = f"{says}: {first:.3g} to {last:.3g}."
             charts.append(Chart(figures.course(thin, caption, below="step"), caption))
     return charts
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -414,7 +420,15 @@ def _told(problems: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str, str
         )
 
 
-def _descendants(counts: Mapping[str, int]) -> str:
-    shown = [(kind, n) for kind, n in counts.items() if kind in ("agent", "source", "dataset", "run", "preferences")]
-    words = [f"{n:,} {graph.TITLES.get(kind, kind)}{'s' if n != 1 and not kind.endswith('s') else ''}" for kind, n in shown]  # type: ignore[call-overload]
-    return listed(words)
+def _descendants(audit: Audit) -> str:
+    """Say what was made from it since."""
+    counts = audit.descendants
+    if counts is None:
+        return "What was made from it since cannot be told: rows that it rests on cannot be read."
+    words = [_plural(kind, counts[kind]) for kind in _MADE if counts.get(kind)]
+    return f"Shaped by it since: {listed(words)}." if words else "Nothing was made from it since."
+
+
+def _plural(kind: Kind, n: int) -> str:
+    name = graph.TITLES.get(kind, kind)
+    return f"{n:,} {name}" if n == 1 or name.endswith("s") else f"{n:,} {name}s"

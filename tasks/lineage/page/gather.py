@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tasks.core.digest import sha256_bytes
-from tasks.core.errors import ForebayError, NotFound
+from tasks.core.errors import ForebayError
 from tasks.core.keys import Trust, read_trust
 from tasks.core.ledger import Entry, Ledger
 from tasks.core.workspace import Workspace
@@ -125,10 +125,8 @@ def _data(ledger: Ledger, workspace: Workspace, index: Index, found: Lineage) ->
     """Return the versions behind the audited thing: those that its dataset continues, one after the other."""
     root = found.root
     run = root if root[0] == "run" else _first(found, root, "trained by")
-    here = {
-        "dataset": root,
-        "source": _first(found, _first(found, root, "learnt from"), "made from"),
-    }.get(root[0]) or _first(found, run, "trained on")
+    pairs = root if root[0] == "preferences" else _first(found, root, "learnt from")
+    here = root if root[0] == "dataset" else _first(found, run, "trained on") or _first(found, pairs, "made from")
     line: list[Ref] = []
     while here is not None and here not in line and found.nodes[here].known:
         line.append(here)
@@ -217,11 +215,11 @@ def _reward(
     return _evidence(workspace, {"path": path, "sha256": named["sha256"]})
 
 
-def _descendants(ledger: Ledger, workspace: Workspace, ref: str, index: Index) -> dict[str, int]:
+def _descendants(ledger: Ledger, workspace: Workspace, ref: str, index: Index) -> dict[str, int] | None:
     try:
         after = descendants(ledger, workspace, ref, index)
-    except NotFound:
-        return {}
+    except ForebayError:
+        return None  # rows, or lists of groups, that were changed: the verification names them
     kept = {after.root}  # what its bytes shaped; decisions about it are told elsewhere
     behind = {edge.source: edge for edge in after.edges if edge.relation in SHAPING}
     return dict(Counter(ref[0] for ref in after.nodes if ref in behind and ref not in kept))

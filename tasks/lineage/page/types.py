@@ -121,7 +121,7 @@ class Audit:
         decision: the record of the newest decision about it, `reward` the report of its reward model.
         decisions: how many there are.
         page: where the page of the decision lies, relative to this one; None where it does not.
-        descendants: how many things of each kind follow from it.
+        descendants: how many things of each kind follow from it, None where that cannot be told.
     """
 
     time: str
@@ -139,7 +139,7 @@ class Audit:
     terms: tuple[Term, ...]
     events: tuple[Event, ...]
     flags: tuple[Flag, ...]
-    descendants: Mapping[str, int]
+    descendants: Mapping[str, int] | None
 
     @property
     def open(self) -> Sequence[Flag]:
