@@ -101,7 +101,8 @@
     event.preventDefault();
     if (!moved) show(link.getAttribute("href").slice(2));
   });
-  scene.addEventListener("focusin", (event) => {
+  // Not on the scene: an SVG element that listens for focus takes it.
+  explorer.addEventListener("focusin", (event) => {
     const node = event.target.closest("[data-node]");
     if (node && node.matches(":focus-visible")) show(node.dataset.node);
   });

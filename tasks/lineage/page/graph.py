@@ -160,7 +160,8 @@ def _size(drawing: Drawing) -> tuple[float, float]:
 
 
 def _shape(box: Box, number: int) -> Shape:
-    label = f"{TITLES.get(box.kind, box.kind)} {box.title}, {box.note}"
+    kind = "" if box.title.startswith(box.kind) else f"{TITLES.get(box.kind, box.kind)} "
+    label = f"{kind}{box.title}, {box.note}"
     x, y = round(box.x - WIDTH / 2, 1), round(box.y - HEIGHT / 2, 1)
     return Shape(number, x, y, _TONES.get(box.kind, "run"), plain(box.title), plain(box.note), plain(label))
 
