@@ -135,12 +135,16 @@ def _reward_page(context: Context, outputs: Mapping[str, Any]) -> str:
 
 def _audit(context: Context, made: Mapping[str, Any]) -> None:
     file = f"`{context.workspace.relative(Path(made['page']))}` in the workspace"
-    where = f"[The whole page]({made['mlflow']}), also {file}." if made["mlflow"] else f"The whole page: {file}."
+    where = (
+        f"[The whole page]({made['mlflow']}), also {file}." if made["mlflow"] else f"The whole page: {file}."
+    )
     flags = [f"- open: {flag}" for flag in made["open"]] or ["- open flags: none"]
     lines = [f"# {made['verdict']}", f"**{made['headline']}**", "", made["says"], "", *flags, "", where]
     create_markdown_artifact(key="audit", markdown="\n".join(lines), description=f"Audit: {made['verdict']}")
     if made["mlflow"]:
-        create_link_artifact(key="audit-page", link=made["mlflow"], link_text="The audit's page", description="In MLflow")
+        create_link_artifact(
+            key="audit-page", link=made["mlflow"], link_text="The audit's page", description="In MLflow"
+        )
 
 
 def _decision(context: Context, outputs: Mapping[str, Any]) -> None:

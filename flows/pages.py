@@ -194,7 +194,9 @@ def _decision_page(context: Context, subject: str, folder: Path) -> str | None:
 
 
 def _file_name(name: str) -> str:
-    return "".join(char if char.isalnum() or char in "-." else "-" for char in name)[:60].strip(".-") or "audit"
+    return (
+        "".join(char if char.isalnum() or char in "-." else "-" for char in name)[:60].strip(".-") or "audit"
+    )
 
 
 def _recorded(context: Context, entry: Entry) -> Recorded:

@@ -43,7 +43,8 @@ def verify(
 @app.command(rich_help_panel=AUDIT)
 def audit(
     ref: Annotated[
-        str, typer.Argument(help="agent@champion, agent/12, reward/2, dataset:main/v3, or the start of a digest.")
+        str,
+        typer.Argument(help="agent@champion, agent/12, reward/2, dataset:main/v3, or the start of a digest."),
     ] = "agent@champion",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the page there only, to send or to keep.")

@@ -120,7 +120,11 @@ def _fold(lineage: Lineage) -> tuple[dict[Ref, tuple[Node, int]], list[Edge]]:
     first: dict[Ref, Ref] = {}
     count: dict[Ref, int] = defaultdict(lambda: 1)
     for edge in lineage.edges:
-        if edge.relation in ("holds", "collected") and edge.target != lineage.root and edge.target not in stands:
+        if (
+            edge.relation in ("holds", "collected")
+            and edge.target != lineage.root
+            and edge.target not in stands
+        ):
             stands[edge.target] = first.setdefault(edge.source, edge.target)
             if stands[edge.target] != edge.target:
                 count[stands[edge.target]] += 1
@@ -172,7 +176,9 @@ def _ordered(layers: list[list[Ref]], edges: Sequence[Edge]) -> list[list[Ref]]:
     at = {ref: (i + 0.5) / len(layer) for layer in layers for i, ref in enumerate(layer)}
     for sweep in range(_SWEEPS):
         for layer in layers if sweep % 2 == 0 else reversed(layers):
-            middle = {ref: sum(at[n] for n in near[ref]) / len(near[ref]) if near[ref] else at[ref] for ref in layer}
+            middle = {
+                ref: sum(at[n] for n in near[ref]) / len(near[ref]) if near[ref] else at[ref] for ref in layer
+            }
             layer.sort(key=lambda ref, middle=middle: middle[ref])  # type: ignore[misc]
             for i, ref in enumerate(layer):
                 at[ref] = (i + 0.5) / len(layer)
@@ -186,7 +192,9 @@ def _places(layers: Sequence[Sequence[Ref]], edges: Sequence[Edge]) -> dict[Ref,
     at = {ref: i * step - len(layer) * step / 2 for layer in layers for i, ref in enumerate(layer)}
     for sweep in range(_SWEEPS):
         for layer in layers if sweep % 2 == 0 else reversed(layers):
-            wished = [sum(at[n] for n in near[ref]) / len(near[ref]) if near[ref] else at[ref] for ref in layer]
+            wished = [
+                sum(at[n] for n in near[ref]) / len(near[ref]) if near[ref] else at[ref] for ref in layer
+            ]
             at.update(zip(layer, _apart(wished, step), strict=True))
     left = min(at.values()) - WIDTH / 2 - GAP
     return {ref: x - left for ref, x in at.items()}
@@ -194,7 +202,9 @@ def _places(layers: Sequence[Sequence[Ref]], edges: Sequence[Edge]) -> dict[Ref,
 
 def _apart(wished: Sequence[float], step: float) -> list[float]:
     """Return the places nearest to those wished for (least squares) that are `step` apart or more, in order."""
-    blocks: list[tuple[float, int]] = []  # (mean of what its boxes wish, less their offset within the row; how many)
+    blocks: list[
+        tuple[float, int]
+    ] = []  # (mean of what its boxes wish, less their offset within the row; how many)
     for i, place in enumerate(wished):
         mean, count = place - i * step, 1
         while blocks and blocks[-1][0] > mean:
@@ -221,7 +231,11 @@ def _words(node: Node, count: int) -> tuple[str, str]:
     if node.kind == "evaluation":
         return "evaluation", _cut(name)
     alone = ("agent", "source", "dataset", "promotion", "tasks", "policy", "lock", "code")
-    notes = {"run": facts.get("steps") and f"{facts['steps']:,} steps", "decision": _day(facts), "promotion": _day(facts)}
+    notes = {
+        "run": facts.get("steps") and f"{facts['steps']:,} steps",
+        "decision": _day(facts),
+        "promotion": _day(facts),
+    }
     note = ", ".join(facts.get("roles", ())) or notes.get(node.kind) or (node.digest or "")[:12] or node.kind
     return _cut(name if node.kind in alone else f"{node.kind} {name}"), note
 

@@ -355,7 +355,10 @@ class Registry:
         if found is None:
             return None
         route = self._keep_page(found, page, f"{_AUDITS}/{page.name}")
-        self.tag(found.version, {"forebay.audit": f"{verdict} {time}", **({"forebay.audit.page": route} if route else {})})
+        self.tag(
+            found.version,
+            {"forebay.audit": f"{verdict} {time}", **({"forebay.audit.page": route} if route else {})},
+        )
         self._describe(found.version, _AUDIT, f"**{verdict}**, {time}. {says}", "The audit", route)
         return route
 

@@ -84,8 +84,12 @@ def _add(index: sqlite3.Connection, path: Path, shard: Shard) -> None:
     try:
         table = pq.read_table(path, columns=list(_COLUMNS))
     except (pa.ArrowException, KeyError) as error:
-        raise Corrupt(f"Shard {shard.path} is as it was sealed, but no replay can be read from it: {error}.") from error
-    number = index.execute("INSERT INTO shard (sha256, path) VALUES (?, ?)", (shard.sha256, shard.path)).lastrowid
+        raise Corrupt(
+            f"Shard {shard.path} is as it was sealed, but no replay can be read from it: {error}."
+        ) from error
+    number = index.execute(
+        "INSERT INTO shard (sha256, path) VALUES (?, ?)", (shard.sha256, shard.path)
+    ).lastrowid
     columns = [column.to_pylist() for column in table.itercolumns()]
     groups: dict[str, list[str]] = {}
     about: dict[str, tuple[str, ...]] = {}
@@ -140,9 +144,12 @@ def any_of(workspace: Workspace, dataset: str, groups: Collection[str], by: By, 
     return False
 
 
-def tally(workspace: Workspace, dataset: str, groups: Collection[str]) -> dict[tuple[str, str, str, str], int]:
+def tally(
+    workspace: Workspace, dataset: str, groups: Collection[str]
+) -> dict[tuple[str, str, str, str], int]:
     """Return how many of `groups` lie where, and what they are: {(shard's path, env, source, licence): count}."""
-    names, found = list(groups), {}
+    names = list(groups)
+    found: dict[tuple[str, str, str, str], int] = {}
     with _open(workspace, dataset) as index:
         for start in range(0, len(names), _BATCH):
             part = names[start : start + _BATCH]

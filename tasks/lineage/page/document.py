@@ -21,6 +21,7 @@ from tasks.core.errors import ForebayError
 from tasks.lineage.page import graph
 from tasks.lineage.page.graph import Fact
 from tasks.lineage.page.types import Amount, Audit, Part, Version
+from tasks.lineage.picture import HEIGHT, WIDTH
 from tasks.lineage.types import Kind, Node
 from tasks.pages import figures
 from tasks.pages.parts import Chart, Section, Strips, listed, plain
@@ -112,7 +113,7 @@ def build(audit: Audit) -> str:
         headline=plain(headline(audit)),
         identity=_identity(audit),
         picture=graph.picture(audit.lineage),
-        box=(graph.WIDTH, graph.HEIGHT),
+        box=(WIDTH, HEIGHT),
         cards=cards,
         unlisted=len(audit.lineage.nodes) - len(cards),
         kinds=_kinds(audit),
@@ -135,9 +136,7 @@ def headline(audit: Audit) -> str:
     node = audit.lineage.nodes[audit.lineage.root]
     if node.kind == "dataset":
         facts = node.facts
-        return (
-            f"{node.name}: {facts['rows']:,} rows in {facts['groups']:,} groups, sealed {_day(facts['sealed'])}."
-        )
+        return f"{node.name}: {facts['rows']:,} rows in {facts['groups']:,} groups, sealed {_day(facts['sealed'])}."
     if node.kind not in ("agent", "source"):
         return f"{graph.kind_of(node)} {graph.name_of(node)}"
     if not audit.terms:
@@ -162,9 +161,13 @@ def verdict(audit: Audit) -> Verdict:
         what = listed([f"{n} {word}" for word, n in counts.most_common()])
         return Verdict("fail", "DIFFERS", f"{what}{of}; the differences are listed under “Verification”.")
     if unreachable:
-        return Verdict("open", "INCOMPLETE", f"{len(unreachable)} files could not be reached; all others agree.")
+        return Verdict(
+            "open", "INCOMPLETE", f"{len(unreachable)} files could not be reached; all others agree."
+        )
     signed = f" and {report['signatures']:,} signatures hold" if report.get("signatures") else ""
-    return Verdict("pass", "VERIFIED", f"{report['checked']:,} digests agree{signed}, {_bytes(report['bytes'])} read.")
+    return Verdict(
+        "pass", "VERIFIED", f"{report['checked']:,} digests agree{signed}, {_bytes(report['bytes'])} read."
+    )
 
 
 def moment(time: str) -> str:
@@ -220,7 +223,13 @@ def _identity(audit: Audit) -> list[tuple[str, list[tuple[str, str]]]]:
         office = root[1].partition("/")[0]
         ids = [("model version", f"{office} {mlflow.get('version', '')}"), ("model", mlflow.get("model_id")), ("run", mlflow.get("run_id"))]  # fmt: skip
         lines.append(("MLflow", [(word, str(value)) for word, value in ids if value]))
-    data = facts if node.kind == "dataset" else found.nodes[audit.data.versions[0].ref].facts if audit.data else {}
+    data = (
+        facts
+        if node.kind == "dataset"
+        else found.nodes[audit.data.versions[0].ref].facts
+        if audit.data
+        else {}
+    )
     if data.get("dvc"):
         dvc = data["dvc"]
         lines.append(("DVC", [(plain(f"{dvc.get('path', '')}, MD5"), str(dvc.get("md5", "")))]))
@@ -292,7 +301,9 @@ def _composition(audit: Audit) -> list[Rows]:
 
 def _ranked(amounts: Mapping[Any, Amount]) -> tuple[tuple[tuple[str, ...], Amount], ...]:
     ranked = sorted(amounts.items(), key=lambda item: (-item[1].rows, item[0]))
-    return tuple((tuple(plain(name) if name.strip() else "not recorded" for name in names), a) for names, a in ranked)
+    return tuple(
+        (tuple(plain(name) if name.strip() else "not recorded" for name in names), a) for names, a in ranked
+    )
 
 
 def _plus(first: Amount | None, second: Amount) -> Amount:
@@ -396,7 +407,9 @@ def _reward(audit: Audit) -> Section | None:
             policy = policy_of(audit.decision.content)
         return report_section("reward", str(report.get("schema", "")), report, policy)
     except (ForebayError, KeyError, TypeError, ValueError) as error:
-        return Section("Reward model", (f"Its report cannot be drawn by this version of Forebay ({plain(str(error))}).",))
+        return Section(
+            "Reward model", (f"Its report cannot be drawn by this version of Forebay ({plain(str(error))}).",)
+        )
 
 
 def _problems(report: Mapping[str, Any] | None) -> list[Problems]:
@@ -404,9 +417,13 @@ def _problems(report: Mapping[str, Any] | None) -> list[Problems]:
     problems = report["problems"] if report else ()
     known = dict(_PROBLEMS)
     names = [*known, *sorted({p["problem"] for p in problems} - known.keys())]
-    found = [(known.get(name, name.capitalize()), [p for p in problems if p["problem"] == name]) for name in names]
+    found = [
+        (known.get(name, name.capitalize()), [p for p in problems if p["problem"] == name]) for name in names
+    ]
     return [
-        Problems(title, tuple(_told(part[:_TOLD])), max(0, len(part) - _TOLD)) for title, part in found if part
+        Problems(title, tuple(_told(part[:_TOLD])), max(0, len(part) - _TOLD))
+        for title, part in found
+        if part
     ]
 
 

@@ -44,13 +44,22 @@ def _verification(report: Mapping[str, Any] | None) -> Iterator[Flag]:
         return
     problems = report["problems"]
     if problems:
-        yield Flag("open", f"{_count(len(problems), 'thing does', 'things do')} not agree with the recorded digest.")
+        yield Flag(
+            "open", f"{_count(len(problems), 'thing does', 'things do')} not agree with the recorded digest."
+        )
     if unreachable := report.get("unreachable"):
-        yield Flag("open", f"{_count(len(unreachable), 'file')} could not be reached, so nothing is known of them.")
+        yield Flag(
+            "open", f"{_count(len(unreachable), 'file')} could not be reached, so nothing is known of them."
+        )
     if erased := report.get("erased"):
-        yield Flag("note", f"{_count(len(erased), 'file was', 'files were')} erased on purpose; digests and record stay.")
+        yield Flag(
+            "note",
+            f"{_count(len(erased), 'file was', 'files were')} erased on purpose; digests and record stay.",
+        )
     if unsigned := report.get("unsigned"):
-        yield Flag("note", f"{_count(len(unsigned), 'entry', 'entries')} recorded before this workspace had keys.")
+        yield Flag(
+            "note", f"{_count(len(unsigned), 'entry', 'entries')} recorded before this workspace had keys."
+        )
 
 
 def _revoked(ledger: Ledger, workspace: Workspace, found: Lineage) -> Iterator[Flag]:
@@ -133,7 +142,9 @@ def _office(found: Lineage, made: Sequence[Entry], held: Sequence[Term]) -> Iter
 def _signatures(happened: Sequence[Event]) -> Iterator[Flag]:
     for event in happened:
         if event.signature is not None and event.signature.says.startswith("does not hold"):
-            yield Flag("open", f"The signature of ledger entry {event.seq} ({event.what}) {event.signature.says}")
+            yield Flag(
+                "open", f"The signature of ledger entry {event.seq} ({event.what}) {event.signature.says}"
+            )
 
 
 def _canary(happened: Sequence[Event]) -> Iterator[Flag]:
@@ -146,7 +157,10 @@ def _code(found: Lineage) -> Iterator[Flag]:
     for ref in found.nodes:
         run = found.nodes[ref]
         if ref[0] == "run" and run.facts.get("outside_code"):
-            yield Flag("note", f"Run {run.name} used code from outside the project: {', '.join(run.facts['outside_code'])}.")
+            yield Flag(
+                "note",
+                f"Run {run.name} used code from outside the project: {', '.join(run.facts['outside_code'])}.",
+            )
     changed = [n for n in found.nodes.values() if n.kind == "code" and n.facts.get("changed")]
     if changed:
         yield Flag("note", "Code was run that no commit holds as it was; its own digest is recorded.")
@@ -160,7 +174,10 @@ def _unknown(found: Lineage) -> Iterator[Flag]:
             yield Flag("open", f"The ledger names {node.kind} {node.name} and has no entry of it.")
     outside = sum(node.kind == "outside" for node in found.nodes.values())
     if outside:
-        yield Flag("note", f"{_count(outside, 'policy', 'policies')} from outside: experience was imported, its agent is not here.")
+        yield Flag(
+            "note",
+            f"{_count(outside, 'policy', 'policies')} from outside: experience was imported, its agent is not here.",
+        )
 
 
 def _licences(data: Data | None) -> Iterator[Flag]:
@@ -168,7 +185,9 @@ def _licences(data: Data | None) -> Iterator[Flag]:
         return
     silent = [version.ref[1] for version in data.versions if version.parts is None]
     if silent:
-        yield Flag("note", f"What the rows of {_few(silent)} are was not recorded: sealed by an earlier release.")
+        yield Flag(
+            "note", f"What the rows of {_few(silent)} are was not recorded: sealed by an earlier release."
+        )
     missing = {source for v in data.versions for (_, source, licence) in v.parts or {} if not licence.strip()}
     if missing:
         yield Flag("open", f"No licence is recorded for rows from {_few(sorted(missing))}.")

@@ -14,12 +14,12 @@ from typing import Any
 from tasks.core.digest import sha256_bytes
 from tasks.core.errors import ForebayError
 from tasks.core.keys import Trust, read_trust
-from tasks.core.ledger import Entry, Ledger
+from tasks.core.ledger import Ledger
 from tasks.core.workspace import Workspace
 from tasks.lineage import rows
 from tasks.lineage.descent import descendants
-from tasks.lineage.graph import open_index
 from tasks.lineage.graph import lineage as walk
+from tasks.lineage.graph import open_index
 from tasks.lineage.index import Index
 from tasks.lineage.page.flags import flags
 from tasks.lineage.page.history import events, terms
@@ -53,7 +53,7 @@ def gather(
     index = open_index(ledger, workspace)
     found = walk(ledger, workspace, ref, index)
     root, subject = found.root, found.root[1]
-    made = [e for e in ledger.entries("decision.made", subject)] if root[0] in ("agent", "source") else []
+    made = ledger.entries("decision.made", subject) if root[0] in ("agent", "source") else []
     decision = _evidence(workspace, made[-1].payload["record"]) if made else None
     trust = _trust(workspace)
     happened = events(ledger, workspace, found, made, trust)
@@ -103,7 +103,9 @@ def _evidence(workspace: Workspace, file: Mapping[str, str]) -> Evidence:
     except OSError as error:
         return Evidence(path, None, f"{path} cannot be read ({error.strerror}).")
     if sha256_bytes(data) != file["sha256"]:
-        return Evidence(path, None, f"{path} was changed: its bytes are not those of the digest in the ledger.")
+        return Evidence(
+            path, None, f"{path} was changed: its bytes are not those of the digest in the ledger."
+        )
     try:
         return Evidence(path, json.loads(data))
     except ValueError:
@@ -126,7 +128,11 @@ def _data(ledger: Ledger, workspace: Workspace, index: Index, found: Lineage) ->
     root = found.root
     run = root if root[0] == "run" else _first(found, root, "trained by")
     pairs = root if root[0] == "preferences" else _first(found, root, "learnt from")
-    here = root if root[0] == "dataset" else _first(found, run, "trained on") or _first(found, pairs, "made from")
+    here = (
+        root
+        if root[0] == "dataset"
+        else _first(found, run, "trained on") or _first(found, pairs, "made from")
+    )
     line: list[Ref] = []
     while here is not None and here not in line and found.nodes[here].known:
         line.append(here)

@@ -195,9 +195,7 @@ def _card(
     )
 
 
-def _links(
-    found: Lineage, of: Mapping[Ref, int], edges: Sequence[Edge], back: bool, most: int
-) -> list[Link]:
+def _links(found: Lineage, of: Mapping[Ref, int], edges: Sequence[Edge], back: bool, most: int) -> list[Link]:
     by: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for edge in edges:
         other = edge.source if back else edge.target

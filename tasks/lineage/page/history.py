@@ -26,7 +26,12 @@ def events(
         made: the entries of the decisions about it.
     """
     return tuple(
-        Event(entry.seq, entry.time, *_READERS[entry.kind](entry.payload, found.root[1].partition("/")[0]), _signature(workspace, entry, trust))
+        Event(
+            entry.seq,
+            entry.time,
+            *_READERS[entry.kind](entry.payload, found.root[1].partition("/")[0]),
+            _signature(workspace, entry, trust),
+        )
         for entry in sorted(_about(ledger, found), key=lambda e: e.seq)
     )
 
@@ -49,7 +54,13 @@ def _about(ledger: Ledger, found: Lineage) -> Iterator[Entry]:
     node = found.nodes[found.root]
     if kind in ("agent", "source"):
         office = subject.partition("/")[0]
-        for word in (f"{office}.registered", "decision.made", "approval.granted", "approval.rejected", *_CANARY):
+        for word in (
+            f"{office}.registered",
+            "decision.made",
+            "approval.granted",
+            "approval.rejected",
+            *_CANARY,
+        ):
             yield from ledger.entries(word, subject)
         for word in _CHANGES:
             for entry in ledger.entries(word):
@@ -98,7 +109,11 @@ def _registered(p: Mapping[str, Any], office: str) -> _Told:
 
 
 def _decided(p: Mapping[str, Any], office: str) -> _Told:
-    return f"gate: {p['verdict']}", "", f"against {_whom(office, p['champion']['version'])}. {' '.join(p['reasons'])}"
+    return (
+        f"gate: {p['verdict']}",
+        "",
+        f"against {_whom(office, p['champion']['version'])}. {' '.join(p['reasons'])}",
+    )
 
 
 def _put(p: Mapping[str, Any], office: str) -> _Told:
@@ -106,7 +121,11 @@ def _put(p: Mapping[str, Any], office: str) -> _Told:
 
 
 def _back(p: Mapping[str, Any], office: str) -> _Told:
-    return f"back to {_whom(office, p['to'])}", p["by"], f"{_whom(office, p['from'])} left office: {p['reason']}"
+    return (
+        f"back to {_whom(office, p['to'])}",
+        p["by"],
+        f"{_whom(office, p['from'])} left office: {p['reason']}",
+    )
 
 
 def _answered(word: str) -> _Reader:
@@ -114,7 +133,11 @@ def _answered(word: str) -> _Reader:
 
 
 def _judged(word: str) -> _Reader:
-    return lambda p, office: (f"{word}: {p['verdict']}", "", " ".join(p["reasons"]) if "reasons" in p else p["says"])
+    return lambda p, office: (
+        f"{word}: {p['verdict']}",
+        "",
+        " ".join(p["reasons"]) if "reasons" in p else p["says"],
+    )
 
 
 _CANARY = ("canary.started", "canary.looked", "canary.ended")
@@ -126,10 +149,18 @@ _READERS: Mapping[str, _Reader] = {
     "approval.rejected": _answered("rejected"),
     "promotion.committed": _put,
     "rollback.committed": _back,
-    "canary.started": lambda p, office: ("canary started", "", f"in service against {_whom(office, p['old']['version'])}"),
+    "canary.started": lambda p, office: (
+        "canary started",
+        "",
+        f"in service against {_whom(office, p['old']['version'])}",
+    ),
     "canary.looked": _judged("canary looked"),
     "canary.ended": _judged("canary ended"),
-    "rollback.rehearsed": lambda p, office: ("way back rehearsed", "", "it works" if p["ok"] else str(p["problem"])),
+    "rollback.rehearsed": lambda p, office: (
+        "way back rehearsed",
+        "",
+        "it works" if p["ok"] else str(p["problem"]),
+    ),
     "reward.validated": _judged("validated"),
     "dataset.sealed": lambda p, office: ("sealed", "", f"{p['new_rows']:,} new rows of {p['rows']:,}"),
     "dataset.validated": _judged("validated"),

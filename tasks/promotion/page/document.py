@@ -325,4 +325,3 @@ def _checked(path: Path, sha256: str) -> bytes:
             f"{path} was changed: its bytes are not those of the digest {sha256[:12]}…, so no page is drawn from it."
         )
     return data
-

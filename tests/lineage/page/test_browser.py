@@ -19,7 +19,8 @@ from tests.lineage.page.world import audit
 
 pytestmark = [
     pytest.mark.skipif(
-        chromium() is None, reason="no Chromium: put chromium or google-chrome on the PATH, or set FOREBAY_CHROMIUM"
+        chromium() is None,
+        reason="no Chromium: put chromium or google-chrome on the PATH, or set FOREBAY_CHROMIUM",
     ),
     pytest.mark.timeout(120),
 ]
@@ -68,7 +69,12 @@ def quiet(request) -> Iterator[None]:
 
 
 def transform(page: Page) -> tuple[float, float, float]:
-    x, y, k = map(float, re.findall(r"-?[\d.]+(?:e-?\d+)?", page.ask("document.querySelector('#scene').getAttribute('transform')")))
+    x, y, k = map(
+        float,
+        re.findall(
+            r"-?[\d.]+(?:e-?\d+)?", page.ask("document.querySelector('#scene').getAttribute('transform')")
+        ),
+    )
     return x, y, k
 
 
@@ -82,9 +88,14 @@ def test_the_whole_graph_is_drawn(page: Page, found, pictures: Path):
     drawn = layout(found.lineage)
     assert page.ask("document.querySelectorAll('#scene [data-node]').length") == len(drawn.boxes)
     assert page.ask("document.querySelectorAll('#scene [data-from]').length") == len(drawn.lines)
-    sizes = page.ask("[...document.querySelectorAll('#scene [data-node]')].map(n => n.getBoundingClientRect().width)")
+    sizes = page.ask(
+        "[...document.querySelectorAll('#scene [data-node]')].map(n => n.getBoundingClientRect().width)"
+    )
     assert min(sizes) > 50
-    assert page.ask("document.querySelector('[data-node=\"0\"]').getAttribute('aria-label')") == "agent/3, champion"
+    assert (
+        page.ask("document.querySelector('[data-node=\"0\"]').getAttribute('aria-label')")
+        == "agent/3, champion"
+    )
     assert page.ask("document.querySelectorAll('[data-card]').length") == len(found.lineage.nodes)
     assert page.screenshot(pictures / "audit.png").stat().st_size > 30_000
     page.look(1280, 1000, dark=True)
@@ -115,7 +126,9 @@ def test_every_box_answers(page: Page, found):
     """Not by the mouse, for some are out of sight: as a link that is followed."""
     for at, node in enumerate(found.lineage.nodes.values()):
         if page.ask(f"Boolean({NODE.format(at)})"):
-            page.ask(f"{NODE.format(at)}.dispatchEvent(new MouseEvent('click', {{bubbles: true, cancelable: true}})), true")
+            page.ask(
+                f"{NODE.format(at)}.dispatchEvent(new MouseEvent('click', {{bubbles: true, cancelable: true}})), true"
+            )
             assert page.ask("document.querySelector('#panel').dataset.shows") == str(at)
             assert (node.digest or "") in shown(page)
 
@@ -176,7 +189,11 @@ def test_keys_reach_every_box(page: Page):
 
 def test_search_finds_names_digests_and_files(page: Page, found):
     agent = found.lineage.nodes[("agent", "agent/1")]
-    for query, expected in (("agent/1", "agent/1"), (agent.digest[:16], "agent/1"), (agent.files[0].path, "agent/1")):
+    for query, expected in (
+        ("agent/1", "agent/1"),
+        (agent.digest[:16], "agent/1"),
+        (agent.files[0].path, "agent/1"),
+    ):
         page.click("#find")
         page.ask("document.querySelector('#find').select()")
         page.type(query)
@@ -202,7 +219,11 @@ def test_what_attackers_wrote_stays_text(page: Page):
 def test_another_script_would_not_run(running: Page, file: Path, tmp_path: Path):
     """Should an escape ever be missing: the content policy stops it, and the browser says so."""
     spoilt = tmp_path / "spoilt.html"
-    spoilt.write_text(file.read_text().replace("<h1>", "<script>window.owned = 1</script><img src=x onerror='window.owned = 1'><h1>"))
+    spoilt.write_text(
+        file.read_text().replace(
+            "<h1>", "<script>window.owned = 1</script><img src=x onerror='window.owned = 1'><h1>"
+        )
+    )
     running.events.clear()
     running.open(spoilt)
     assert running.ask("window.owned === undefined")
@@ -221,7 +242,9 @@ def test_print_has_the_graph_whole_and_everything_open(page: Page):
     assert page.ask("getComputedStyle(document.querySelector('#scene')).transform") == "none"
     assert page.ask("getComputedStyle(document.querySelector('#panel')).display") == "none"
     assert page.ask("[...document.querySelectorAll('details.open-in-print')].every(d => d.open)")
-    height, width = page.ask("(r => [r.height, r.width])(document.querySelector('#picture').getBoundingClientRect())")
+    height, width = page.ask(
+        "(r => [r.height, r.width])(document.querySelector('#picture').getBoundingClientRect())"
+    )
     assert 0 < height <= 17 * 38
     assert width > 0
     page.ask("dispatchEvent(new Event('afterprint')), true")
@@ -233,7 +256,10 @@ def test_a_narrow_window_needs_no_sideways_scrolling(page: Page, pictures: Path)
     page.look(390, 844)
     assert page.ask("document.documentElement.scrollWidth") <= 390
     page.screenshot(pictures / "audit-narrow.png")
-    panel, picture = (page.ask(f"document.querySelector('{name}').getBoundingClientRect().top") for name in ("#panel", "#picture"))
+    panel, picture = (
+        page.ask(f"document.querySelector('{name}').getBoundingClientRect().top")
+        for name in ("#panel", "#picture")
+    )
     assert panel > picture  # below it, not beside it
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -38,9 +39,13 @@ def test_it_is_well_formed_and_stands_alone(champion: Checked, told):
     assert len(champion.ids) == len(set(champion.ids))
     inside = [href for href in values(champion, "href") if href.startswith("#")]
     assert {href[1:] for href in inside} <= set(champion.ids)
-    assert inside == values(champion, "href")  # nothing leads elsewhere, no decision's page lies beside this one
+    assert inside == values(
+        champion, "href"
+    )  # nothing leads elsewhere, no decision's page lies beside this one
     assert not {"iframe", "link", "img", "object", "base", "form"} & set(champion.tags)
-    assert not [a for a in champion.attributes if a[1] in ("src", "srcset", "action") or a[1].startswith("on")]
+    assert not [
+        a for a in champion.attributes if a[1] in ("src", "srcset", "action") or a[1].startswith("on")
+    ]
     assert champion.tags["script"] == champion.tags["h1"] == 1
     assert "url(" not in page(told)
 
@@ -96,7 +101,10 @@ def test_strange_words_are_text(told):
     assert "<img src=x" not in text
     assert "\u202e" not in text
     shown = checked.text
-    assert "<script>alert('x')</script>⟨202E⟩gnp.exe \"quotes\" </script><img src=x onerror=alert(1)> ${x} {{ 7 * 7 }}" in shown
+    assert (
+        "<script>alert('x')</script>⟨202E⟩gnp.exe \"quotes\" </script><img src=x onerror=alert(1)> ${x} {{ 7 * 7 }}"
+        in shown
+    )
     assert shown.count("onerror=alert(1)") >= 4  # a source, a reason, a setting, and as a node of the graph
     assert {"onerror", "src"}.isdisjoint(name for _, name, _ in checked.attributes)
 
@@ -173,8 +181,12 @@ def test_unverified_says_so(told):
 def test_revoked_data_that_it_learnt_from_is_an_open_flag_until_reinstated(world):
     entry = revoke(world, "group:g1", ["g1", "g7"])
     (flag,) = audit(world).open
-    assert flag.says.startswith(f"group:g1 was revoked on {world.ledger.last().time[:10]} by lee (a person asked <script>")
-    assert "1 group of it shaped this through 2 runs" in flag.says  # its own run, and that of the agent it started from
+    assert flag.says.startswith(
+        f"group:g1 was revoked on {world.ledger.last().time[:10]} by lee (a person asked <script>"
+    )
+    assert (
+        "1 group of it shaped this through 2 runs" in flag.says
+    )  # its own run, and that of the agent it started from
     assert "1 group of it shaped this through run" in audit(world, "agent/2").open[0].says
     assert audit(world, "agent/1").open == []  # nothing was learnt before
     assert "<script>alert" not in page(world)
@@ -197,7 +209,14 @@ def test_a_lost_list_of_revoked_groups_is_no_all_clear(world):
 
 
 def test_a_missing_licence_is_open(world):
-    part = {"env": "calculator", "env_version": "1", "source": "chats", "licence": "", "rows": 32, "groups": 4}
+    part = {
+        "env": "calculator",
+        "env_version": "1",
+        "source": "chats",
+        "licence": "",
+        "rows": 32,
+        "groups": 4,
+    }
     world.contents = lambda sealed: [part]
     world.generation(3)
     found = audit(world)
@@ -262,7 +281,7 @@ def test_boxes_do_not_overlap_and_lie_within(told):
     drawing = layout(audit(told).lineage)
     for y in {box.y for box in drawing.boxes}:
         row = sorted(box.x for box in drawing.boxes if box.y == y)
-        assert all(b - a >= WIDTH for a, b in zip(row, row[1:], strict=False))
+        assert all(b - a >= WIDTH for a, b in pairwise(row))
     assert all(WIDTH / 2 <= box.x <= drawing.width - WIDTH / 2 for box in drawing.boxes)
 
 

@@ -29,7 +29,10 @@ class ToldWorld(SignedWorld):
             payload = {**payload, "settings": {**payload["settings"], "guards": {"note": NASTY}}}
             curve = self.workspace.runs / subject[:16] / "metrics.jsonl"
             curve.parent.mkdir(parents=True, exist_ok=True)
-            rows = [{"step": i, "reward_estimate": i / 50, "kl_k3": 0.1, "entropy": float("nan")} for i in range(1, 51)]
+            rows = [
+                {"step": i, "reward_estimate": i / 50, "kl_k3": 0.1, "entropy": float("nan")}
+                for i in range(1, 51)
+            ]
             curve.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 51, "reward')
         elif kind == "run.finished":
             outputs = {**payload["outputs"], "resources": {"cpu_seconds": 7205.0, "memory_mib": 2048.0}}
@@ -64,12 +67,19 @@ def revoke(world: World, what: str, groups: list[str]) -> int:
     data = canonical_json({"groups": groups, "episodes": []})
     digest = sha256_bytes(data)
     lists = world.put(world.workspace.evidence / "revoked" / f"{digest}.json", data)
-    payload = {"what": what, "reason": f"a person asked {NASTY}", "by": LEE.name, "lists": {**lists, "groups": len(groups)}}
+    payload = {
+        "what": what,
+        "reason": f"a person asked {NASTY}",
+        "by": LEE.name,
+        "lists": {**lists, "groups": len(groups)},
+    }
     return world.ledger.append("data.revoked", what, payload).seq
 
 
 def audit(world: World, ref: str = "agent@champion", verified: bool = True, **more: Any) -> Audit:
-    report = json.loads(canonical_json(_plain(verify(world.ledger, world.workspace, ref)))) if verified else None
+    report = (
+        json.loads(canonical_json(_plain(verify(world.ledger, world.workspace, ref)))) if verified else None
+    )
     return gather(world.ledger, world.workspace, ref, time=TIME, report=report, **more)
 
 
