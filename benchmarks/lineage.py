@@ -81,7 +81,9 @@ class History:
             for stream in range(self.sizes.streams):
                 manifest, groups = self.seal(f"s{stream:03d}", newest[stream], champions[stream])
                 newest[stream] = manifest
-                made = [self.train(champions[stream], manifest, groups, n) for n in range(self.sizes.candidates)]
+                made = [
+                    self.train(champions[stream], manifest, groups, n) for n in range(self.sizes.candidates)
+                ]
                 best = self.draw.choice(made)
                 self.change(best, champions[stream], self.judge(best, champions[stream]))
                 champions[stream] = best
@@ -95,7 +97,11 @@ class History:
         groups = [f"{name}-{version:05d}-{at:05d}" for at in range(self.sizes.episodes // GROUP)]
         _write_parquet(table(groups, agent), path)
         shard = Shard(
-            self.workspace.relative(path), sha256_file(path), len(groups) * GROUP, len(groups), path.stat().st_size
+            self.workspace.relative(path),
+            sha256_file(path),
+            len(groups) * GROUP,
+            len(groups),
+            path.stat().st_size,
         )
         behaviour = Behaviour(f"agent/{agent['version']}", agent["digest"])
         manifest = Manifest.append(name, parent, [shard], [behaviour], datetime.now(UTC).isoformat())
@@ -179,7 +185,9 @@ class History:
         row = {"candidate": 0.6, "champion": 0.5, "n": 270}
         evidence = {"path": f".forebay/evidence/{outcomes}.jsonl", "sha256": outcomes}
         self.ledger.append(
-            "evaluation.done", outcomes, {**pair, "tasks_digest": "3" * 64, "outcomes": evidence, "slices": {"all": row}}
+            "evaluation.done",
+            outcomes,
+            {**pair, "tasks_digest": "3" * 64, "outcomes": evidence, "slices": {"all": row}},
         )
         decision = digest_json({"decision": pair})
         self.ledger.append(
@@ -288,7 +296,9 @@ def ask(root: Path, question: str, asks: int, sizes: argparse.Namespace) -> dict
         "agent ancestors": lambda: len(lineage(ledger, workspace, agent()).nodes),
         "diff": lambda: len(diff(ledger, workspace, agent(), agent()).changes),
         "at": lambda: at(ledger, workspace, moment()).entry,
-        "find prompt": lambda: len(find(ledger, workspace, f"prompt:{sha256_bytes(group().encode())}").agents),
+        "find prompt": lambda: len(
+            find(ledger, workspace, f"prompt:{sha256_bytes(group().encode())}").agents
+        ),
     }
     answers[question]()  # imports, and the first look at the files
     seconds, found = [], []
@@ -316,7 +326,9 @@ def ask_mlflow(root: Path, asks: int) -> dict[str, Any]:
     seconds, found = [], []
     for _ in range(asks):
         start = time.perf_counter()
-        found.append(len(client.search_model_versions(f"tags.dataset = '{draw.choice(roots)}'", max_results=1000)))
+        found.append(
+            len(client.search_model_versions(f"tags.dataset = '{draw.choice(roots)}'", max_results=1000))
+        )
         seconds.append(time.perf_counter() - start)
     return {
         "median_s": float(np.median(seconds)),
@@ -372,7 +384,9 @@ def fill_mlflow(root: Path, history: History) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--streams", type=int, default=100)
     parser.add_argument("--generations", type=int, default=100)
     parser.add_argument("--candidates", type=int, default=10)
@@ -384,7 +398,9 @@ def main() -> None:
     sizes = parser.parse_args()
     if sizes.ask:
         asked = (
-            ask_mlflow(sizes.keep, sizes.asks) if sizes.ask == "mlflow" else ask(sizes.keep, sizes.ask, sizes.asks, sizes)
+            ask_mlflow(sizes.keep, sizes.asks)
+            if sizes.ask == "mlflow"
+            else ask(sizes.keep, sizes.ask, sizes.asks, sizes)
         )
         sys.stdout.write(json.dumps(asked) + "\n")
         return
@@ -393,7 +409,10 @@ def main() -> None:
     console = Console()
     with tempfile.TemporaryDirectory() as scratch:
         root = (sizes.keep or Path(scratch)).resolve()
-        told: dict[str, Any] = {"machine": describe(), **{n: getattr(sizes, n) for n in ("streams", "generations")}}
+        told: dict[str, Any] = {
+            "machine": describe(),
+            **{n: getattr(sizes, n) for n in ("streams", "generations")},
+        }
         made = root / "made.json"
         if not made.exists():
             made.parent.mkdir(parents=True, exist_ok=True)
@@ -404,7 +423,9 @@ def main() -> None:
             words = [sys.executable, "-m", "benchmarks.lineage", "--ask", question, "--keep", str(root)]
             for name in ("streams", "generations", "candidates", "episodes", "asks"):
                 words += [f"--{name}", str(getattr(sizes, name))]
-            answers[question] = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+            answers[question] = json.loads(
+                subprocess.run(words, check=True, capture_output=True, text=True).stdout
+            )
     told["questions"] = answers
     view = Table("question", "median s", "p95 s", "most s", "found (median, most)", "memory MiB", box=None)
     for name, row in answers.items():
@@ -418,7 +439,11 @@ def main() -> None:
         )
     console.print({key: value for key, value in told.items() if key != "questions"})
     console.print(view)
-    late = [n for n, row in answers.items() if n != "mlflow" and (row["p95_s"] >= LIMIT_S or row["memory_mib"] >= LIMIT_MIB)]
+    late = [
+        n
+        for n, row in answers.items()
+        if n != "mlflow" and (row["p95_s"] >= LIMIT_S or row["memory_mib"] >= LIMIT_MIB)
+    ]
     console.print(f"Over {LIMIT_S:.0f} s or {LIMIT_MIB} MiB: {', '.join(late) or 'none'}.")
     if sizes.save:
         BASELINE.write_text(json.dumps(told, indent=1) + "\n")

@@ -97,7 +97,7 @@ def _promote(context: Context, made: Entry, reason: str) -> dict[str, Any]:
         context.registry,
         made.payload["candidate"]["version"],
         decision=made.payload["decision"],
-        signature=read_signature(context.workspace.root, made.payload),
+        signature=read_signature(context.workspace.root, made),
         trust=trust,
         expected_champion=made.payload["champion"]["version"],
         by=getpass.getuser(),
@@ -127,7 +127,7 @@ def approve_agent(context: Context, ref: str, reason: str, key: str | None = Non
     made = _newest_decision(context, ref)
     trust = keys.trust(context)
     signer = keys.approver_key(context, key)
-    signature = read_signature(context.workspace.root, made.payload)
+    signature = read_signature(context.workspace.root, made)
     entry = approve(
         context.ledger, made.payload["decision"], signature=signature, key=signer, trust=trust, reason=reason
     )
@@ -171,7 +171,7 @@ def answer_decision(context: Context, line: str) -> dict[str, Any]:
     trust = keys.trust(context)
     kind, payload = read_statement(line, trust)
     made = _newest_decision(context, payload["decision"])
-    signature = read_signature(context.workspace.root, made.payload)
+    signature = read_signature(context.workspace.root, made)
     entry = record_answer(context.ledger, kind, payload, signature=signature, trust=trust)
     result = {"answer": kind, "agent": made.subject, **entry.payload, "promoted": None}
     if kind == "approval":

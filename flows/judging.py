@@ -249,8 +249,8 @@ def replay_decision(context: Context, version: str, sign: bool = False) -> dict[
     signer = None
     if entry.payload.get("signature") is not None and not sign:
         signer = check_decision(
-            entry.payload,
-            read_signature(context.workspace.root, entry.payload),
+            entry,
+            read_signature(context.workspace.root, entry),
             keys.trust(context),
             entry.seq,
         ).name

@@ -205,8 +205,8 @@ def _recorded(context: Context, entry: Entry) -> Recorded:
 
     if entry.payload.get("signature") is None:
         return Recorded(entry.seq, entry.time)
-    envelope = read_signature(context.workspace.root, entry.payload)
-    signer = check_decision(entry.payload, envelope, keys.trust(context), entry.seq)
+    envelope = read_signature(context.workspace.root, entry)
+    signer = check_decision(entry, envelope, keys.trust(context), entry.seq)
     return Recorded(entry.seq, entry.time, signer.name, signer.id)
 
 

@@ -9,7 +9,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.artifacts import publish
-from flows.champions import promote_agent
+from flows.champions import promote_agent, says_promoted
 from flows.context import Context
 from flows.logs import report_to_prefect
 from flows.registry import reconcile_registry
@@ -29,9 +29,7 @@ def promote(workspace: str, version: str, reason: str = "flow promote") -> dict[
     @task(name="promote", cache_policy=NO_CACHE, timeout_seconds=600)
     def change() -> dict[str, Any]:
         outputs = promote_agent(context, version, reason)
-        publish(
-            context, "promote", {"promoted": True, "reason": f"agent/{outputs['to']} is promoted.", **outputs}
-        )
+        publish(context, "promote", {**outputs, "promoted": True, "reason": says_promoted(outputs)})
         return outputs
 
     with report_to_prefect():

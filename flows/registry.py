@@ -67,6 +67,7 @@ def reconcile_registry(context: Context, dry_run: bool = False) -> dict[str, Any
         Unavailable: the registry cannot be reached.
     """
     from tasks.promotion.drift import look, record
+    from tasks.promotion.drift import settle as settle_drift
     from tasks.promotion.promote import OFFICES, standing
 
     rule = context.policy.registry.on_drift
@@ -85,6 +86,8 @@ def reconcile_registry(context: Context, dry_run: bool = False) -> dict[str, Any
         if drift and record(context.ledger, drift, rule, registry.trace(), getpass.getuser()) is not None:
             _tell(context, office, drift)
         done += _settle(context, registry, drift, rule, did, before)
+        if not (drift and look(context.ledger, registry)):
+            settle_drift(context.ledger, office)
     if not dry_run:
         keys.catch_up(context)
     return {
@@ -176,6 +179,25 @@ def restore(context: Context, registry: Registry, version: int) -> str:
     entry = {"version": version, "digest": payload["digest"], "mlflow": asdict(registered), "was": at}
     context.ledger.append(f"{office}.restored", subject, entry)
     return f"{subject} is registered again, now MLflow's version {registered.version}"
+
+
+def absence(context: Context, version: int) -> str:
+    """Return why the registry does not have an agent as the ledger knows it, "" where it does."""
+    from tasks.promotion.drift import is_same
+    from tasks.promotion.promote import places
+
+    at, payload = places(context.ledger)[version], _registration(context, "agent", version)
+    try:
+        held = (context.registry.versions() or {}).get(at)
+    except ForebayError as error:
+        return f"MLflow cannot be asked whether it has agent/{version}: {error}"
+    if held is None or not is_same(held, payload):
+        return (
+            f"MLflow lacks agent/{version} (its version {at}); a rollback registers it again from its files."
+        )
+    if held.digest != payload["digest"]:
+        return f"MLflow's version {at} of agent/{version} has another digest tag; a rollback sets it right."
+    return ""
 
 
 def _logged_models(context: Context, office: Office, subject: str) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from flows.context import Context
 from flows.judging import record_decision
 from flows.registry import restore, settle
 from flows.rewards import heldout, newest_verdict, open_source, reward
-from flows.scoring import expiry
+from flows.scoring import expiry, standing_fail
 from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def decide_reward(context: Context, ref: str) -> dict[str, Any]:
         Agent(int(ours["version"]), ours["digest"]),
         theirs,
         validation,
-        (expiry(context, verdict) or "") if verdict else "",
+        (expiry(context, verdict) or _failed(context, verdict)) if verdict else "",
         comparison,
         problem,
         alone,
@@ -106,7 +107,7 @@ def promote_by_decision(context: Context, made: Entry, reason: str) -> dict[str,
         context.registry.for_office("reward"),
         entry.payload["version"],
         decision=made.payload["decision"],
-        signature=read_signature(context.workspace.root, made.payload),
+        signature=read_signature(context.workspace.root, made),
         trust=trust,
         expected_champion=made.payload["champion"]["version"] or None,
         by=getpass.getuser(),
@@ -147,8 +148,8 @@ def replay_reward_decision(context: Context, ref: str) -> dict[str, Any]:
     from tasks.reward.office import recompute_office
 
     made = newest_reward_decision(context, ref)
-    signature = read_signature(context.workspace.root, made.payload)
-    signer = check_decision(made.payload, signature, keys.trust(context), made.seq).name
+    signature = read_signature(context.workspace.root, made)
+    signer = check_decision(made, signature, keys.trust(context), made.seq).name
     again = recompute_office(context.workspace.root / made.payload["record"]["path"])
     return {
         "decision": again.digest,
@@ -172,6 +173,12 @@ def newest_reward_decision(context: Context, ref: str) -> Entry:
             f"The gate has not decided about {subject} yet; run `forebay reward decide {subject}`."
         )
     return made
+
+
+def _failed(context: Context, verdict: Mapping[str, Any]) -> str:
+    """Return why a verdict does not lift an earlier FAIL, "" where there is none that stands."""
+    failed = standing_fail(context, verdict)
+    return f"the model {failed}" if failed else ""
 
 
 def _judges_tasks(context: Context, registered: Any) -> str:

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from flows import progress
 from flows.context import Context
-from flows.rewards import REGISTERED, Decoder, episodes, open_source, registered_digests, reward, verified
+from flows.rewards import (
+    REGISTERED,
+    Decoder,
+    episodes,
+    newest_verdict,
+    open_source,
+    registered_digests,
+    reward,
+    verified,
+)
 from tasks.core.digest import canonical_json
 from tasks.core.errors import Conflict, Corrupt, NotFound, Refused, UsageError
 
@@ -165,9 +174,6 @@ def resting_on(context: Context, root: str) -> dict[str, Any] | None:
 def require_valid_reward(context: Context, root: str) -> None:
     """Veto: what rests on a reward model needs its newest verdict to be PASS and not expired.
 
-    The newest report and those before it are judged again under the present policy. A FAIL stands until the model
-    passes on newer data: asking again, with another seed or on an older dataset, does not lift it.
-
     Args:
         root: of the dataset version.
 
@@ -180,27 +186,40 @@ def require_valid_reward(context: Context, root: str) -> None:
         return
     name = f"reward/{model['version']}"
     rests = f"The dataset {root[:12]} rests on {name}"
-    told = [entry.payload for entry in context.ledger.entries(VALIDATED, model["digest"])]
-    if not told:
+    told = newest_verdict(context, model["digest"])
+    if told is None:
         raise Refused(f"{rests}, which nobody has validated; run `forebay reward validate {name}`.")
-    verdict, says = _judged_again(context, told[-1])
+    verdict, says = _judged_again(context, told)
     if verdict != "PASS":
         raise Refused(f"{rests}, whose validation says {verdict}: {says}")
-    reason = expiry(context, told[-1])
+    reason = expiry(context, told)
     if reason:
         raise Refused(f"{rests}, whose verdict has expired: {reason}.")
-    for earlier in told[:-1]:
-        if _newer(context, told[-1], earlier):
+    failed = standing_fail(context, told)
+    if failed:
+        raise Refused(f"{rests}, which {failed}. Validate it on newer data, or train another.")
+
+
+def standing_fail(context: Context, told: Mapping[str, Any]) -> str | None:
+    """Return how a reward model failed another validation than `told`, where `told` does not lift that; else None.
+
+    Each report is judged again under the present policy. A FAIL stands until the model passes on newer data: asking
+    again, with another seed or on an older dataset, does not lift it.
+
+    Args:
+        told: payload of a `reward.validated`, the newest as a rule.
+    """
+    for entry in context.ledger.entries(VALIDATED, told["digest"]):
+        other = entry.payload
+        if other == told or _newer(context, told, other):
             continue
         try:
-            verdict, says = _judged_again(context, earlier)
+            verdict, says = _judged_again(context, other)
         except (NotFound, Corrupt, Refused):  # its report is gone, or another version wrote it
-            verdict, says = earlier["verdict"], " ".join(earlier["reasons"])
+            verdict, says = other["verdict"], " ".join(other["reasons"])
         if verdict == "FAIL":
-            raise Refused(
-                f"{rests}, which failed on data no older than that of its newest validation: {says} "
-                "Validate it on newer data, or train another."
-            )
+            return f"failed on data no older than that of its newest validation: {says.rstrip('.')}"
+    return None
 
 
 def _judged_again(context: Context, told: Mapping[str, Any]) -> tuple[str, str]:
@@ -217,8 +236,9 @@ def _judged_again(context: Context, told: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _newer(context: Context, told: Mapping[str, Any], earlier: Mapping[str, Any]) -> bool:
-    """Tell whether a validation's dataset was sealed after that of an earlier one, of no older policy."""
-    sealed = {entry.payload["root"]: entry.seq for entry in context.ledger.entries("dataset.sealed")}
+    """Tell whether a validation's dataset was first sealed after that of an earlier one, of no older policy."""
+    sealings = reversed(context.ledger.entries("dataset.sealed"))  # the same data again is no newer
+    sealed = {entry.payload["root"]: entry.seq for entry in sealings}
     policies = [(each["policy"] or {"version": 0})["version"] for each in (told, earlier)]
     return sealed.get(told["dataset"], 0) > sealed.get(earlier["dataset"], 0) and policies[0] >= policies[1]
 

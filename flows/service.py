@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from flows import keys, progress
 from flows.context import Context
 from flows.experience import unsealed_rows
-from flows.registry import restore
+from flows.registry import absence, restore
 from tasks.core.digest import digest_json
 from tasks.core.errors import Conflict, ForebayError
 from tasks.core.ledger import Entry, LedgerView
@@ -260,6 +260,7 @@ def rehearse(context: Context, always: bool = True) -> dict[str, Any]:
 
     Returns:
         {"agent": None} where there is no predecessor, else the ledger's payload. A bad predecessor is a result.
+        `registry` says what MLflow lacks of it, "" where nothing: a rollback puts that back, so it serves all the same.
     """
     from tasks.promotion.promote import previous
 
@@ -267,7 +268,12 @@ def rehearse(context: Context, always: bool = True) -> dict[str, Any]:
     if version is None:
         return {"agent": None, "says": "There is no predecessor to go back to."}
     agent = context.agent(str(version))
-    marks = {"digest": agent.payload["digest"], "code": code_digest(), "lock": lock_digest()}
+    marks = {
+        "digest": agent.payload["digest"],
+        "registry": absence(context, version),
+        "code": code_digest(),
+        "lock": lock_digest(),
+    }
     last = context.ledger.last("rollback.rehearsed", agent.subject)
     if not always and last is not None and last.payload["ok"] and marks.items() <= last.payload.items():
         when = _when(last.time)

@@ -227,6 +227,17 @@ def audit_view(made: Mapping[str, Any]) -> RenderableType:
     return Group(Text(made["headline"], style="bold"), told, *flags, *where)
 
 
+def export_view(report: Mapping[str, Any]) -> RenderableType:
+    """Draw the result of the check of an export."""
+    if report["ok"]:
+        line = f"checked: {report['signatures']} signatures hold, {report['digests']} digests agree."
+        return Text(line, style="green")
+    table = _table("attestation", "what", "what is wrong", title="does not fit")
+    for item in report["misfits"]:
+        table.add_row(item["attestation"], item["subject"] or "", item["says"])
+    return table
+
+
 def scores_table(evaluation: Mapping[str, Any]) -> RenderableType:
     """Draw candidate, champion and constant answer side by side, per environment."""
     table = _table("held-out tasks", "n:n", "constant answer:n", "champion:n", "candidate:n", "difference:n")

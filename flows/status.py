@@ -156,7 +156,8 @@ def status_table(value: dict[str, Any]) -> RenderableType:
             if tried["ok"]
             else f"{tried['agent']} does NOT serve: {tried['problem']}"
         )
-        table.add_row("rollback", f"rehearsed {tried['time'][:19]}: {took}")
+        lacks = f"; {tried['registry']}" if tried.get("registry") else ""
+        table.add_row("rollback", f"rehearsed {tried['time'][:19]}: {took}{lacks}")
     drift = value["drift"]
     if drift:
         table.add_row("registry", f"{drift['time'][:19]}  {'; '.join(drift['found'])} ({drift['policy']})")

@@ -16,6 +16,7 @@ from flows import progress
 from flows.champions import register_agent
 from flows.context import Context
 from flows.hybrid import fresh_source
+from flows.logs import flow_run_id
 from flows.scoring import require_valid_reward
 from tasks.core.digest import digest_json
 from tasks.core.errors import UsageError
@@ -71,7 +72,14 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
     started = ledger.last("run.started", key) or ledger.append(
         "run.started",
         key,
-        {"key": key, **inputs, "commit": code_commit(), "device": device, "threads": get_num_threads()},
+        {
+            "key": key,
+            **inputs,
+            "commit": code_commit(),
+            "device": device,
+            "threads": get_num_threads(),
+            "prefect": flow_run_id(),
+        },
     )
     tracked = context.registry.run(
         context.settings.replay.dataset,

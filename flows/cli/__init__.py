@@ -17,6 +17,7 @@ import flows.cli.promote
 import flows.cli.keys
 import flows.cli.lineage
 import flows.cli.audit
+import flows.cli.export
 import flows.cli.steps
 import flows.cli.evaluate
 import flows.cli.reward  # noqa: F401

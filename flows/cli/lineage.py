@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tasks.lineage.types import Lineage
 
 
-class Form(str, Enum):
+class Form(StrEnum):
     """How a graph is shown."""
 
     tree = "tree"
@@ -110,8 +110,8 @@ def find(ref: Row, workspace: Where = HERE, as_json: Json = False) -> None:
     Examples: `forebay lineage find episode:ID` · `forebay lineage find "prompt:What is 2 + 2?"` ·
     `forebay lineage find source:gsm8k`
     """
-    from tasks.lineage.views import found_view
     from tasks.lineage.questions import find as search
+    from tasks.lineage.views import found_view
 
     context = open_context(workspace)
     found = search(context.ledger, context.workspace, ref)
@@ -127,8 +127,8 @@ def diff(first: Thing, second: Thing, workspace: Where = HERE, as_json: Json = F
 
     Example: `forebay lineage diff agent@previous agent@champion`
     """
-    from tasks.lineage.views import diff_view
     from tasks.lineage.questions import diff as compare
+    from tasks.lineage.views import diff_view
 
     context = open_context(workspace)
     found = compare(context.ledger, context.workspace, first, second)
@@ -148,8 +148,8 @@ def at(
 
     Examples: `forebay lineage at 2026-03-03` · `forebay lineage at 2026-03-03T14:00:00+01:00`
     """
-    from tasks.lineage.views import moment_view
     from tasks.lineage.questions import at as look
+    from tasks.lineage.views import moment_view
 
     context = open_context(workspace)
     found = look(context.ledger, context.workspace, date)

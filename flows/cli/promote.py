@@ -238,6 +238,8 @@ def rehearse(workspace: Where = HERE, as_json: Json = False) -> None:
         )
     else:
         out.print(f"{result['agent']} does not serve: {result['problem']}", highlight=False)
+    if result.get("registry"):
+        out.print(result["registry"], highlight=False)
     if result["agent"] is not None and not result["ok"]:
         raise typer.Exit(5)
 

@@ -168,7 +168,8 @@ class Ledger:
 
     def at(self, numbers: Iterable[int]) -> dict[int, Entry]:
         """Return {number: entry} of those of `numbers` that there are."""
-        wanted, found = sorted(numbers), {}
+        wanted = sorted(numbers)
+        found: dict[int, Entry] = {}
         with self._engine.connect() as connection:
             for start in range(0, len(wanted), _AT_ONCE):
                 query = sa.select(_table).where(_table.c.seq.in_(wanted[start : start + _AT_ONCE]))
@@ -180,7 +181,9 @@ class Ledger:
         an entry before it says a later time: some writer's clock ran backwards.
         """
         with self._engine.connect() as connection:
-            seq = connection.execute(sa.select(sa.func.max(_table.c.seq)).where(_table.c.time <= time)).scalar()
+            seq = connection.execute(
+                sa.select(sa.func.max(_table.c.seq)).where(_table.c.time <= time)
+            ).scalar()
             query = sa.select(_table.c.seq).where(_table.c.time > time, _table.c.seq < (seq or 0)).limit(1)
             return seq, connection.execute(query).first() is not None
 

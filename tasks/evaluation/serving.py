@@ -32,8 +32,8 @@ class Serving:
     """What serving an agent took; where it did not serve, `problem` says why in one sentence and the numbers are 0.
 
     Attributes:
-        fault: whose the problem is: "agent" (it cannot be loaded, or its numbers are none) or "machine" (time was over,
-            something killed the process), which another try may mend; "" where there is none.
+        fault: whose the problem is: "agent" (it cannot be loaded, or its numbers are none) or "machine" (no GPU, time was
+            over, something killed the process), which another try may mend; "" where there is none.
         load_seconds: for weights and tokenizer, imports left out.
         seconds: [passes][prompts] wall time of each answer, prompt included; the first answer of all is not counted.
         cpu_seconds: likewise, processor time of all threads: a busy machine stretches it far less.
@@ -196,6 +196,8 @@ def _serve(request: dict[str, Any]) -> Serving:
     if request["threads"]:
         torch.set_num_threads(request["threads"])
     folder, device = Path(request["folder"]), str(request["device"])
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        return Serving(f"device {device} was asked for, but PyTorch sees no GPU", "machine")
     begun = perf_counter()
     try:
         model, tokenizer = load_policy(folder, device, request["dtype"]), load_tokenizer(folder)

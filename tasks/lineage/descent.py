@@ -15,9 +15,23 @@ from tasks.lineage.rows import Selection
 from tasks.lineage.types import RELATIONS, SHAPING, Edge, Kind, Lineage, Node, Ref
 from tasks.replay.index import By
 
-_ROWS: dict[str, By] = {"episode": "episode", "group": "group", "prompt": "prompt", "source": "source", "licence": "licence"}
-_ROOTS: dict[By, Kind] = {"episode": "episode", "group": "group", "prompt": "prompt", "source": "origin", "licence": "licence"}
-_USES = frozenset({"trained on", "made from", "scored from"})  # by these a dataset's rows go on, not all of them each time
+_ROWS: dict[str, By] = {
+    "episode": "episode",
+    "group": "group",
+    "prompt": "prompt",
+    "source": "source",
+    "licence": "licence",
+}
+_ROOTS: dict[By, Kind] = {
+    "episode": "episode",
+    "group": "group",
+    "prompt": "prompt",
+    "source": "origin",
+    "licence": "licence",
+}
+_USES = frozenset(
+    {"trained on", "made from", "scored from"}
+)  # by these a dataset's rows go on, not all of them each time
 _JUDGING = tuple(relation for relation in RELATIONS if relation not in SHAPING)
 
 
@@ -51,7 +65,11 @@ def reach(workspace: Workspace, index: Index, selection: Selection) -> tuple[lis
     numbers = [index.id(ref) for ref in rows.shard_refs(selection)]
     shards = [number for number in numbers if number is not None]
     holding = index.walk(shards, back=True, relations=("holds", "continues"))
-    names = {number: ref[1].rpartition("/")[0] for number, (ref, _) in index.refs(holding).items() if ref[0] == "dataset"}
+    names = {
+        number: ref[1].rpartition("/")[0]
+        for number, (ref, _) in index.refs(holding).items()
+        if ref[0] == "dataset"
+    }
     candidates: dict[int, list[str]] = defaultdict(list)
     collected: list[int] = []
     for source, relation, target in index.edges(holding, back=True):
@@ -67,7 +85,7 @@ def reach(workspace: Workspace, index: Index, selection: Selection) -> tuple[lis
 def _and_judged(index: Index, numbers: Iterable[int]) -> list[int]:
     """Add what judges the agents and reward models found, or rests on what was found."""
     found = dict.fromkeys(numbers)
-    for source, relation, target in index.edges(list(found)):
+    for _, relation, target in index.edges(list(found)):
         if relation in ("judged by", "in office"):
             found.setdefault(target)
     for source, relation, _ in index.edges(list(found), back=True):

@@ -12,7 +12,10 @@ from typing import Any, Literal, Protocol
 from tasks.core.ledger import Entry
 from tasks.lineage.types import Ref, Relation
 
-Role = Literal["agent", "dataset", "shard", "evidence", "run", "source", "preferences", "decision", "reward"]
+Role = Literal[
+    "agent", "dataset", "shard", "evidence", "run", "source", "preferences", "decision", "reward",
+    "prefect", "mlflow", "git", "dvc",  # ids of other tools: locators, beside the digests
+]  # fmt: skip
 
 
 class Graph(Protocol):
@@ -64,6 +67,7 @@ def _agent(entry: Entry, graph: Graph) -> None:
     _pick(p, "path", "files", "version", "mlflow")
     graph.node(here, p["digest"], entry)
     graph.call("agent", p["digest"], here)
+    _locate(graph, here, mlflow=p["mlflow"].get("model_id"))
     if p["origin"] == "base":
         graph.node(("base", p["digest"]), p["digest"], entry)
         graph.edge(here, "converted from", ("base", p["digest"]))
@@ -78,8 +82,10 @@ def _run_started(entry: Entry, graph: Graph) -> None:
     here: Ref = ("run", entry.subject)
     graph.node(here, entry.subject, entry)
     graph.call("run", entry.subject, here)
-    code = f"{commit['commit'] or ''}{'+' if commit['dirty'] else ''}@{p['code']}"
-    graph.edge(here, "run by code", ("code", code))
+    code: Ref = ("code", f"{commit['commit'] or ''}{'+' if commit['dirty'] else ''}@{p['code']}")
+    graph.edge(here, "run by code", code)
+    _locate(graph, code, git=commit["commit"])
+    _locate(graph, here, prefect=p.get("prefect"))
     if p["lock"]:
         graph.edge(here, "with packages", ("lock", p["lock"]))
     graph.edge(here, "trained on", _dataset_of(graph, p["dataset"]))
@@ -91,6 +97,7 @@ def _run_finished(entry: Entry, graph: Graph) -> None:
     outputs = entry.payload["outputs"]
     _pick(outputs, "path", "digest", "files")
     graph.node(here, entry.subject, entry)
+    _locate(graph, here, mlflow=outputs.get("mlflow_run"))
     for shard in outputs.get("fresh", ()):
         graph.node(("shard", shard["path"]), shard["sha256"], entry)
         graph.call("shard", shard["sha256"], ("shard", shard["path"]))
@@ -104,6 +111,7 @@ def _dataset(entry: Entry, graph: Graph) -> None:
     _pick(p, "manifest", "manifest_sha256")
     graph.node(here, p["root"], entry)
     graph.call("dataset", p["root"], here)
+    _locate(graph, here, git=p["git_commit"], dvc=p["dvc"]["md5"])
     for shard in new_shards(p):
         graph.node(("shard", shard["path"]), shard["sha256"], entry)
         graph.call("shard", shard["sha256"], ("shard", shard["path"]))
@@ -193,7 +201,9 @@ def _decision(entry: Entry, graph: Graph) -> None:
             graph.edge(here, "rests on", evidence)
     champion = p["champion"]
     if office == "agent":
-        graph.edge(here, "compared with", _policy_of(graph, f"agent/{champion['version']}", champion["digest"]))
+        graph.edge(
+            here, "compared with", _policy_of(graph, f"agent/{champion['version']}", champion["digest"])
+        )
     elif champion["version"]:
         graph.edge(here, "compared with", ("source", f"reward/{champion['version']}"))
 
@@ -214,6 +224,13 @@ def _pick(payload: Mapping[str, Any], *names: str) -> None:
     """Fail now where an entry is not whole, rather than when somebody asks."""
     for name in names:
         payload[name]
+
+
+def _locate(graph: Graph, ref: Ref, **ids: str | None) -> None:
+    """Let the ids that other tools have for a thing be asked for."""
+    for role, value in ids.items():
+        if value:
+            graph.call(role, value, ref)  # type: ignore[arg-type]
 
 
 def _behaviour_of(graph: Graph, dataset: Ref | None) -> set[str]:

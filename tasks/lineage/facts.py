@@ -27,7 +27,9 @@ def describe(ref: Ref, digest: str | None, said: Sequence[Entry], roles: Roles) 
     try:
         return _SAID[kind](key, entries, roles)
     except _Unknown:
-        return Node(kind, _SHORT.get(kind, lambda k: k)(key), digest or _own(kind, key), known=False)
+        return Node(
+            kind, _SHORT[kind](key) if kind in _SHORT else key, digest or _own(kind, key), known=False
+        )
 
 
 class _Unknown(Exception):
@@ -141,7 +143,11 @@ def _decision(key: str, entries: Mapping[str, list[Entry]], roles: Roles) -> Nod
     p = entry.payload
 
     def answers(kind: str) -> list[dict[str, Any]]:
-        return [_pick(e.payload, "by", "reason", time=e.time) for e in entries.get(kind, ()) if e.subject == entry.subject]
+        return [
+            _pick(e.payload, "by", "reason", time=e.time)
+            for e in entries.get(kind, ())
+            if e.subject == entry.subject
+        ]
 
     facts = _pick(
         p, "verdict", "reasons", "evidence",

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from tasks.core.errors import Corrupt, NotFound, UsageError
-from tasks.core.ledger import Ledger
+from tasks.core.ledger import Entry, Ledger
 from tasks.core.workspace import Workspace
-from tasks.lineage.facts import describe
+from tasks.lineage.entries import Role
+from tasks.lineage.facts import Roles, describe
 from tasks.lineage.index import Index
 from tasks.lineage.types import SHAPING, Edge, Kind, Lineage, Node, Ref
-from tasks.lineage.types import File as File
-from tasks.lineage.types import Relation as Relation
 from tasks.promotion.promote import OFFICES, standing
 
 _MIN_PREFIX = 4  # digits; with fewer, a digest prefix is more likely a typing error
+_NEWEST = 1000  # names of a kind among which the nearest are looked for
 _HEX = set("0123456789abcdef")
+_LOCATORS: Mapping[str, Role] = {"prefect": "prefect", "mlflow": "mlflow", "git": "git", "dvc": "dvc"}
 _NAMED: Mapping[str, Kind] = {
     "dataset": "dataset", "shard": "shard", "run": "run", "decision": "decision", "environment": "environment",
     "source": "origin", "licence": "licence",
@@ -38,8 +39,9 @@ def lineage(ledger: Ledger, workspace: Workspace, ref: str, index: Index | None 
 
     Args:
         ref: agent@champion, agent@candidate, agent@previous, agent/12, reward/2, dataset:main/v3 (dataset:main is its
-            newest version), shard:PATH, run:DIGITS, source:NAME, licence:NAME, environment:NAME, or the first digits
-            of a digest that the ledger names.
+            newest version), shard:PATH, run:DIGITS, source:NAME, licence:NAME, environment:NAME, the id that
+            another tool has for it (prefect:RUN, mlflow:RUN or MODEL, git:COMMIT, dvc:MD5), or the first digits of a
+            digest that the ledger names.
         index: to read from; the workspace's own by default.
 
     Raises:
@@ -77,7 +79,7 @@ def gather(index: Index, root: Ref, ids: Iterable[int]) -> Lineage:
     return Lineage(root, nodes, edges)
 
 
-def _described(index: Index, ref: Ref, digest: str | None, said: list, roles: Mapping[str, list[str]]) -> Node:  # type: ignore[type-arg]
+def _described(index: Index, ref: Ref, digest: str | None, said: Sequence[Entry], roles: Roles) -> Node:
     try:
         node = describe(ref, digest, said, roles)
     except (KeyError, TypeError, StopIteration) as error:
@@ -137,7 +139,9 @@ def roles_of(index: Index) -> dict[str, list[str]]:
 def resolve(index: Index, ref: str) -> Ref:
     """Return the node that `ref` names; see `lineage`."""
     held = {
-        f"{subject.partition('/')[0]}@{alias}": subject for subject, roles in roles_of(index).items() for alias in roles
+        f"{subject.partition('/')[0]}@{alias}": subject
+        for subject, roles in roles_of(index).items()
+        for alias in roles
     }
     name = held.get(ref, ref)
     office = name.partition("/")[0]
@@ -152,13 +156,13 @@ def resolve(index: Index, ref: str) -> Ref:
     if colon and word in _NAMED:
         found = (_NAMED[word], key)
         if word == "dataset" and "/" not in key:
-            newest = next((k for k in index.keys("dataset") if k.rpartition("/")[0] == key), None)
-            found = ("dataset", newest or key)
+            found = ("dataset", index.newest_version(key) or key)
         if index.id(found) is not None:
             return found
-    digits = key if colon and word in ("run", "decision", "shard") else ref
-    if len(digits) >= _MIN_PREFIX and set(digits) <= _HEX:
-        fits = index.prefixed(digits)
+    role = _LOCATORS.get(word) if colon else None
+    digits = key if role or (colon and word in ("run", "decision", "shard")) else ref
+    if len(digits) >= _MIN_PREFIX and (role or set(digits) <= _HEX):
+        fits = index.prefixed(digits, role)
         if len(fits) > 1:
             several = ", ".join(f"{kind} {found_key[:12]}" for kind, found_key in fits[:5])
             raise UsageError(f"`{ref}` fits {len(fits)} things ({several}); give more digits.")
@@ -168,8 +172,13 @@ def resolve(index: Index, ref: str) -> Ref:
 
 
 def _nearest(index: Index, ref: str, held: Mapping[str, str]) -> str:
-    known = [*held, *index.keys("agent"), *index.keys("source"), *(f"dataset:{key}" for key in index.keys("dataset"))]
-    known += [f"source:{key}" for key in index.keys("origin", known=False)]
-    known += [f"licence:{key}" for key in index.keys("licence", known=False)]
+    known = [
+        *held,
+        *index.keys("agent", _NEWEST),
+        *index.keys("source", _NEWEST),
+        *(f"dataset:{key}" for key in index.keys("dataset", _NEWEST)),
+    ]
+    known += [f"source:{key}" for key in index.keys("origin", _NEWEST)]
+    known += [f"licence:{key}" for key in index.keys("licence", _NEWEST)]
     near = difflib.get_close_matches(ref, known, n=5, cutoff=0.5) or known[:5]
     return ", ".join(near) or "none yet"

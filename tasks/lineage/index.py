@@ -12,14 +12,13 @@ import sqlite3
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-
 from pathlib import Path
 from typing import Any, Self
 
 from tasks.core.ledger import GENESIS, Entry, Ledger
 from tasks.lineage import entries as reading
 from tasks.lineage.entries import Role
-from tasks.lineage.types import RELATIONS, Ref, Relation
+from tasks.lineage.types import RELATIONS, SPOKEN, Kind, Ref, Relation
 
 _SCHEMA = "1"
 _TABLES = """
@@ -35,7 +34,9 @@ CREATE INDEX called_digest ON called (digest);
 CREATE TABLE change (seq INTEGER PRIMARY KEY, time TEXT NOT NULL, kind TEXT NOT NULL, subject TEXT NOT NULL, payload TEXT NOT NULL);
 CREATE TABLE broken (seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, subject TEXT NOT NULL, reason TEXT NOT NULL);
 """
-_CHANGES = tuple(f"{word}.{end}" for word in ("promotion", "rollback") for end in ("intent", "committed", "dropped"))
+_CHANGES = tuple(
+    f"{word}.{end}" for word in ("promotion", "rollback") for end in ("intent", "committed", "dropped")
+)
 _REGISTERED = ("agent.registered", "reward.registered")
 _BATCH = 400  # values in one SQL list
 
@@ -117,7 +118,9 @@ class Index:
 
     def _note(self, seq: int, digest: str) -> None:
         values = {"seq": seq, "digest": digest, "place": self._place}
-        self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", [(k, str(v)) for k, v in values.items()])
+        self._db.executemany(
+            "INSERT OR REPLACE INTO meta VALUES (?, ?)", [(k, str(v)) for k, v in values.items()]
+        )
 
     def _read(self, entry: Entry) -> None:
         if entry.kind in _CHANGES or entry.kind in _REGISTERED:
@@ -132,7 +135,9 @@ class Index:
         self._db.execute("RELEASE entry")
 
     def _change(self, entry: Entry) -> None:
-        kept = {name: entry.payload[name] for name in ("to", "intent_seq", "version") if name in entry.payload}
+        kept = {
+            name: entry.payload[name] for name in ("to", "intent_seq", "version") if name in entry.payload
+        }
         row = (entry.seq, entry.time, entry.kind, entry.subject, json.dumps(kept))
         self._db.execute("INSERT OR REPLACE INTO change VALUES (?, ?, ?, ?, ?)", row)
 
@@ -141,7 +146,9 @@ class Index:
     def node(self, ref: Ref, digest: str | None, said: Entry | None = None) -> None:
         """Note that there is `ref`, and that `said` speaks of it."""
         number = self._number(ref)
-        self._db.execute("UPDATE node SET digest = ? WHERE id = ? AND digest IS NOT ?", (digest, number, digest))
+        self._db.execute(
+            "UPDATE node SET digest = ? WHERE id = ? AND digest IS NOT ?", (digest, number, digest)
+        )
         if said is not None:
             self._db.execute("INSERT OR IGNORE INTO said VALUES (?, ?)", (number, said.seq))
 
@@ -161,9 +168,7 @@ class Index:
 
     def all_called(self, role: Role, digest: str) -> list[Ref]:
         """Return all that `digest` means in that role, first recorded first."""
-        query = (
-            "SELECT kind, key FROM called JOIN node ON node.id = called.node WHERE role = ? AND called.digest = ? ORDER BY id"
-        )
+        query = "SELECT kind, key FROM called JOIN node ON node.id = called.node WHERE role = ? AND called.digest = ? ORDER BY id"
         return [(kind, key) for kind, key in self._db.execute(query, (role, digest))]
 
     def _number(self, ref: Ref) -> int:
@@ -181,7 +186,9 @@ class Index:
         assert kind is not None
         if kind not in _CHANGES:
             return self.ledger.entries(kind, subject)
-        return self._changes("kind = ?" + (" AND subject = ?" if subject else ""), (kind, *filter(None, [subject])))
+        return self._changes(
+            "kind = ?" + (" AND subject = ?" if subject else ""), (kind, *filter(None, [subject]))
+        )
 
     def last(self, kind: str | None = None, subject: str | None = None) -> Entry | None:
         """Return the newest entry of that kind and subject, or None."""
@@ -196,8 +203,13 @@ class Index:
 
     def _changes(self, where: str, values: Sequence[Any]) -> list[Entry]:
         tail = "" if "ORDER" in where else " ORDER BY seq"
-        rows = self._db.execute(f"SELECT seq, time, kind, subject, payload FROM change WHERE {where}{tail}", values)
-        return [Entry(seq, time, kind, subject, json.loads(text), "", "") for seq, time, kind, subject, text in rows]
+        rows = self._db.execute(
+            f"SELECT seq, time, kind, subject, payload FROM change WHERE {where}{tail}", values
+        )
+        return [
+            Entry(seq, time, kind, subject, json.loads(text), "", "")
+            for seq, time, kind, subject, text in rows
+        ]
 
     def id(self, ref: Ref) -> int | None:
         """Return the number of a node, None where there is none."""
@@ -210,7 +222,9 @@ class Index:
         found: dict[int, tuple[Ref, str | None]] = {}
         for part in _batched(wanted):
             query = f"SELECT id, kind, key, digest FROM node WHERE id IN ({_marks(part)})"
-            found |= {number: ((kind, key), digest) for number, kind, key, digest in self._db.execute(query, part)}
+            found |= {
+                number: ((kind, key), digest) for number, kind, key, digest in self._db.execute(query, part)
+            }
         return {number: found[number] for number in wanted}
 
     def said(self, ids: Iterable[int]) -> dict[int, list[Entry]]:
@@ -225,7 +239,9 @@ class Index:
                 found[number].append(entries[seq])
         return found
 
-    def walk(self, start: Iterable[int], back: bool, relations: Collection[Relation] = RELATIONS) -> list[int]:
+    def walk(
+        self, start: Iterable[int], back: bool, relations: Collection[Relation] = RELATIONS
+    ) -> list[int]:
         """Return the nodes that are reached from `start`, those first, nearest first.
 
         Args:
@@ -278,19 +294,31 @@ class Index:
         query = "SELECT DISTINCT target FROM edge WHERE relation = ? ORDER BY target"
         return [number for (number,) in self._db.execute(query, (RELATIONS.index(relation),))]
 
-    def prefixed(self, digits: str) -> list[Ref]:
-        """Return the nodes that a digest with these first digits means."""
+    def prefixed(self, digits: str, role: Role | None = None) -> list[Ref]:
+        """Return the nodes that a digest, or another tool's id, with these first characters means."""
         query = "SELECT DISTINCT kind, key FROM called JOIN node ON node.id = called.node WHERE called.digest BETWEEN ? AND ?"
-        return sorted((kind, key) for kind, key in self._db.execute(query, (digits, digits + "g")))
+        values = [digits, digits + "\uffff"]
+        if role:
+            query, values = f"{query} AND role = ?", [*values, role]
+        return sorted((kind, key) for kind, key in self._db.execute(query, values))
 
-    def keys(self, kind: str, known: bool = True) -> list[str]:
-        """Return the keys of all nodes of a kind, newest first."""
-        spoken = "AND EXISTS (SELECT 1 FROM said WHERE node = id)" if known else ""
-        return [key for (key,) in self._db.execute(f"SELECT key FROM node WHERE kind = ? {spoken} ORDER BY id DESC", (kind,))]
+    def keys(self, kind: Kind, most: int | None = None) -> list[str]:
+        """Return the keys of the nodes of a kind that the ledger speaks of, newest first."""
+        spoken = "AND EXISTS (SELECT 1 FROM said WHERE node = id)" if kind in SPOKEN else ""
+        query = f"SELECT key FROM node WHERE kind = ? {spoken} ORDER BY id DESC LIMIT ?"
+        return [key for (key,) in self._db.execute(query, (kind, -1 if most is None else most))]
+
+    def newest_version(self, dataset: str) -> str | None:
+        """Return the newest version of a dataset, "main/v3", None where there is none."""
+        query = "SELECT key FROM node WHERE kind = 'dataset' AND key GLOB ? ORDER BY id DESC LIMIT 1"
+        row = self._db.execute(query, (f"{dataset}/v*",)).fetchone()
+        return None if row is None else str(row[0])
 
     def broken(self, subject: str) -> tuple[int, str] | None:
         """Return (number, what is wrong) of an entry of that subject that could not be read, None where all could."""
-        row = self._db.execute("SELECT seq, reason FROM broken WHERE subject = ? LIMIT 1", (subject,)).fetchone()
+        row = self._db.execute(
+            "SELECT seq, reason FROM broken WHERE subject = ? LIMIT 1", (subject,)
+        ).fetchone()
         return None if row is None else (int(row[0]), str(row[1]))
 
 

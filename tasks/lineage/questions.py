@@ -209,7 +209,10 @@ def _told(ledger: Ledger, index: Index, ref: Ref) -> Iterator[tuple[str, Any]]:
         here: Ref = ("run", run.digest or "")
         for relation, name in (("run by code", "code"), ("with packages", "packages"), ("trained on", "dataset"), ("started from", "started from")):  # fmt: skip
             for found in _nodes(index, here, relation):  # type: ignore[arg-type]
-                yield name, found.name if found.kind in ("dataset", "agent") else (found.digest or found.name)[:12]
+                yield (
+                    name,
+                    found.name if found.kind in ("dataset", "agent") else (found.digest or found.name)[:12],
+                )
     for base in _nodes(index, ref, "descends from"):
         yield "base model", f"{base.name} {(base.digest or '')[:12]}"
     decisions = _nodes(index, ref, "judged by")
@@ -222,7 +225,9 @@ def _told(ledger: Ledger, index: Index, ref: Ref) -> Iterator[tuple[str, Any]]:
                 yield "reward model", f"{evidence.name} {(evidence.digest or '')[:12]}"
             if evidence.kind == "evaluation":
                 yield "held-out tasks", evidence.facts["tasks_digest"][:12]
-                yield from ((f"score {name}", row["candidate"]) for name, row in evidence.facts["slices"].items())
+                yield from (
+                    (f"score {name}", row["candidate"]) for name, row in evidence.facts["slices"].items()
+                )
         for policy in _nodes(index, decision, "under policy"):
             yield "policy", (policy.digest or "")[:12]
 
@@ -247,7 +252,10 @@ def _shards(ledger: Ledger, index: Index, ref: Ref) -> dict[str, Mapping[str, in
 
 def _count(shards: Mapping[str, Mapping[str, int]], digests: Any) -> dict[str, int]:
     chosen = [shards[digest] for digest in digests]
-    return {"shards": len(chosen), **{name: sum(shard[name] for shard in chosen) for name in ("rows", "groups")}}
+    return {
+        "shards": len(chosen),
+        **{name: sum(shard[name] for shard in chosen) for name in ("rows", "groups")},
+    }
 
 
 def _targets(index: Index, ref: Ref, relation: Relation) -> list[Ref]:
@@ -272,7 +280,9 @@ def _node(index: Index, ref: Ref) -> Node:
 # -------------------------------------------------------------------------------------------------- path
 
 
-def path(ledger: Ledger, workspace: Workspace, first: str, second: str, index: Index | None = None) -> Lineage:
+def path(
+    ledger: Ledger, workspace: Workspace, first: str, second: str, index: Index | None = None
+) -> Lineage:
     """Return a shortest way along the edges that leads from one thing to the other, whichever of the two came later.
 
     Raises:
@@ -326,7 +336,8 @@ def find(ledger: Ledger, workspace: Workspace, ref: str, index: Index | None = N
     def keys(kind: str) -> tuple[str, ...]:
         return tuple(key for k, key in nodes if k == kind)
 
-    agents = sorted((n.name, tuple(n.facts["roles"])) for n in nodes.values() if n.kind == "agent" and n.known)
+    agents = sorted(
+        (n.name, tuple(n.facts["roles"])) for n in nodes.values() if n.kind == "agent" and n.known
+    )
     agents.sort(key=lambda pair: int(pair[0].rpartition("/")[2]))
     return Found(ref, nodes[found.root], keys("dataset"), keys("shard"), keys("run"), dict(agents))
-

@@ -132,7 +132,9 @@ def to_tree(lineage: Lineage, generations: int = GENERATIONS, back: bool = False
             label = Text(f"{words} ", style="dim") if edge.relation != "holds" else Text()
             node = lineage.nodes[far(edge)]
             if place.get(far(edge)) is edge:
-                cut = f"  … {'later' if back else 'earlier'}: ask for it by name" if left[far(edge)] < 0 else ""
+                cut = (
+                    f"  … {'later' if back else 'earlier'}: ask for it by name" if left[far(edge)] < 0 else ""
+                )
                 grow(branch.add(label + _line(node) + Text(cut, style="dim italic")), far(edge))
             else:
                 where = "above" if far(edge) in drawn else "below"

@@ -20,7 +20,10 @@ from tasks.replay.manifest import Shard
 
 _FRESH = "_fresh"  # the index of what runs collected themselves
 GROUPS = "groups.txt"
-_BROAD: tuple[By, ...] = ("source", "licence")  # may select so many groups that they are not listed one by one
+_BROAD: tuple[By, ...] = (
+    "source",
+    "licence",
+)  # may select so many groups that they are not listed one by one
 
 
 def keep_consumed(workspace: Workspace, folder: Path, groups: Iterable[str]) -> dict[str, Any]:
@@ -47,10 +50,14 @@ def consumed(workspace: Workspace, outputs: Mapping[str, Any]) -> list[str]:
     try:
         data = (workspace.root / kept["path"]).read_bytes()
     except OSError as error:
-        raise Corrupt(f"{kept['path']}, which says what a run learnt from, cannot be read: {error.strerror}.") from error
+        raise Corrupt(
+            f"{kept['path']}, which says what a run learnt from, cannot be read: {error.strerror}."
+        ) from error
     if sha256_bytes(data) != kept["sha256"]:
-        raise Corrupt(f"{kept['path']}, which says what a run learnt from, differs from its digest; run `forebay verify`.")
-    return data.decode().splitlines()
+        raise Corrupt(
+            f"{kept['path']}, which says what a run learnt from, differs from its digest; run `forebay verify`."
+        )
+    return bytes(data).decode().splitlines()
 
 
 @dataclass(frozen=True)
@@ -85,13 +92,17 @@ def select(ledger: Ledger, workspace: Workspace, index: Index, by: By, value: st
     if by == "prompt" and not _is_digest(value):
         value = sha256_bytes(value.encode())
     found = [
-        place for name in datasets(ledger, workspace, index) for place in replay.places(workspace, name, by, value)
+        place
+        for name in datasets(ledger, workspace, index)
+        for place in replay.places(workspace, name, by, value)
     ]
     if not found:
         _index_fresh(workspace, index)
         found = replay.places(workspace, _FRESH, by, value)
     if not found:
-        raise NotFound(f"No sealed dataset and no run holds {by} `{value}`; `forebay log --kind dataset.sealed` lists them.")
+        raise NotFound(
+            f"No sealed dataset and no run holds {by} `{value}`; `forebay log --kind dataset.sealed` lists them."
+        )
     return Selection(by, value, tuple(found))
 
 
@@ -102,7 +113,9 @@ def datasets(ledger: Ledger, workspace: Workspace, index: Index) -> list[str]:
         newest.setdefault(subject.rpartition("/")[0], subject)
     for name, subject in newest.items():
         number = index.id(("dataset", subject))
-        held = [target for _, relation, target in index.edges([number] if number else []) if relation == "holds"]
+        held = [
+            target for _, relation, target in index.edges([number] if number else []) if relation == "holds"
+        ]
         shards = [digest for _, digest in index.refs(held).values()]
         if not all(replay.holds(workspace, name, digest) for digest in shards if digest):
             entry = ledger.last("dataset.sealed", subject)
@@ -122,7 +135,11 @@ def _index_fresh(workspace: Workspace, index: Index) -> None:
 
 
 def consumers(
-    workspace: Workspace, index: Index, selection: Selection, candidates: Collection[int], among: Mapping[int, Sequence[str]]
+    workspace: Workspace,
+    index: Index,
+    selection: Selection,
+    candidates: Collection[int],
+    among: Mapping[int, Sequence[str]],
 ) -> Iterator[int]:
     """Yield those of `candidates` (runs, sets of preferences, validations) that really used a selected group.
 
@@ -143,7 +160,9 @@ def consumers(
             episodes = _episodes(workspace, selection) if episodes is None else episodes
             shaped = _compared(workspace, selection, made.payload["path"], episodes)
         else:
-            shaped = "run.started" not in entries  # such a run made no agent; of others it is not known row by row
+            shaped = (
+                "run.started" not in entries
+            )  # such a run made no agent; of others it is not known row by row
         if shaped:
             yield number
 
@@ -159,7 +178,9 @@ def _compared(workspace: Workspace, selection: Selection, path: str, episodes: C
     try:
         lines = (workspace.root / path).read_text().splitlines()
     except OSError as error:
-        raise Corrupt(f"{path}, which a reward model learnt from, cannot be read: {error.strerror}.") from error
+        raise Corrupt(
+            f"{path}, which a reward model learnt from, cannot be read: {error.strerror}."
+        ) from error
     pairs = (json.loads(line) for line in lines if line.strip())
     if selection.by in _BROAD:
         return any(pair[selection.by] == selection.value for pair in pairs)

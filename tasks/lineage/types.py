@@ -23,6 +23,13 @@ Relation = Literal[
     "asks",  # of an evaluation
     "under policy", "rests on", "compared with",  # of a decision
 ]  # fmt: skip
+SPOKEN: frozenset[Kind] = frozenset(
+    {
+        "agent", "base", "run", "dataset", "shard", "validation", "reward", "source", "preferences", "evaluation",
+        "decision", "promotion",
+    }
+)  # fmt: skip
+"""Kinds that must have ledger entries of their own; the others are only named by entries."""
 Ref = tuple[Kind, str]
 """What a node is found by: its kind and its full digest, or the subject of its ledger entry."""
 

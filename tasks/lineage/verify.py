@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,11 @@ from tasks.core.heads import check_heads
 from tasks.core.keys import Trust, read_trust
 from tasks.core.ledger import Entry, Ledger
 from tasks.core.workspace import Workspace
-from tasks.lineage.graph import File, Kind, Lineage, Node, lineage
+from tasks.lineage.graph import lineage
 from tasks.lineage.index import Index
+from tasks.lineage.types import File, Kind, Lineage, Node
 from tasks.promotion.attest import Changed, Unsigned, check_answer, check_decision, read_signature
-from tasks.promotion.canary import recompute
+from tasks.promotion.canary import Recomputer
 from tasks.promotion.kept_heads import kept_head
 from tasks.replay.manifest import Manifest, dataset_root
 
@@ -208,8 +209,8 @@ def _check_signature(
 ) -> Problem | None:
     try:
         if entry.kind == "decision.made":
-            envelope = read_signature(workspace.root, entry.payload)
-            check_decision(entry.payload, envelope, trust, at=entry.seq)
+            envelope = read_signature(workspace.root, entry)
+            check_decision(entry, envelope, trust, at=entry.seq)
         else:
             check_answer(entry, trust, at=entry.seq)
     except (NotFound, Changed):
@@ -334,13 +335,14 @@ def _looks(ledger: Ledger) -> dict[File, str]:
     }
 
 
-def _misjudged(workspace: Workspace, looks: Mapping[File, str]) -> Iterator[Problem]:
+def _misjudged(workspace: Workspace, looks: dict[File, str]) -> Iterator[Problem]:
     """Every intact record of a look is judged again: its groups must lead to what it says."""
-    for file, owner in looks.items():
+    canaries = Recomputer()
+    for file, owner in reversed(looks.items()):  # from the first look on
         if _intact(workspace, file) is None:
             continue  # hashing the file has named it
         try:
-            recompute(workspace.root / file.path, file.sha256)
+            canaries.check(workspace.root / file.path, file.sha256)
         except (Corrupt, ValueError, KeyError, TypeError):
             yield Problem("changed", file.path, f"result of the {owner}", file.sha256, None)
 

@@ -17,18 +17,28 @@ _LISTED = 8  # versions, shards or runs that are named one by one
 def moment_view(found: Moment) -> RenderableType:
     """Say who held each office at a moment, since when, by whom, and why."""
     note = (
-        [Text("Some entries before it say a later time: a clock ran backwards; the ledger's order counts.", style="yellow")]
+        [
+            Text(
+                "Some entries before it say a later time: a clock ran backwards; the ledger's order counts.",
+                style="yellow",
+            )
+        ]
         if found.backwards
         else []
     )
     return Group(
-        Text(f"At {found.time}, after ledger entry {found.entry}:"), *note, *(_term(term) for term in found.terms)
+        Text(f"At {found.time}, after ledger entry {found.entry}:"),
+        *note,
+        *(_term(term) for term in found.terms),
     )
 
 
 def _term(term: Term) -> RenderableType:
     if term.subject is None:
-        return Text(f"{term.office}: nobody held this office" + (f" until {_minute(term.until)}" if term.until else ""))
+        return Text(
+            f"{term.office}: nobody held this office"
+            + (f" until {_minute(term.until)}" if term.until else "")
+        )
     table = _fields()
     table.add_row("digest", term.digest or "")
     table.add_row("since", f"{_minute(term.since)} (ledger entry {term.seq}, {term.word} by {term.by})")
@@ -55,7 +65,9 @@ def diff_view(found: Diff) -> RenderableType:
     for name, counts in found.data.items():
         told = name.replace("first", found.first).replace("second", found.second)
         data.add_row(told, *(f"{counts[n]:,}" for n in ("shards", "groups", "rows")))
-    return Group(table, Text(), data, Text(), Text(f"The same: {', '.join(found.same) or 'nothing'}.", style="dim"))
+    return Group(
+        table, Text(), data, Text(), Text(f"The same: {', '.join(found.same) or 'nothing'}.", style="dim")
+    )
 
 
 def found_view(found: Found) -> RenderableType:

@@ -49,13 +49,13 @@ def signature_of(path: str, envelope: bytes, key: PrivateKey) -> dict[str, str]:
     return {"path": path, "sha256": sha256_bytes(envelope), "key": key.id}
 
 
-def read_signature(root: Path, payload: Mapping[str, Any]) -> bytes | None:
-    """Return the envelope that a `decision.made` names, None where it names none.
+def read_signature(root: Path, made: Entry) -> bytes | None:
+    """Return the envelope that the entry `decision.made` names, None where it names none.
 
     Raises:
         NotFound: the file is gone.
     """
-    named = payload.get("signature")
+    named = made.payload.get("signature")
     if named is None:
         return None
     try:
@@ -63,30 +63,29 @@ def read_signature(root: Path, payload: Mapping[str, Any]) -> bytes | None:
         return path.read_bytes()
     except FileNotFoundError:
         raise NotFound(
-            f"The signature {named['path']} of the decision {payload['decision'][:12]}… is gone; restore it from "
-            f"a backup, or `forebay decision replay agent/{payload['candidate']['version']} --sign`."
+            f"The signature {named['path']} of the decision {made.payload['decision'][:12]}… is gone; restore it from "
+            f"a backup, or `{_sign_again(made)}`."
         ) from None
 
 
-def check_decision(
-    payload: Mapping[str, Any], envelope: bytes | None, trust: Trust, at: int | None = None
-) -> TrustedKey:
+def check_decision(made: Entry, envelope: bytes | None, trust: Trust, at: int | None = None) -> TrustedKey:
     """Return the service key that signed exactly this decision.
 
     Args:
-        payload: of the entry `decision.made`.
+        made: the entry `decision.made`, about an agent or a reward model.
         at: the entry's number to judge the key as of then; None: as of now.
 
     Raises:
         Unsigned: there is no signature. Corrupt: it is forged, changed, or of another decision.
         Refused: the key is unknown, removed, or not one of the service.
     """
-    short, agent = payload["decision"][:12], f"agent/{payload['candidate']['version']}"
+    payload = made.payload
+    short = payload["decision"][:12]
     named = payload.get("signature")
     if named is None or envelope is None:
         raise Unsigned(
-            f"The decision {short}… is not signed, as none was before this workspace had keys; `forebay decision "
-            f"replay {agent} --sign` decides again from the evidence and signs."
+            f"The decision {short}… is not signed, as none was before this workspace had keys; "
+            f"`{_sign_again(made)}` decides again from the evidence and signs."
         )
     if sha256_bytes(envelope) != named["sha256"]:
         raise Changed(f"The signature {named['path']} was changed: its bytes are not those in the ledger.")
@@ -106,6 +105,13 @@ def check_decision(
             f"The ledger's entry of the decision {short}… was altered: `{said.key.name}` signed another {odd[0]}."
         )
     return said.key
+
+
+def _sign_again(made: Entry) -> str:
+    """Return the command that signs a decision anew; each office has its own."""
+    if made.subject.startswith("reward/"):
+        return f"forebay reward decide {made.subject}"
+    return f"forebay decision replay {made.subject} --sign"
 
 
 def make_statement(kind: Answer, decision: str, reason: str, key: PrivateKey) -> str:

@@ -23,6 +23,7 @@ e-values; the bound over the set is by weak duality, which errs on the safe side
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -103,8 +104,13 @@ class Judged:
     old: int
 
 
-def judge(traffic: Mapping[str, Traffic], rule: Rule) -> Judged:
+def judge(
+    traffic: Mapping[str, Traffic], rule: Rule, wealths: Mapping[tuple[str, str], _Wealths] | None = None
+) -> Judged:
     """Compare the new champion with its predecessor on what both did in service.
+
+    Args:
+        wealths: of each (environment, role), where they are known already.
 
     Raises:
         ValueError: a reward is not within [0, 1].
@@ -114,8 +120,12 @@ def judge(traffic: Mapping[str, Traffic], rule: Rule) -> Judged:
         [np.array([g.reward for g in getattr(t, role)]) for t in counted.values()] for role in ("new", "old")
     )
     weights = np.array([rule.weights[env] for env in counted])
-    high = upper_bound(new, old, weights, rule.alpha)
-    low = -upper_bound(old, new, weights, rule.alpha)
+    if wealths is None:
+        ours, theirs = ([_Wealths.of(x) for x in side] for side in (new, old))
+    else:
+        ours, theirs = ([wealths[env, role] for env in counted] for role in ("new", "old"))
+    high = _upper_bound(ours, theirs, weights, rule.alpha)
+    low = -_upper_bound(theirs, ours, weights, rule.alpha)
     both = [i for i in range(len(weights)) if new[i].size and old[i].size]
     shares = weights[both] / weights[both].sum() if both else weights[both]
     means = np.array([new[i].mean() - old[i].mean() for i in both])
@@ -136,10 +146,26 @@ def upper_bound(new: Sequence[Floats], old: Sequence[Floats], weights: Floats, a
         weights: [environments].
         alpha: one-sided error.
     """
+    return _upper_bound([_Wealths.of(x) for x in new], [_Wealths.of(y) for y in old], weights, alpha)
+
+
+@dataclass(frozen=True)
+class _Wealths:
+    """The log wealth against each mean: that the true one is above it, and that it is below."""
+
+    above: Floats
+    below: Floats
+
+    @classmethod
+    def of(cls, values: Floats) -> _Wealths:
+        return cls(log_wealth(values), log_wealth(1 - values)[::-1])
+
+
+def _upper_bound(new: Sequence[_Wealths], old: Sequence[_Wealths], weights: Floats, alpha: float) -> float:
     total = np.log(1 / alpha) / _MULTIPLIERS
     for weight, x, y in zip(weights, new, old, strict=True):
-        # Against large means of the new one: bets that its mean is below m, mirrored. Against small means of the old.
-        for sign, wealth in ((1, log_wealth(1 - x)[::-1]), (-1, log_wealth(y))):
+        # Against large means of the new one: bets that its mean is below m. Against small means of the old.
+        for sign, wealth in ((1, x.below), (-1, y.above)):
             with np.errstate(invalid="ignore"):
                 gain = sign * weight * _MEANS[None, :] - wealth[None, :] / _MULTIPLIERS[:, None]
             total += gain.max(axis=1)
@@ -164,9 +190,14 @@ def log_wealth(values: Floats) -> Floats:
     logs = np.zeros((FRACTIONS.size, _MEANS.size - 1))
     for value, count in zip(found.tolist(), counts.tolist(), strict=True):
         logs += count * _log_gains(value)
+    return _mixed(logs, bool(values.any()))
+
+
+def _mixed(logs: Floats, positive: bool) -> Floats:
+    """Return the log of the mean wealth over all fractions, [means]; `positive`: a value is, so the mean is not 0."""
     top = logs.max(axis=0)
-    positive = top + np.log(np.exp(logs - top).mean(axis=0))
-    return np.concatenate([[np.inf if values.any() else 0.0], positive])
+    mixed = top + np.log(np.exp(logs - top).mean(axis=0))
+    return np.concatenate([[np.inf if positive else 0.0], mixed])
 
 
 @lru_cache(maxsize=64)
@@ -193,15 +224,53 @@ def _verdict(
     return "WATCHING", f"not told apart yet: {bounds}"
 
 
+class _Stream:
+    """The groups of one agent in one environment, followed from look to look: only what is new is bet on."""
+
+    def __init__(self) -> None:
+        self._rewards: dict[str, float] = {}
+        self._above: Floats = np.zeros((FRACTIONS.size, _MEANS.size - 1))
+        self._below = self._above.copy()
+
+    def follow(self, groups: Sequence[Group]) -> _Wealths:
+        """Come from the groups of the look before to these; each difference costs the same, however many there are."""
+        rewards = {group.id: group.reward for group in groups}
+        if not all(0 <= reward <= 1 for reward in rewards.values()):
+            raise ValueError("rewards must be within [0, 1]")
+        if len(rewards) < len(groups):
+            raise Corrupt("A group is counted twice.")
+        for name in self._rewards.keys() | rewards.keys():
+            old, new = self._rewards.get(name), rewards.get(name)
+            if old != new:
+                self._bet(old, -1)
+                self._bet(new, 1)
+        self._rewards = rewards
+        values = np.array(list(rewards.values()))
+        if not values.size:
+            return _Wealths.of(values)
+        return _Wealths(
+            _mixed(self._above, bool(values.any())), _mixed(self._below, bool((1 - values).any()))[::-1]
+        )
+
+    def _bet(self, reward: float | None, sign: int) -> None:
+        if reward is not None:
+            self._above += sign * _log_gains(reward)
+            self._below += sign * _log_gains(1 - reward)
+
+
 def make_record(
-    traffic: Mapping[str, Traffic], rule: Rule, about: Mapping[str, Any]
+    traffic: Mapping[str, Traffic],
+    rule: Rule,
+    about: Mapping[str, Any],
+    wealths: Mapping[tuple[str, str], _Wealths] | None = None,
 ) -> tuple[dict[str, Any], Judged]:
     """Return the evidence of one look, from which `recompute` gives the same bytes again, and what it shows.
 
     Args:
         about: who is compared, since when, where the episodes are from.
+        wealths: as for `judge`.
     """
-    judged = judge(traffic, rule)
+    judged = judge(traffic, rule, wealths)
     groups = {
         env: {
             role: [[g.id, g.reward, g.n] for g in sorted(getattr(found, role), key=lambda g: g.id)]
@@ -235,6 +304,50 @@ def recompute(path: Path, sha256: str) -> Judged:
         NotFound: the record is gone.
         Corrupt: its bytes are not those of the digest, or its groups lead to another result.
     """
+    data = _read(path, sha256)
+    traffic, rule, about = _parts(json.loads(data))
+    again, judged = make_record(traffic, rule, about)
+    if canonical_json(again) != data:
+        raise Corrupt(f"The canary's evidence {path} leads to another result than it says.")
+    return judged
+
+
+class Recomputer:
+    """Judges many looks of canaries again, each as `recompute` does.
+
+    Looks of one canary have mostly the same groups, so each is reached from the one before it: the cost of all grows
+    with the number of groups, not with its square. Sums made in another order differ in the last bits, so a look that
+    does not agree to the byte that way is judged by itself, and only that counts against it.
+    """
+
+    def __init__(self) -> None:
+        self._streams: dict[tuple[int | None, str, str], _Stream] = defaultdict(_Stream)
+
+    def check(self, path: Path, sha256: str) -> None:
+        """Judge one look again; quickest in the order in which they were made.
+
+        Raises:
+            NotFound, Corrupt: as `recompute`; what is no record raises ValueError, KeyError or TypeError.
+        """
+        data = _read(path, sha256)
+        record = json.loads(data)
+        traffic, rule, about = _parts(record)
+        try:
+            wealths = {
+                (env, role): self._streams[record.get("promotion"), env, role].follow(
+                    getattr(traffic.get(env, Traffic()), role)
+                )
+                for env in rule.weights
+                for role in ("new", "old")
+            }
+            agrees = canonical_json(make_record(traffic, rule, about, wealths)[0]) == data
+        except Corrupt:
+            agrees = False
+        if not agrees:
+            recompute(path, sha256)
+
+
+def _read(path: Path, sha256: str) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -243,16 +356,17 @@ def recompute(path: Path, sha256: str) -> Judged:
         ) from None
     if sha256_bytes(data) != sha256:
         raise Corrupt(f"The canary's evidence {path} was changed: its bytes are not those of its digest.")
-    record = json.loads(data)
+    return data
+
+
+def _parts(record: Mapping[str, Any]) -> tuple[dict[str, Traffic], Rule, dict[str, Any]]:
+    """Return the groups, the rule and the rest of a record."""
     traffic = {
         env: Traffic(*(tuple(Group(*row) for row in found[role]) for role in ("new", "old")))
         for env, found in record["groups"].items()
     }
     about = {k: v for k, v in record.items() if k not in ("schema", "rule", "groups", "result")}
-    again, judged = make_record(traffic, Rule(**record["rule"]), about)
-    if canonical_json(again) != data:
-        raise Corrupt(f"The canary's evidence {path} leads to another result than it says.")
-    return judged
+    return traffic, Rule(**record["rule"]), about
 
 
 def _rounded(value: Any) -> Any:

@@ -22,10 +22,10 @@ What = Literal["model deleted", "version deleted", "digest changed", "alias move
 
 @dataclass(frozen=True)
 class Held:
-    """A version as the registry has it: the digest it is tagged with, the logged model whose files it serves."""
+    """A version as the registry has it: the digest it is tagged with, the logged model whose files it serves ("": none's)."""
 
     digest: str | None
-    source: str
+    model: str
 
 
 class Versions(Aliases, Protocol):
@@ -132,7 +132,9 @@ def _look(ledger: Entries, registry: Versions) -> list[Drift]:
 def record(
     ledger: Ledger, found: Sequence[Drift], did: str, trace: Mapping[str, str], by: str
 ) -> Entry | None:
-    """Write what was found and what is done about it; None where it is only reported, and was already.
+    """Write what was found and what is done about it; None where that was written and nothing has changed since.
+
+    So what is only reported, or cannot be put back, is written once and not at every look.
 
     Args:
         did: the policy: "restore", "adopt" or "report".
@@ -140,11 +142,24 @@ def record(
     """
     facts = [{**asdict(drift), "says": drift.says} for drift in found]
     key = digest_json([facts, did])  # not the trace: when the registry last changed tells nothing new
-    last = ledger.last("registry.drift", found[0].office)
-    if did == "report" and last is not None and last.payload["key"] == key:
+    last = _open(ledger, found[0].office)
+    if last is not None and last.payload["key"] == key:
         return None
     payload = {"key": key, "found": facts, "policy": did, "trace": dict(trace), "by": by}
     return ledger.append("registry.drift", found[0].office, payload)
+
+
+def settle(ledger: Ledger, office: Office) -> None:
+    """Write that the registry is as the ledger says again, once after a drift: the same drift later is a new one."""
+    last = _open(ledger, office)
+    if last is not None:
+        ledger.append("registry.settled", office, {"drift": last.seq})
+
+
+def _open(ledger: Entries, office: Office) -> Entry | None:
+    """Return the newest record of drift, None where it is settled."""
+    last, settled = ledger.last("registry.drift", office), ledger.last("registry.settled", office)
+    return None if last is None or (settled is not None and settled.seq > last.seq) else last
 
 
 def adopt(
@@ -191,7 +206,7 @@ def _registered(ledger: Entries, office: Office) -> dict[int, Mapping[str, Any]]
 
 def is_same(there: Held, registered: Mapping[str, Any]) -> bool:
     """Tell whether a version serves the logged model that was registered: after a deletion numbers come again."""
-    return str(registered.get("mlflow", {}).get("model_id", "")) in there.source
+    return bool(there.model == registered.get("mlflow", {}).get("model_id", ""))
 
 
 def _known(

@@ -210,7 +210,8 @@ def promote(
     """
 
     def check(view: LedgerView) -> None:
-        made = _decision(view, decision).payload
+        entry = _decision(view, decision)
+        made = entry.payload
         now = standing(view, office)
         if now.intent is not None:
             raise Conflict(
@@ -234,7 +235,7 @@ def promote(
             raise Conflict(
                 f"The decision {decision[:12]}… was used by {_who(used[-1])}; a decision promotes once."
             )
-        check_decision(made, signature, trust)
+        check_decision(entry, signature, trust)
         if made["verdict"] != "PASS":
             raise Refused(
                 f"The gate said {made['verdict']} to {office}/{version}: {' '.join(made['reasons'])}"
@@ -368,10 +369,10 @@ def record_answer(
                     f"The decision has acted already in {_who(used[-1])}; `forebay rollback` undoes it."
                 )
             return
-        made = _decision(view, decision).payload
+        made = _decision(view, decision)
         check_decision(made, signature, trust)
-        if made["verdict"] != "PASS":
-            raise Refused(f"The gate said {made['verdict']}; an approval cannot overrule it.")
+        if made.payload["verdict"] != "PASS":
+            raise Refused(f"The gate said {made.payload['verdict']}; an approval cannot overrule it.")
         _refuse_rejected(view, decision, trust)
 
     return ledger.append(_WORDS[kind], subject, payload, check)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import sys
@@ -38,6 +39,7 @@ from tasks.promotion.promote import Office
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, LoggedModel, Run
+    from mlflow.entities.model_registry import ModelVersion
 
 DIGEST_TAG = "forebay.digest"
 KEY_TAG = "forebay.key"
@@ -45,6 +47,8 @@ _DECISIONS = "decision"  # folder of a run's artifacts
 _AUDITS = "audit"
 _GATE, _AUDIT = "Gate:", "Audit:"
 _OURS = (_GATE, _AUDIT)  # how the paragraphs of a description begin that Forebay wrote
+_MODELS = "models:/"
+_MODEL_ID = re.compile(r"m-[0-9a-f]+")
 _FLUSH_SECONDS = 5.0
 _FLUSH_METRICS = 500  # MLflow takes at most 1000 in one batch
 
@@ -212,28 +216,37 @@ class Registry:
         An agent is a Hugging Face folder, and plain MLflow loads it with transformers.
 
         The files are hard-linked into the logged model where it lies on the same file system, else copied or
-        uploaded. A crash at any point leaves nothing that a second call does not complete.
+        uploaded. A crash at any point leaves nothing that a second call does not complete. Tags prove nothing, as
+        anybody can write them: a logged model that is there already is taken up again only if it is of the same run
+        and, its files written anew, holds those of `digest` and no others; a version only if it serves that one.
 
         Args:
             digest: of the files (`digest_files`).
             metrics: tied to the logged model and to `dataset`; kept only where there is a run.
-            among: logged models that may be taken up again; any that carries the digest by default. A digest is a
-                tag, which anybody can write.
+            among: logged models that may be taken up again; any by default.
         """
         with self._lock("mlflow-register"):
-            found = self.find(digest, among)
-            if found is not None:
-                return found
-            model = self._logged_model(digest, run_id, params or {}, tags or {}, among)
-            ready = str(model.status) == "READY"
-            if not ready or not self._filled(model):
+            model = self._taken_up(files, digest, run_id, among)
+            if model is None:
+                model = self._client.create_logged_model(
+                    self._experiment(f"{self.office}s"),
+                    name=self.office,
+                    source_run_id=run_id,
+                    tags={**_texts(tags or {}), DIGEST_TAG: digest},
+                    params=_texts(params or {}),
+                    model_type=self.office,
+                )
                 self._fill(model, files)
-            if not ready:
+            if str(model.status) != "READY":
                 if run_id is not None:
                     self._tie(model, run_id, metrics or {}, dataset)
                 self._client.finalize_logged_model(model.model_id, "READY")
             with _existing_ignored():
                 self._client.create_registered_model(self.office)
+            for version in self._versions_of(digest):
+                same_run = (version.run_id or None) == run_id
+                if same_run and self._model_of(version.source or "") == model.model_id:
+                    return Registered(int(version.version), model.model_id, run_id)
             # A database store looks model ids up through the process-wide tracking URI, which is not ours.
             local = self._is_database
             version = self._client.create_model_version(
@@ -245,18 +258,12 @@ class Registry:
             )
             return Registered(int(version.version), model.model_id, run_id)
 
-    def find(self, digest: str, among: Collection[str] | None = None) -> Registered | None:
-        """Return the version with this digest (that serves a logged model `among` these), None where there is none."""
-        versions = self._client.search_model_versions(
-            f"name = '{self.office}' AND tags.`{DIGEST_TAG}` = '{digest}'"
-        )
-        for found in sorted(versions, key=lambda v: int(v.version)):
-            source, run_id = found.source or "", found.run_id or None
-            if among is None:
-                return Registered(int(found.version), found.tags.get("forebay.model", ""), run_id)
-            if model := next((model for model in among if model in source), None):
-                return Registered(int(found.version), model, run_id)
-        return None
+    def find(self, digest: str) -> Registered | None:
+        """Return the first version that is tagged with this digest, None where there is none."""
+        found = next(iter(self._versions_of(digest)), None)
+        if found is None:
+            return None
+        return Registered(int(found.version), found.tags.get("forebay.model", ""), found.run_id or None)
 
     def note(self, run_id: str, metrics: Mapping[str, float]) -> None:
         """Add single values to a run, ended or not."""
@@ -278,7 +285,9 @@ class Registry:
             token = None
             while True:
                 page = self._client.search_model_versions(f"name = '{self.office}'", page_token=token)
-                found |= {int(v.version): Held(v.tags.get(DIGEST_TAG), v.source or "") for v in page}
+                found |= {
+                    int(v.version): Held(v.tags.get(DIGEST_TAG), self._model_of(v.source or "")) for v in page
+                }
                 token = page.token
                 if not token:
                     return found
@@ -289,21 +298,15 @@ class Registry:
 
         What a server keeps itself is downloaded for it.
         """
-        from mlflow.artifacts import download_artifacts
         from mlflow.exceptions import MlflowException
 
         try:
             source = self._client.get_model_version(self.office, str(version)).source or ""
-            if source.startswith("models:/"):
-                source = self._client.get_logged_model(source.removeprefix("models:/")).artifact_location
-            place = urlsplit(source)
-            if place.scheme in ("", "file"):
-                return digest_files(digest_tree(Path(url2pathname(place.path)) / "model"))
-            with TemporaryDirectory() as folder:
-                got = download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=self.uri)
-                return digest_files(digest_tree(Path(got) / "model"))
-        except (MlflowException, OSError):
+            if source.startswith(_MODELS):
+                source = self._client.get_logged_model(source.removeprefix(_MODELS)).artifact_location
+        except MlflowException:
             return None
+        return self._held_digest(source)
 
     def trace(self) -> dict[str, str]:
         """Return what MLflow knows of the last change of the registered model: when, and sometimes who."""
@@ -472,36 +475,53 @@ class Registry:
         )
         return runs[0] if runs else None
 
-    def _logged_model(
-        self,
-        digest: str,
-        run_id: str | None,
-        params: Mapping[str, Any],
-        tags: Mapping[str, str],
-        among: Collection[str] | None,
-    ) -> LoggedModel:
-        experiment = self._experiment(f"{self.office}s")
-        found = self._client.search_logged_models([experiment], f"tags.`{DIGEST_TAG}` = '{digest}'")
-        for model in found:
-            if among is None or model.model_id in among:
-                return model
-        return self._client.create_logged_model(
-            experiment,
-            name=self.office,
-            source_run_id=run_id,
-            tags={**_texts(tags), DIGEST_TAG: digest},
-            params=_texts(params),
-            model_type=self.office,
+    def _versions_of(self, digest: str) -> list[ModelVersion]:
+        found = self._client.search_model_versions(
+            f"name = '{self.office}' AND tags.`{DIGEST_TAG}` = '{digest}'"
         )
+        return sorted(found, key=lambda v: int(v.version))
 
-    def _filled(self, model: LoggedModel) -> bool:
-        """Tell whether the files are still there: whoever deletes a version may have cleaned up behind it."""
-        place = urlsplit(model.artifact_location)
-        if place.scheme in ("", "file"):
-            return (Path(url2pathname(place.path)) / "MLmodel").exists()
-        return any(
-            item.path == "MLmodel" for item in self._client.list_logged_model_artifacts(model.model_id)
-        )
+    def _model_of(self, source: str) -> str:
+        """Return the logged model whose files a version's source is, exactly; "" where it is none's.
+
+        A folder may have any name, so the name of one only says which logged model to ask where its files are.
+        """
+        if source.startswith(_MODELS):
+            return source.removeprefix(_MODELS)
+        for part in urlsplit(source).path.split("/"):
+            if _MODEL_ID.fullmatch(part):
+                with _absent_ignored():
+                    if self._client.get_logged_model(part).artifact_location == source:
+                        return part
+        return ""
+
+    def _taken_up(
+        self, files: Path, digest: str, run_id: str | None, among: Collection[str] | None
+    ) -> LoggedModel | None:
+        """Return a logged model that an earlier call left, complete and proven to hold the files of `digest`."""
+        experiment = self._experiment(f"{self.office}s")
+        for model in self._client.search_logged_models([experiment], f"tags.`{DIGEST_TAG}` = '{digest}'"):
+            allowed = among is None or model.model_id in among
+            if allowed and (model.source_run_id or None) == run_id:
+                self._fill(model, files)
+                if self._held_digest(model.artifact_location) == digest:
+                    return model
+        return None
+
+    def _held_digest(self, location: str) -> str | None:
+        """Return the digest of the files that a logged model's place holds, None where they cannot be read."""
+        from mlflow.artifacts import download_artifacts
+        from mlflow.exceptions import MlflowException
+
+        place = urlsplit(location)
+        try:
+            if place.scheme in ("", "file"):
+                return digest_files(digest_tree(Path(url2pathname(place.path)) / "model"))
+            with TemporaryDirectory() as folder:
+                got = download_artifacts(artifact_uri=location, dst_path=folder, tracking_uri=self.uri)
+                return digest_files(digest_tree(Path(got) / "model"))
+        except (MlflowException, OSError):
+            return None
 
     def _fill(self, model: LoggedModel, files: Path) -> None:
         place = urlsplit(model.artifact_location)

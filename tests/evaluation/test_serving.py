@@ -17,6 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from tasks.core.digest import digest_json
 from tasks.evaluation.serving import Serving, _serve, measure, serving_evidence
+from tasks.promotion.evidence.item import FileRef
+from tasks.promotion.evidence.serving import serving_evidence as weigh
+from tasks.promotion.policy import Policy
 from tests.tiny import make_tiny_model
 
 PROMPTS = ["gcd of 4, 6:", "1 + 1 ="]
@@ -114,6 +117,16 @@ def test_an_agent_that_cannot_be_loaded_is_a_result_and_a_pickle_is_never_loaded
     found = measure(folder, PROMPTS)
     assert (found.ok, found.fault) == (False, "agent")
     assert "cannot be read" in found.problem
+
+
+def test_a_gpu_that_is_not_there_is_the_machine_s_fault_and_no_verdict(tiny, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = measure(tiny, PROMPTS, device="cuda")
+    assert (found.ok, found.fault) == (False, "machine")
+    assert "sees no GPU" in found.problem
+    source = FileRef("serving/x.json", "0" * 64)
+    item = weigh(serving_evidence(found, found, PROMPTS, device="cuda"), source, Policy())
+    assert (item.verdict, item.counts) == ("INCONCLUSIVE", True)
 
 
 def test_weights_that_are_no_numbers_are_the_agent_s_fault(tmp_path, tiny):

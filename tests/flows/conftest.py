@@ -51,9 +51,10 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return teach(path, lines, steps=80, learning_rate=4e-3)
 
 
-def lay_workspace(folder: Path, base: Path) -> Context:
+def lay_workspace(folder: Path, base: Path, **changes: object) -> Context:
     folder.mkdir(parents=True)
-    settings = Settings.model_validate(yaml.safe_load(PARAMS.format(base=base, env=ENVIRONMENT)))
+    params = yaml.safe_load(PARAMS.format(base=base, env=ENVIRONMENT))
+    settings = Settings.model_validate({**params, **changes})
     (folder / "params.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     (folder / "policy.yaml").write_text(POLICY)
     return init_workspace(folder)

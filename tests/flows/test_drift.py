@@ -15,12 +15,13 @@ from flows.registry import reconcile_registry
 from flows.rewards import register_untrained
 from flows.status import status
 from tasks.core.digest import digest_files, digest_tree
-from tasks.core.errors import NotFound
+from tasks.core.errors import Corrupt, NotFound
 from tasks.core.settings import JudgeModel, VerifierModel
 from tasks.promotion.promote import champion, places
 from tests.flows.conftest import ENVIRONMENT, forebay, lay_workspace, loads, register_rival
 from tests.flows.test_bad_input import says
 from tests.flows.test_keys import judge
+from tests.promotion.support import mlflow_server
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_a_changed_digest_tag_is_set_right_and_a_stranger_is_never_taken_for_the
     client.delete_model_version("agent", "2")
     model = context.agent("champion").payload["mlflow"]["model_id"]
     client.create_model_version("agent", stranger.as_uri(), tags={"forebay.digest": digest})
-    named = context.workspace.root / model
+    named = context.workspace.root / model / "artifacts"
     shutil.copytree(stranger, named)
     client.create_model_version("agent", named.as_uri(), tags={"forebay.digest": digest})
     assert reconcile_registry(context)["did"] == ["agent/2 is registered again, now MLflow's version 5"]
@@ -158,9 +159,32 @@ def test_a_version_that_cannot_be_put_back_leaves_the_others_as_they_should_be(c
     spoil(context, "1")
     context.registry._client.delete_model_version("agent", "1")
     context.registry.delete_alias("champion")
-    (line,) = reconcile_registry(context)["did"]
-    assert line.startswith("agent/1 cannot be put back:")
-    assert context.registry.aliases() == {"champion": 2}
+    for _ in range(4):
+        (line,) = reconcile_registry(context)["did"]
+        assert line.startswith("agent/1 cannot be put back:")
+        assert context.registry.aliases() == {"champion": 2}
+    told = [[d["says"] for d in entry.payload["found"]] for entry in context.ledger.entries("registry.drift")]
+    gone, alias = "agent/1 (version 1) was deleted", "the alias champion (agent/2) was deleted"
+    assert told == [[gone, alias], [gone]]  # and no more while nothing changes
+
+
+def test_the_same_drift_after_it_was_put_right_is_a_new_one(context: Context):
+    for times in (1, 2):
+        context.registry.set_alias("champion", 1)
+        reconcile_registry(context)
+        assert len(context.ledger.entries("registry.drift")) == times
+    head = context.ledger.head()
+    reconcile_registry(context)
+    assert context.ledger.head() == head
+
+
+def test_a_champion_that_cannot_be_put_back_is_recorded_once(context: Context):
+    spoil(context, "2")
+    context.registry._client.delete_model_version("agent", "2")
+    for _ in range(2):
+        with pytest.raises(Corrupt):
+            reconcile_registry(context)
+    assert len(context.ledger.entries("registry.drift")) == 1
 
 
 def test_an_agent_whose_files_changed_is_not_adopted_and_the_alias_goes_back(context: Context):
@@ -225,6 +249,11 @@ def test_by_the_policy_drift_is_only_reported_and_once(context: Context):
         assert "Nothing was changed; the policy is registry.on_drift: report." in done.stdout
     assert context.registry.aliases()["champion"] == 1
     assert len(context.ledger.entries("registry.drift")) == 1
+    context.registry.set_alias("champion", 2)  # by hand, and wrong again
+    reconcile_registry(context)
+    context.registry.set_alias("champion", 1)
+    reconcile_registry(context)
+    assert len(context.ledger.entries("registry.drift")) == 2
 
 
 def test_a_change_that_was_cut_short_is_no_drift(context: Context):
@@ -234,3 +263,31 @@ def test_a_change_that_was_cut_short_is_no_drift(context: Context):
     assert result["drift"] == []
     assert [change["kind"] for change in result["finished"]] == ["rollback.committed"]
     assert digest_files(context.agent("champion").payload["files"]) == context.agent("1").payload["digest"]
+
+
+@pytest.mark.server
+def test_a_deleted_version_comes_back_through_a_server_that_keeps_the_files(tmp_path: Path, tiny_base: Path):
+    """What the server serves is downloaded and hashed; a file that was changed there is written anew."""
+    with mlflow_server(tmp_path) as uri:
+        context = lay_workspace(tmp_path / "ws", tiny_base, stores={"mlflow": uri})
+        registry, agent = context.registry, context.agent("1").payload
+        assert registry.served(1) == agent["digest"]
+        assert registry.versions()[1].model == agent["mlflow"]["model_id"]
+        registry._client.delete_model_version("agent", "1")
+        (kept,) = (tmp_path / "kept").rglob("model/config.json")
+        kept.write_text("{}")
+        result = reconcile_registry(context)
+        assert result["did"] == ["agent/1 is registered again, now MLflow's version 2"]
+        restored = context.ledger.last("agent.restored").payload["mlflow"]
+        assert restored["model_id"] == agent["mlflow"]["model_id"]
+        assert registry.served(2) == agent["digest"]
+        assert registry.aliases() == {"champion": 2}
+        # A file that nobody registered cannot be taken away through the server: a new logged model takes its place.
+        registry._client.delete_model_version("agent", "2")
+        (kept.parent / "extra.json").write_text("{}")
+        assert registry.served(2) is None
+        reconcile_registry(context)
+        again = context.ledger.last("agent.restored").payload["mlflow"]
+        assert again["model_id"] != agent["mlflow"]["model_id"]
+        assert registry.served(again["version"]) == agent["digest"]
+        assert reconcile_registry(context)["drift"] == []

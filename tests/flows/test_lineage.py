@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ class Raw:
     def read(cls, root: Path) -> Raw:
         raw = cls(root)
         with sqlite3.connect(root / ".forebay" / "ledger.db") as database:
-            entries = database.execute("SELECT kind, subject, payload, time FROM ledger ORDER BY seq").fetchall()
+            entries = database.execute(
+                "SELECT kind, subject, payload, time FROM ledger ORDER BY seq"
+            ).fetchall()
         for kind, subject, text, when in entries:
             payload = json.loads(text)
             if kind == "agent.registered":
@@ -112,7 +115,10 @@ def chain(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Context:
     assert "{base}" in PARAMS
     context = lay_workspace(root, tiny_base)
     (root / "policy.yaml").write_text(POLICY)
-    overrides = [f"{name}={yaml.safe_dump(value, default_flow_style=True).strip().removesuffix('...').strip()}" for name, value in SETTINGS.items()]
+    overrides = [
+        f"{name}={yaml.safe_dump(value, default_flow_style=True).strip().removesuffix('...').strip()}"
+        for name, value in SETTINGS.items()
+    ]
     for generation in range(GENERATIONS):
         context = Context.open(root, [*overrides, f"seed={generation}"])
         cycle = open_cycle(context, "always")
@@ -137,9 +143,15 @@ def agents(found: Lineage) -> set[str]:
 def test_descendants_of_every_agent_dataset_and_shard(chain: Context, raw: Raw):
     ask = (chain.ledger, chain.workspace)
     for agent in raw.agents:
-        assert agents(descendants(*ask, agent)) == raw.shaped(lambda a, agent=agent: a == agent, lambda d: False)
+        assert agents(descendants(*ask, agent)) == raw.shaped(
+            lambda a, agent=agent: a == agent, lambda d: False
+        )
     for name, payload in raw.datasets.items():
-        later = {n for n, d in raw.datasets.items() if set(map(str, payload["shards"])) <= set(map(str, d["shards"]))}
+        later = {
+            n
+            for n, d in raw.datasets.items()
+            if set(map(str, payload["shards"])) <= set(map(str, d["shards"]))
+        }
         expected = raw.shaped(lambda a: False, lambda d, later=later: d in later)
         assert agents(descendants(*ask, f"dataset:{name}")) == expected
     for shard in raw.rows:
@@ -158,15 +170,24 @@ def test_descendants_of_every_episode_group_and_prompt_are_exact_to_the_row(chai
         seen = {group: (episode, prompt) for episode, group, prompt in zip(*columns, strict=True)}
         for group, (episode, prompt) in seen.items():
             runs = {run for run, used in raw.used.items() if group in used}
-            expected = raw.shaped(lambda a, runs=runs: raw.agents[a]["parents"]["run"] in runs, lambda d: False)
+            expected = raw.shaped(
+                lambda a, runs=runs: raw.agents[a]["parents"]["run"] in runs, lambda d: False
+            )
             found = descendants(*ask, f"group:{group}")
             assert agents(found) == expected
             assert agents(descendants(*ask, f"episode:{episode}")) == expected
             assert found.nodes[found.root].facts["groups"] == 1
             narrower += expected != agents(descendants(*ask, f"shard:{shard}"))
-            same = {g for t in raw.rows.values() for g, p in zip(t["group_id"].to_pylist(), t["prompt_sha256"].to_pylist(), strict=True) if p == prompt}
+            same = {
+                g
+                for t in raw.rows.values()
+                for g, p in zip(t["group_id"].to_pylist(), t["prompt_sha256"].to_pylist(), strict=True)
+                if p == prompt
+            }
             runs = {run for run, used in raw.used.items() if used & same}
-            expected = raw.shaped(lambda a, runs=runs: raw.agents[a]["parents"]["run"] in runs, lambda d: False)
+            expected = raw.shaped(
+                lambda a, runs=runs: raw.agents[a]["parents"]["run"] in runs, lambda d: False
+            )
             assert agents(descendants(*ask, f"prompt:{prompt}")) == expected
     assert narrower  # some group was sealed and never learnt from, else this test shows nothing
 
@@ -176,7 +197,9 @@ def test_ancestors_reach_back_through_all_generations(chain: Context, raw: Raw):
     found = lineage(chain.ledger, chain.workspace, newest)
     assert agents(found) == set(raw.agents)
     assert {key for kind, key in found.nodes if kind == "shard"} == set(raw.rows)
-    assert {key for kind, key in found.nodes if kind == "environment"} == {f"{ENVIRONMENT}@{found_version(raw)}"}
+    assert {key for kind, key in found.nodes if kind == "environment"} == {
+        f"{ENVIRONMENT}@{found_version(raw)}"
+    }
     assert {key for kind, key in found.nodes if kind == "run"} == set(raw.runs)
     assert all(node.known for node in found.nodes.values())
 
@@ -190,9 +213,15 @@ def test_source_and_licence(chain: Context, raw: Raw):
     table = pa.concat_tables(raw.rows.values())
     for word, column in (("source", "source"), ("licence", "licence")):
         for value in set(table[column].to_pylist()):
-            groups = {g for g, v in zip(table["group_id"].to_pylist(), table[column].to_pylist(), strict=True) if v == value}
+            groups = {
+                g
+                for g, v in zip(table["group_id"].to_pylist(), table[column].to_pylist(), strict=True)
+                if v == value
+            }
             runs = {run for run, used in raw.used.items() if used & groups}
-            expected = raw.shaped(lambda a, runs=runs: raw.agents[a]["parents"]["run"] in runs, lambda d: False)
+            expected = raw.shaped(
+                lambda a, runs=runs: raw.agents[a]["parents"]["run"] in runs, lambda d: False
+            )
             found = find(chain.ledger, chain.workspace, f"{word}:{value}")
             assert set(found.agents) == expected
             assert found.node.facts["groups"] == len(groups)
@@ -219,13 +248,15 @@ def test_diff_and_path(chain: Context, raw: Raw):
     assert "code" in found.same
     assert "packages" in found.same
     assert found.data["shared"]["rows"] == raw.datasets["main/v1"]["rows"]
-    assert found.data["second only"]["rows"] == raw.datasets["main/v3"]["rows"] - raw.datasets["main/v1"]["rows"]
+    assert (
+        found.data["second only"]["rows"] == raw.datasets["main/v3"]["rows"] - raw.datasets["main/v1"]["rows"]
+    )
     way = path(chain.ledger, chain.workspace, "agent/1", "agent/4")
     assert way.root == ("agent", "agent/4")
     assert list(way.nodes)[-1] == ("agent", "agent/1")
     steps = list(way.nodes)
     pairs = {(edge.source, edge.target) for edge in way.edges}
-    assert all(step in pairs for step in zip(steps, steps[1:], strict=False))
+    assert all(step in pairs for step in pairwise(steps))
 
 
 def test_on_the_command_line(chain: Context, raw: Raw):
@@ -248,10 +279,14 @@ def test_a_lost_list_of_groups_is_named_and_the_indices_can_be_lost(chain: Conte
     group = next(iter(raw.rows.values()))["group_id"].to_pylist()[0]
     before = agents(descendants(*ask, f"group:{group}"))
     for database in (chain.workspace.state / "lineage.db", chain.workspace.state / "replay" / "main.db"):
-        database.write_bytes(b"SQLite format 3\x00" + b"rubbish" * 1000) if database.name == "lineage.db" else database.unlink()
+        database.write_bytes(
+            b"SQLite format 3\x00" + b"rubbish" * 1000
+        ) if database.name == "lineage.db" else database.unlink()
     assert agents(descendants(*ask, f"group:{group}")) == before
     run = next(run for run, used in raw.used.items() if group in used) if before else next(iter(raw.used))
-    kept = next(e for e in chain.ledger.entries("run.finished") if e.subject == run).payload["outputs"]["groups"]
+    kept = next(e for e in chain.ledger.entries("run.finished") if e.subject == run).payload["outputs"][
+        "groups"
+    ]
     file = chain.workspace.root / kept["path"]
     data = file.read_bytes()
     file.write_bytes(data.replace(b"\n", b"\n0", 1))

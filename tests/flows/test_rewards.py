@@ -26,12 +26,14 @@ from flows.scoring import _claim, require_valid_reward, rescored, resting_on
 from flows.training import train_agent, train_and_validate_reward_model
 from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
 from tasks.core.errors import Conflict, Corrupt, Refused
+from tasks.lineage.graph import lineage
 from tasks.promotion.policy import Policy
 from tasks.replay.seal import find
 from tasks.reward.folder import training_prompts
 from tasks.reward.preferences import prompt_digests
 from tests.flows.conftest import ENVIRONMENT, PROJECT, forebay, lay_workspace, loads
 from tests.flows.test_bad_input import says
+from tests.lineage.test_render import drawn
 from tests.models.test_reward_classifier import make_tiny_encoder
 from tests.reward.report import make_report, sure_margins
 
@@ -73,7 +75,14 @@ def comparisons(path: Path, n: int = 60) -> Path:
     return path
 
 
-def validated(context: Context, registered: dict, verdict: str, days: float = 0.0, dataset: str = "") -> None:
+def validated(
+    context: Context,
+    registered: dict,
+    verdict: str,
+    days: float = 0.0,
+    dataset: str = "",
+    policy: dict | None = None,
+) -> None:
     """Record a validation whose report is judged so: only margins, and a policy that asks for nothing else."""
     right = {"PASS": 0.9, "FAIL": 0.5, "INCONCLUSIVE": 0.62}[verdict]
     source = {"kind": registered["kind"], "digest": registered["digest"]}
@@ -92,7 +101,7 @@ def validated(context: Context, registered: dict, verdict: str, days: float = 0.
             "ece": 0.0,
             "path": registered["path"],
             "time": (datetime.now(UTC) - timedelta(days=days)).isoformat(),
-            "policy": None,
+            "policy": policy,
             "evidence": {"path": context.workspace.relative(path), "sha256": sha256_bytes(data)},
         },
     )
@@ -346,7 +355,15 @@ def test_an_office_of_its_own_from_decision_to_rollback(
     done = run(root, "reward", "decide", "reward/1", "--json")
     assert (done.returncode, json.loads(done.stdout)["verdict"]) == (5, "FAIL")
     says(run(root, "reward", "promote", "reward/1"), 5, "said FAIL to reward/1")
-    validated(laid, head, "PASS")
+    validated(laid, head, "PASS")  # asked again on the same data: the FAIL stands, as it does for training
+    done = run(root, "reward", "decide", "reward/1", "--json")
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["verdict"]) == (5, "FAIL")
+    assert "failed on data no older than that of its newest validation" in told["reasons"][0]
+    says(run(root, "reward", "promote", "reward/1"), 5, "said FAIL to reward/1")
+    collect_into_segment(laid)
+    newer = loads(run(root, "seal", "--json"))
+    validated(laid, head, "PASS", dataset=newer["root"], policy={"version": 1})
     decision = loads(run(root, "reward", "decide", "reward/1", "--json"))
     page = page_of(laid, decision).read_text()
     assert "forebay reward promote reward/1" in page
@@ -373,6 +390,8 @@ def test_an_office_of_its_own_from_decision_to_rollback(
     assert (again["decision"], again["signed_by"]) == (told["decision"], "service")
     assert loads(run(root, "reward", "promote", name, "--json"))["from"] == 1
     assert registry.aliases()["champion"] == second["mlflow"]["version"]
+    shown = drawn(lineage(laid.ledger, laid.workspace, name))
+    assert ("over reward/1 by" in shown, "over agent/" in shown) == (True, False)
     says(run(root, "reward", "promote", name), 4, "champion already")
     assert loads(run(root, "reward", "rollback", "--json"))["to"] == 1
     assert reward(laid, "champion").subject == "reward/1"
@@ -389,8 +408,7 @@ def test_an_office_of_its_own_from_decision_to_rollback(
 def test_lineage_and_verify_reach_from_a_scored_dataset_to_the_backbone(
     laid: Context, head: dict, scored: dict
 ):
-    from tasks.lineage.graph import lineage
-    from tasks.lineage.render import to_json, to_tree
+    from tasks.lineage.render import to_json
     from tasks.lineage.verify import verify
 
     found = lineage(laid.ledger, laid.workspace, "dataset:scored")
@@ -403,7 +421,6 @@ def test_lineage_and_verify_reach_from_a_scored_dataset_to_the_backbone(
     assert found.nodes["source", "reward/1"].digest == head["digest"]
     assert lineage(laid.ledger, laid.workspace, head["digest"][:12]).root == ("source", "reward/1")
     assert to_json(found)["nodes"]
-    to_tree(found)
     for ref in ("reward/1", "reward@candidate", "dataset:scored"):
         report = verify(laid.ledger, laid.workspace, ref)
         assert report.ok, report.problems

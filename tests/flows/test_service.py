@@ -194,6 +194,11 @@ def test_the_way_back_is_rehearsed_and_pinned(context: Context):
     assert entry.payload["answer_seconds"] > 0
     assert "serves after" in forebay(root, "status").stdout
     assert rehearse(context, always=False) == entry.payload  # within a day: found again
+    assert entry.payload["registry"] == ""
+    context.registry._client.delete_model_version("agent", "1")
+    again = rehearse(context, always=False)
+    assert (again["ok"], again["registry"][:33]) == (True, "MLflow lacks agent/1 (its version")
+    assert "MLflow lacks agent/1" in forebay(root, "status").stdout
     agent = context.agent("1").payload
     weights = root / agent["path"] / "model.safetensors"
     weights.unlink()  # somebody tidies up; the pin brings it back

@@ -7,7 +7,8 @@ import pytest
 
 from tasks.core.digest import sha256_bytes
 from tasks.core.errors import Corrupt, NotFound, UsageError
-from tasks.lineage.graph import Lineage, lineage
+from tasks.lineage.graph import lineage
+from tasks.lineage.types import Lineage
 from tests.lineage.world import PaperWorld, World
 
 COUNTED = {"agent", "run", "dataset", "shard", "decision"}

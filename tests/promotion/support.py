@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from urllib.request import urlopen
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -117,3 +126,30 @@ def json_file(evidence: Path, kind: str, content: dict) -> FileRef:
     name = f"{kind}/{sha256_bytes(data)}.json"
     write_atomic(evidence / name, data)
     return FileRef(name, sha256_bytes(data))
+
+
+@contextmanager
+def mlflow_server(root: Path) -> Iterator[str]:
+    """A real MLflow server on root/mlflow.db that keeps the files itself, under root/kept; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["--backend-store-uri", f"sqlite:///{root / 'mlflow.db'}", "--host", "127.0.0.1"]
+    arguments += ["--port", str(port), "--artifacts-destination", str(root / "kept"), "--workers", "1"]
+    with (root / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *arguments],
+            cwd=root, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                if urlopen(f"{uri}/health", timeout=1).status == 200:
+                    break
+            except OSError:
+                time.sleep(0.2)
+        yield uri
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=30)

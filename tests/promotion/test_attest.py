@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 
 import pytest
 
 from tasks.core.dsse import sign
-from tasks.core.errors import Conflict, Corrupt, Refused, UsageError
+from tasks.core.errors import Conflict, Corrupt, NotFound, Refused, UsageError
 from tasks.core.keys import Trust, trusted
 from tasks.promotion.attest import (
     Unsigned,
     answer_payload,
     check_answer,
+    check_decision,
+    read_signature,
     read_statement,
     sign_decision,
     signature_of,
@@ -28,7 +31,9 @@ from tests.promotion.support import (
     add_decision,
     decision_payload,
     envelope,
+    files_digest,
     open_ledger,
+    record_agent,
 )
 
 
@@ -158,6 +163,17 @@ def test_a_decision_without_signature_is_told_how_to_get_one(world):
     ledger.append("decision.made", "agent/2", payload)
     with pytest.raises(Unsigned, match="`forebay decision replay agent/2 --sign`"):
         go(ledger, registry, payload["decision"], signature=b"none")
+
+
+def test_a_reward_model_s_unsigned_decision_is_told_its_own_command(world, tmp_path):
+    ledger, _, _ = world
+    record_agent(ledger, 2, files_digest(2), "reward")
+    made = ledger.append("decision.made", "reward/2", decision_payload(2, 1))
+    with pytest.raises(Unsigned, match="`forebay reward decide reward/2`"):
+        check_decision(made, None, TRUST)
+    named = replace(made, payload={**made.payload, "signature": {"path": "gone.json"}})
+    with pytest.raises(NotFound, match="`forebay reward decide reward/2`"):
+        read_signature(tmp_path, named)
 
 
 def test_json_that_is_nested_too_deeply_is_no_statement():

@@ -110,7 +110,7 @@ def test_a_number_that_was_given_to_another_version_is_not_taken_for_the_old_one
     assert registry.aliases() == {"champion": 2, "candidate": 3}
     again = {"version": 3, "digest": files_digest(3), "mlflow": {"version": 1, "model_id": "m-3"}}
     ledger.append("agent.restored", "agent/3", again)
-    registry.held = {1: Held(files_digest(3), "models:/m-3"), 2: Held(files_digest(2), "")}
+    registry.held = {1: Held(files_digest(3), "m-3"), 2: Held(files_digest(2), "")}
     registry.set_alias("champion", 1)
     assert [d.known for d in look(ledger, registry) if d.alias == "champion"] == [3]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import pytest
 
@@ -18,7 +19,15 @@ from tasks.core.errors import NotFound, Unavailable
 from tasks.promotion.promote import champion, crown, promote, reconcile, rollback
 from tasks.promotion.registry import DatasetRef, Registered, Registry
 from tests.promotion.conftest import open_registry
-from tests.promotion.support import TRUST, add_decision, envelope, files_digest, open_ledger, record_agent
+from tests.promotion.support import (
+    TRUST,
+    add_decision,
+    envelope,
+    files_digest,
+    mlflow_server,
+    open_ledger,
+    record_agent,
+)
 
 DATA = DatasetRef("main/v1", "a" * 64, "data/replay/main", "0123abc", "d41d8.dir")
 REPOSITORY = Path(__file__).parents[2]
@@ -26,6 +35,13 @@ REPOSITORY = Path(__file__).parents[2]
 
 def digest_of(folder: Path) -> str:
     return digest_files(digest_tree(folder))
+
+
+def another(tiny: Path, tmp_path: Path) -> Path:
+    """The same model with a note beside it: another digest."""
+    folder = Path(shutil.copytree(tiny, tmp_path / "another"))
+    (folder / "NOTICE.txt").write_text("another")
+    return folder
 
 
 def trained(registry: Registry, folder: Path, digest: str | None = None) -> Registered:
@@ -119,11 +135,14 @@ def test_weights_are_linked_and_not_copied(registry, tiny):
     assert digest_of(linked[0].parent) == digest_of(tiny)
 
 
-def test_the_same_digest_is_the_same_version_and_another_is_the_next(registry, tiny):
+def test_the_same_digest_is_the_same_version_and_another_is_the_next(registry, tiny, tmp_path):
     first = trained(registry, tiny)
     assert trained(registry, tiny) == first
-    assert registry.register(tiny, "f" * 64).version == 2
-    assert registry.register(tiny, "f" * 64).run_id is None
+    other = another(tiny, tmp_path)
+    assert registry.register(other, digest_of(other)).version == 2
+    assert registry.register(other, digest_of(other)) == Registered(
+        2, registry.find(digest_of(other)).model_id, None
+    )
     assert registry.digest(1) == digest_of(tiny)
     assert registry.digest(7) is None
     assert registry.find("0" * 64) is None
@@ -147,15 +166,71 @@ def test_a_crash_at_any_step_of_registering_makes_no_double(registry, tiny, monk
 
     monkeypatch.setattr(client, step, crash)
     with pytest.raises(KeyboardInterrupt):
-        registry.register(tiny, "e" * 64, run_id=sink.run_id, metrics={"reward": 1.0}, dataset=DATA)
+        registry.register(tiny, digest_of(tiny), run_id=sink.run_id, metrics={"reward": 1.0}, dataset=DATA)
     monkeypatch.undo()
-    agent = registry.register(tiny, "e" * 64, run_id=sink.run_id, metrics={"reward": 1.0}, dataset=DATA)
+    agent = registry.register(
+        tiny, digest_of(tiny), run_id=sink.run_id, metrics={"reward": 1.0}, dataset=DATA
+    )
     assert agent.version == 1
     experiment = client.get_experiment_by_name("agents").experiment_id
     assert [m.model_id for m in client.search_logged_models([experiment])] == [agent.model_id]
     assert str(client.get_logged_model(agent.model_id).status) == "READY"
     assert len(client.search_model_versions("name = 'agent'")) == 1
     assert len(client.get_run(sink.run_id).outputs.model_outputs) == 1
+
+
+def stranger(registry: Registry, files: Path, digest: str, run_id: str | None = None) -> Registered:
+    """What anybody can make in MLflow: a finished logged model and a version, with the tags of another digest."""
+    model = registry._client.create_logged_model(
+        registry._experiment("agents"), name="agent", source_run_id=run_id, tags={"forebay.digest": digest}
+    )
+    registry._fill(model, files)
+    registry._client.finalize_logged_model(model.model_id, "READY")
+    registry._client.create_registered_model("agent")
+    tags = {"forebay.digest": digest, "forebay.model": model.model_id}
+    made = registry._client.create_model_version("agent", model.artifact_location, run_id=run_id, tags=tags)
+    return Registered(int(made.version), model.model_id, run_id)
+
+
+def test_a_version_that_only_carries_the_digest_is_never_adopted(registry, tiny, tmp_path):
+    evil = stranger(registry, another(tiny, tmp_path), digest_of(tiny))
+    mine = registry.register(tiny, digest_of(tiny))
+    assert mine.version == 2
+    assert mine.model_id != evil.model_id
+    assert (registry.served(1), registry.served(2)) == (digest_of(tmp_path / "another"), digest_of(tiny))
+    assert registry.register(tiny, digest_of(tiny)) == mine  # and what is ours is taken up again
+
+
+def test_nor_one_of_another_run_or_of_a_folder_that_has_the_id_in_its_name(registry, tiny, tmp_path):
+    with registry.run("training", "key-1", name="run") as sink:
+        pass
+    other = stranger(registry, tiny, digest_of(tiny))
+    mine = registry.register(tiny, digest_of(tiny), run_id=sink.run_id)
+    assert mine.model_id != other.model_id
+    place = registry._client.get_logged_model(mine.model_id).artifact_location
+    registry._client.delete_model_version("agent", str(mine.version))
+    folder = tmp_path / "evil" / mine.model_id / "artifacts"
+    shutil.copytree(tiny, folder / "model")
+    for source in (folder.as_uri(), str(folder), f"{place}/model", f"file://{tmp_path}/{mine.model_id}"):
+        tags = {"forebay.digest": digest_of(tiny), "forebay.model": mine.model_id}
+        registry._client.create_model_version("agent", source, run_id=sink.run_id, tags=tags)
+    assert {held.model for version, held in registry.versions().items() if version > mine.version} == {""}
+    again = registry.register(tiny, digest_of(tiny), run_id=sink.run_id)
+    assert again == Registered(mine.version + 5, mine.model_id, sink.run_id)
+    assert registry.versions()[again.version].model == mine.model_id
+
+
+def test_what_is_taken_up_again_has_only_what_forebay_laid_out(registry, tiny):
+    """A stranger's MLmodel may name code that MLflow runs when it loads the model."""
+    evil = stranger(registry, tiny, digest_of(tiny))
+    place = Path(
+        url2pathname(urlsplit(registry._client.get_logged_model(evil.model_id).artifact_location).path)
+    )
+    (place / "MLmodel").write_text("flavors: {python_function: {loader_module: evil}}")
+    assert registry.register(tiny, digest_of(tiny)) == evil
+    assert "evil" not in (place / "MLmodel").read_text()
+    (place / "model" / "extra.py").write_text("")
+    assert registry.register(tiny, digest_of(tiny)).version == evil.version + 1
 
 
 def test_a_run_is_taken_up_again_by_its_key(registry):
@@ -279,35 +354,8 @@ def test_nobody_there_is_said_at_once(tmp_path):
 
 @pytest.mark.server
 def test_the_same_through_a_server_that_keeps_the_files(migrated, tiny, tmp_path):
-    import shutil
-    import socket
-
-    shutil.copy(migrated, tmp_path / "server.db")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = [
-        "--backend-store-uri",
-        f"sqlite:///{tmp_path / 'server.db'}",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    arguments += ["--artifacts-destination", str(tmp_path / "kept"), "--workers", "1"]
-    with (tmp_path / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *arguments],
-            cwd=tmp_path, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            try:
-                if urlopen(f"{uri}/health", timeout=1).status == 200:
-                    break
-            except OSError:
-                time.sleep(0.2)
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    with mlflow_server(tmp_path) as uri:
         registry = Registry(uri, tmp_path / "artifacts", tmp_path / "locks")
         registry.prepare()
         agent = trained(registry, tiny)
@@ -319,9 +367,6 @@ def test_the_same_through_a_server_that_keeps_the_files(migrated, tiny, tmp_path
         assert not (tmp_path / "artifacts").exists()
         done = run_python(LOADS, uri, cwd=tmp_path)
         assert "loaded" in done.stdout, done.stderr
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=30)
 
 
 def test_a_decision_is_shown_at_the_run_and_at_the_version_and_again(registry, tiny, tmp_path):
