@@ -93,7 +93,7 @@ def _signature(workspace: Workspace, entry: Entry, trust: Trust | None) -> Signa
 
 def _signer(workspace: Workspace, entry: Entry, trust: Trust) -> TrustedKey:
     if entry.kind == "decision.made":
-        return check_decision(entry.payload, read_signature(workspace.root, entry.payload), trust, entry.seq)
+        return check_decision(entry, read_signature(workspace.root, entry), trust, entry.seq)
     return check_answer(entry, trust, entry.seq)
 
 
