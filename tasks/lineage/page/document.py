@@ -44,6 +44,7 @@ _CURVES = (
 )
 _MADE: tuple[Kind, ...] = ("agent", "source", "run", "dataset", "preferences")
 _POINTS = 240  # of a curve; longer ones are drawn as means of neighbouring steps
+_VERSIONS = 12  # of a dataset that are shown at once; the older ones are folded
 _TOLD = 200  # differences that a page lists one by one
 _PROBLEMS = (  # the order of the groups, and what each means
     ("changed", "Changed: the bytes are not those of the recorded digest"),
@@ -118,6 +119,7 @@ def build(audit: Audit) -> str:
         unlisted=len(audit.lineage.nodes) - len(cards),
         kinds=_kinds(audit),
         versions=_versions(audit),
+        unfolded=_VERSIONS,
         composition=_composition(audit),
         learnt=_learnt(audit),
         settings=_settings(audit),

@@ -63,42 +63,57 @@ def _verification(report: Mapping[str, Any] | None) -> Iterator[Flag]:
 
 
 def _revoked(ledger: Ledger, workspace: Workspace, found: Lineage) -> Iterator[Flag]:
-    """Name each revocation that stands and whose groups a run behind the audited thing learnt from."""
+    """Name each revocation that stands and that shaped the audited thing: a run behind it learnt from one of the groups,
+    or a set of preferences behind it quotes one of the episodes.
+    """
     undone = {e.payload.get("revocation") for e in ledger.entries("data.reinstated")}
     erased = {e.payload.get("revocation") for e in ledger.entries("data.erased")}
     standing = [e for e in ledger.entries("data.revoked") if e.seq not in undone]
-    runs = [ref for ref in _shaping(found) if ref[0] == "run"] if standing else []
+    shaping = _shaping(found) if standing else []
     for entry in standing:
-        what = str(entry.payload.get("what", entry.subject))
-        told = f"{what} was revoked on {entry.time[:10]} by {entry.payload.get('by', 'somebody')} ({entry.payload.get('reason', '')})"
+        p = entry.payload
+        told = f"{p.get('what', entry.subject)} was revoked on {entry.time[:10]} by {p.get('by', 'somebody')} ({p.get('reason', '')})"
         told += ", its bytes erased" if entry.seq in erased else ""
         try:
-            groups = _listed(workspace, entry.payload)
-            learnt = {run: groups & _consumed(ledger, workspace, run) for run in runs}
+            groups, episodes = _listed(workspace, p)
+            learnt = {ref: _used(ledger, workspace, ref, groups, episodes) for ref in shaping}
         except (ForebayError, OSError, ValueError, KeyError, TypeError) as error:
             yield Flag("open", f"{told}; whether this learnt from it cannot be told: {error}.")
             continue
-        by = [run for run in runs if learnt[run]]
+        by = [f"{ref[0]} {ref[1][:12]}" for ref in shaping if learnt[ref]]
         if by:
-            count = len(set().union(*learnt.values()))
-            names = ", ".join(run[1][:12] for run in by)
-            runs_said = f"run {names}" if len(by) == 1 else f"{len(by)} runs ({names})"
-            yield Flag("open", f"{told}; {_count(count, 'group')} of it shaped this through {runs_said}.")
-        elif found.root[0] == "dataset" and groups & _held(workspace, found, groups):
+            used = set().union(*learnt.values())
+            what = [
+                _count(len(part), word)
+                for part, word in ((used & groups, "group"), (used & episodes, "episode"))
+                if part
+            ]
+            yield Flag("open", f"{told}; {' and '.join(what)} of it shaped this through {_few(by)}.")
+        elif found.root[0] == "dataset" and _held(workspace, found, groups):
             yield Flag("open", f"{told}; this dataset holds rows of it, which no run learns from any more.")
 
 
-def _listed(workspace: Workspace, payload: Mapping[str, Any]) -> set[str]:
+def _listed(workspace: Workspace, payload: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+    """Return the groups and episodes that a revocation hit."""
     file = payload["lists"]
     data = (workspace.root / file["path"]).read_bytes()
     if sha256_bytes(data) != file["sha256"]:
         raise ValueError(f"{file['path']} was changed")
-    return set(json.loads(data)["groups"])
+    lists = json.loads(data)
+    return set(lists["groups"]), set(lists["episodes"])
 
 
-def _consumed(ledger: Ledger, workspace: Workspace, run: Ref) -> set[str]:
-    finished = ledger.last("run.finished", run[1])
-    return set(rows.consumed(workspace, finished.payload["outputs"])) if finished else set()
+def _used(ledger: Ledger, workspace: Workspace, ref: Ref, groups: set[str], episodes: set[str]) -> set[str]:
+    """Return which of the groups a run learnt from, or which of the episodes a set of preferences compares."""
+    if ref[0] == "run":
+        finished = ledger.last("run.finished", ref[1])
+        return groups & set(rows.consumed(workspace, finished.payload["outputs"])) if finished else set()
+    if ref[0] == "preferences":
+        made = ledger.last("preferences.made", ref[1]) or ledger.last("preferences.imported", ref[1])
+        lines = (workspace.root / made.payload["path"]).read_text().splitlines() if made else []
+        pairs = [json.loads(line) for line in lines if line.strip()]
+        return episodes & {pair[name] for pair in pairs for name in ("chosen_id", "rejected_id")}
+    return set()
 
 
 def _held(workspace: Workspace, found: Lineage, groups: set[str]) -> set[str]:

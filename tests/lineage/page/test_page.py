@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 from itertools import pairwise
 
 import pytest
 
+from tasks.core.digest import digest_files
 from tasks.core.errors import NotFound
 from tasks.lineage.page import graph
 from tasks.lineage.page.document import build, headline, verdict
@@ -184,9 +186,10 @@ def test_revoked_data_that_it_learnt_from_is_an_open_flag_until_reinstated(world
     assert flag.says.startswith(
         f"group:g1 was revoked on {world.ledger.last().time[:10]} by lee (a person asked <script>"
     )
-    assert (
-        "1 group of it shaped this through 2 runs" in flag.says
-    )  # its own run, and that of the agent it started from
+    runs = [
+        world.agents[version]["parents"]["run"][:12] for version in (3, 2)
+    ]  # its own, that of whom it started from
+    assert flag.says.endswith(f"1 group of it shaped this through run {runs[0]}, run {runs[1]}.")
     assert "1 group of it shaped this through run" in audit(world, "agent/2").open[0].says
     assert audit(world, "agent/1").open == []  # nothing was learnt before
     assert "<script>alert" not in page(world)
@@ -194,6 +197,51 @@ def test_revoked_data_that_it_learnt_from_is_an_open_flag_until_reinstated(world
     assert "its bytes erased" in audit(world).open[0].says
     world.ledger.append("data.reinstated", "group:g1", {"revocation": entry, "what": "group:g1"})
     assert audit(world).open == []
+
+
+def test_a_reward_model_that_compares_a_revoked_answer_is_flagged(world):
+    """As `reward.registered` and `preferences.made` are recorded; that of another answer is left alone."""
+    pair = {
+        "chosen_id": "e1",
+        "rejected_id": "e2",
+        "source": "chats",
+        "licence": "MIT",
+        "prompt": "?",
+        "group": "g9",
+    }
+    data = json.dumps(pair).encode() + b"\n"
+    file = world.put(world.workspace.preferences / "pairs.jsonl", data)
+    made = {
+        "name": "main",
+        "pairs": 1,
+        "groups": 1,
+        "slices": {},
+        "sources": {},
+        "licences": {},
+        "origin": {},
+    }
+    world.ledger.append("preferences.made", file["sha256"], {**made, "path": file["path"]})
+    files = world.model(world.workspace.models / "head", "head")
+    parents = {"preferences": file["sha256"], "backbone": None}
+    head = {
+        "kind": "head",
+        "version": 1,
+        "digest": digest_files(files),
+        "files": files,
+        "mlflow": {},
+        "holdout": 0.2,
+        "licences": {},
+    }
+    path = world.workspace.relative(world.workspace.models / "head")
+    world.ledger.append("reward.registered", "reward/1", {**head, "path": path, "parents": parents})
+    revoke(world, "episode:e7", [], ["e7"])
+    assert audit(world, "reward/1").open == []
+    revoke(world, "episode:e2", [], ["e2"])
+    (flag,) = audit(world, "reward/1").open
+    assert f"1 episode of it shaped this through preferences {file['sha256'][:12]}." in flag.says
+    text = parsed(page(world, "reward/1")).text
+    assert "reward/1 was never in office." in text
+    assert "audit of reward model" in text
 
 
 def test_a_revocation_that_it_did_not_learn_from_is_none(world):

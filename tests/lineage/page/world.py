@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from tasks.core.digest import canonical_json, sha256_bytes
@@ -62,9 +64,9 @@ def told_world(root) -> ToldWorld:
     return world
 
 
-def revoke(world: World, what: str, groups: list[str]) -> int:
+def revoke(world: World, what: str, groups: list[str], episodes: Sequence[str] = ()) -> int:
     """Record a revocation as `forebay revoke` does."""
-    data = canonical_json({"groups": groups, "episodes": []})
+    data = canonical_json({"groups": groups, "episodes": list(episodes)})
     digest = sha256_bytes(data)
     lists = world.put(world.workspace.evidence / "revoked" / f"{digest}.json", data)
     payload = {
@@ -76,18 +78,10 @@ def revoke(world: World, what: str, groups: list[str]) -> int:
     return world.ledger.append("data.revoked", what, payload).seq
 
 
-def audit(world: World, ref: str = "agent@champion", verified: bool = True, **more: Any) -> Audit:
-    report = (
-        json.loads(canonical_json(_plain(verify(world.ledger, world.workspace, ref)))) if verified else None
-    )
-    return gather(world.ledger, world.workspace, ref, time=TIME, report=report, **more)
+def audit(world: World, ref: str = "agent@champion", verified: bool = True) -> Audit:
+    report = asdict(verify(world.ledger, world.workspace, ref)) if verified else None
+    return gather(world.ledger, world.workspace, ref, time=TIME, report=report)
 
 
 def page(world: World, ref: str = "agent@champion", verified: bool = True) -> str:
     return build(audit(world, ref, verified))
-
-
-def _plain(report: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return json.loads(json.dumps(asdict(report)))
