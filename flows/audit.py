@@ -8,13 +8,14 @@ from typing import Any
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
+from flows import progress
 from flows.artifacts import publish
 from flows.champions import verify_ref
 from flows.context import Context
 from flows.logs import report_to_prefect
 from flows.pages import make_audit
 from flows.registry import settle
-from tasks.core.errors import Corrupt
+from tasks.core.errors import Corrupt, ForebayError
 
 
 @flow(name="audit", flow_run_name="audit-{ref}", persist_result=False)
@@ -30,7 +31,10 @@ def audit(workspace: str, ref: str = "agent@champion") -> dict[str, Any]:
 
     @task(name="page", cache_policy=NO_CACHE, timeout_seconds=3600)
     def page() -> None:
-        publish(context, "audit", make_audit(context, ref, report))
+        try:
+            publish(context, "audit", make_audit(context, ref, report))
+        except ForebayError as error:  # a ledger past reading; the verification has named it
+            progress.current().say(f"The page was not written: {error}")
 
     with report_to_prefect():
         settle(context)

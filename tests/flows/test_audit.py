@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,10 @@ from mlflow import MlflowClient
 
 from flows.context import Context
 from flows.pages import make_audit
+from tasks.lineage.graph import lineage
+from tasks.lineage.picture import layout
 from tests.flows.conftest import forebay, loads
+from tests.lineage.page.browser import browser, chromium
 from tests.promotion.test_page import parsed
 
 REPORT = {
@@ -174,3 +178,21 @@ def test_the_flow_keeps_table_page_and_link_with_its_run(cycled: Context, monkey
     assert ".forebay/audits/agent-2-" in kept["audit"].data
     assert "http://127.0.0.1:5000/#/experiments/" in kept["audit-page"].data
     assert kept["audit-page"].flow_run_id is not None
+
+
+@pytest.mark.skipif(
+    chromium() is None, reason="no Chromium: put chromium on the PATH, or set FOREBAY_CHROMIUM"
+)
+def test_a_browser_draws_the_real_page(cycled: Context, made: dict, tmp_path: Path):
+    found = lineage(cycled.ledger, cycled.workspace, "agent@champion")
+    with browser(tmp_path / "profile") as page:
+        page.open(Path(made["page"]))
+        drawn = page.ask("document.querySelectorAll('#scene [data-node]').length")
+        page.click("[data-do=fit]")
+        page.click("[data-node='1']")
+        panel = page.ask("document.querySelector('#panel').innerText")
+        page.screenshot(Path(os.environ.get("FOREBAY_ARTIFACTS") or tmp_path) / "audit-of-a-cycle.png")
+        assert page.complaints == []
+        assert len(page.requests) == 1
+    assert drawn == len(layout(found).boxes)
+    assert list(found.nodes.values())[1].digest in panel

@@ -158,18 +158,19 @@ def verdict(audit: Audit) -> Verdict:
         return Verdict("open", "NOT VERIFIED", "Nothing was hashed for this page; `forebay verify` does it.")
     problems, unreachable = report["problems"], report.get("unreachable") or ()
     if problems:
-        of = f" of {report['checked']:,} digests" if report["checked"] else ""
+        of = f", of {report['checked']:,} digests" if report["checked"] else ""
         counts = Counter(problem["problem"] for problem in problems)
         what = listed([f"{n} {word}" for word, n in counts.most_common()])
-        return Verdict("fail", "DIFFERS", f"{what}{of}; the differences are listed under “Verification”.")
+        return Verdict("fail", "DIFFERS", f"{what}{of}.")
     if unreachable:
         return Verdict(
             "open", "INCOMPLETE", f"{len(unreachable)} files could not be reached; all others agree."
         )
     signed = f" and {report['signatures']:,} signatures hold" if report.get("signatures") else ""
-    return Verdict(
-        "pass", "VERIFIED", f"{report['checked']:,} digests agree{signed}, {_bytes(report['bytes'])} read."
-    )
+    read = f"{_bytes(report['bytes'])} read"
+    if report.get("cached"):
+        read += f", {report['cached']:,} files not read again, for their stat is unchanged"
+    return Verdict("pass", "VERIFIED", f"{report['checked']:,} digests agree{signed}, {read}.")
 
 
 def moment(time: str) -> str:
@@ -321,9 +322,12 @@ def _learnt(audit: Audit) -> str:
     if data is None or data.learnt is None:
         return ""
     groups = audit.lineage.nodes[data.versions[0].ref].facts["groups"]
+    run = audit.training.ref if audit.training else audit.lineage.root
+    fresh = sum(edge.relation == "collected" for edge in audit.lineage.following[run])
+    beside = f" It also learnt from {fresh:,} shards of groups that it collected itself." if fresh else ""
     return (
         f"The run learnt from {data.learnt:,} of these {groups:,} groups; the others were never drawn, or admission refused "
-        "them (no spread in reward, too old a policy)."
+        f"them (no spread in reward, too old a policy).{beside}"
     )
 
 

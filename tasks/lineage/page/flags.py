@@ -27,7 +27,6 @@ def flags(
 ) -> tuple[Flag, ...]:
     """Return all flags of the audited thing, the open ones first."""
     raised = [
-        *_verification(report),
         *_revoked(ledger, workspace, found),
         *_office(found, made, held),
         *_signatures(happened),
@@ -35,6 +34,7 @@ def flags(
         *_code(found),
         *_unknown(found),
         *_licences(data),
+        *_verification(report),
     ]
     return tuple(sorted(dict.fromkeys(raised), key=lambda flag: flag.level != "open"))
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -172,6 +173,20 @@ def test_missing_and_added_files_are_grouped(world):
     assert "1 missing and 1 added" in text or "1 added and 1 missing" in text
     assert "Missing: 1" in text
     assert "Added: in a registered folder, but never registered: 1" in text
+
+
+def test_what_a_cache_or_a_store_left_unread_is_said(told):
+    """As the report of a verification that may skip unchanged files, or whose store does not answer."""
+    whole = audit(told)
+    cached = verdict(replace(whole, report={**whole.report, "cached": 12}))
+    assert (cached.word, "12 files not read again" in cached.says) == ("VERIFIED", True)
+    away = [{"path": "data/x.parquet", "owner": "dataset main/v1", "reason": "the remote does not answer"}]
+    partly = replace(whole, report={**whole.report, "unreachable": away, "ok": False})
+    assert verdict(partly).word == "INCOMPLETE"
+    assert (
+        "Not reached: data/x.parquet (dataset main/v1), the remote does not answer"
+        in parsed(build(partly)).text
+    )
 
 
 def test_unverified_says_so(told):
