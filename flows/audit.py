@@ -1,4 +1,8 @@
-"""The flow `audit`: hash every byte behind an agent again, write the page that says so, and keep both as artifacts."""
+"""The flow `audit`: hash every byte behind an agent again, write the page that says so, and keep both as artifacts.
+
+It reads everything by default, unlike the command: nobody waits for it, and a disk that returns other bytes than were
+written changes no file's stat, so that only reading finds it.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +23,17 @@ from tasks.core.errors import Corrupt, ForebayError
 
 
 @flow(name="audit", flow_run_name="audit-{ref}", persist_result=False)
-def audit(workspace: str, ref: str = "agent@champion") -> dict[str, Any]:
-    """Verify `ref` and all its ancestors and write its page; the run fails if a byte differs."""
+def audit(workspace: str, ref: str = "agent@champion", full: bool = True) -> dict[str, Any]:
+    """Verify `ref` and all its ancestors and write its page; the run fails if a byte differs.
+
+    Args:
+        full: read files again whose stat has not changed.
+    """
     context = Context.open(Path(workspace))
 
     @task(name="verify", cache_policy=NO_CACHE, timeout_seconds=6 * 3600)
     def verify() -> dict[str, Any]:
-        report = verify_ref(context, ref)
+        report = verify_ref(context, ref, full=full)
         publish(context, "verify", report)
         return report
 
@@ -40,8 +48,8 @@ def audit(workspace: str, ref: str = "agent@champion") -> dict[str, Any]:
         settle(context)
         report = verify()
         page()
-    if not report["ok"]:
+    if report["problems"]:
         raise Corrupt(
-            f"{len(report['problems'])} files behind {ref} differ from their digests; the run's artifact lists them."
+            f"{len(report['problems'])} things behind {ref} differ from their digests; the run's artifact lists them."
         )
     return report

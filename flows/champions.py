@@ -5,10 +5,10 @@ from __future__ import annotations
 import getpass
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from flows import keys, progress
 from flows.context import Context
@@ -21,7 +21,11 @@ from tasks.core.errors import NotFound
 from tasks.core.ledger import Entry
 
 if TYPE_CHECKING:
+    from tasks.lineage.stores import Store
     from tasks.promotion.attest import Answer
+
+Source = Literal["remote", "mlflow"]
+"""Where to read files instead of in the workspace."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -197,12 +201,39 @@ def rollback_champion(context: Context, reason: str) -> dict[str, Any]:
     return {**_change(context, entry), "seconds": round(time.perf_counter() - started, 3)}
 
 
-def verify_ref(context: Context, ref: str) -> dict[str, Any]:
-    """Hash every byte behind `ref` again; see `tasks.lineage.verify`."""
-    from tasks.lineage.verify import verify
+def verify_ref(
+    context: Context, ref: str, *, full: bool = False, sources: Sequence[Source] = ()
+) -> dict[str, Any]:
+    """Verify everything behind `ref`; see `tasks.lineage.verify`.
 
+    Args:
+        full: read every byte again. Else a file is taken for unchanged whose stat is that of its last hashing.
+        sources: "remote": shards are read in the DVC remote. "mlflow": agents are read in MLflow's artifact store.
+            The rest is read in the workspace.
+
+    Returns:
+        The report, and its problems a second time in `by_problem`, sorted into their kinds.
+    """
+    from tasks.lineage.verify import DigestCache, verify
+
+    cache = None if full else DigestCache(context.workspace.digests)
     with progress.current().bar("verify") as report:
-        return asdict(verify(context.ledger, context.workspace, ref, report))
+        found = verify(
+            context.ledger, context.workspace, ref, report, cache=cache, stores=_stores(context, sources)
+        )
+    kinds = {word: [asdict(problem) for problem in problems] for word, problems in found.by_kind().items()}
+    return {**asdict(found), "full": full, "sources": list(sources), "by_problem": kinds}
+
+
+def _stores(context: Context, sources: Sequence[Source]) -> list[Store]:
+    from tasks.lineage.stores import RemoteStore, ServedStore
+    from tasks.replay.dvc_store import remote
+
+    made: dict[Source, Callable[[], Store]] = {
+        "remote": lambda: RemoteStore(remote(context.workspace)),
+        "mlflow": lambda: ServedStore(context.registry),
+    }
+    return [made[source]() for source in dict.fromkeys(sources)]
 
 
 def _newest_decision(context: Context, ref: str) -> Entry:

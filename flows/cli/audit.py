@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -20,24 +21,51 @@ from flows.cli.console import (
 )
 
 
-@app.command(rich_help_panel=AUDIT)
+class _Source(Enum):
+    remote = "remote"
+    mlflow = "mlflow"
+
+
+@app.command(
+    rich_help_panel=AUDIT,
+    epilog="Examples: `forebay verify` · `forebay verify agent/12 --full` · `forebay verify dataset:main --source remote` · "
+    "`forebay verify agent@champion --source remote --source mlflow --json`",
+)
 def verify(
     ref: Annotated[str, typer.Argument(help="What to verify, with all its ancestors.")] = "agent@champion",
+    full: Annotated[
+        bool, typer.Option("--full", help="Read every byte again, also of files whose stat has not changed.")
+    ] = False,
+    source: Annotated[
+        list[_Source] | None,
+        typer.Option(
+            help="Read shards straight from the DVC remote, or agents from MLflow's artifact store; repeatable. "
+            "The rest is read in the workspace."
+        ),
+    ] = None,
     workspace: Where = HERE,
     as_json: Json = False,
 ) -> None:
-    """Hash every byte again and say what differs. Exit code 6 if anything does."""
+    """Check every digest and signature down to the roots and say what differs.
+
+    A file is read unless its size, times and inode are those it was hashed with before; `--full` trusts none of that: it
+    also finds a disk that returns other bytes than were written, and changes by somebody who may write to the raw disk or
+    to the cache (.forebay/digests.db). The gate and promotions always read everything.
+
+    Exit code 6 if anything differs, is missing or not validly signed; 7 if nothing does, but something cannot be reached.
+    """
     from flows.champions import verify_ref
     from flows.show import verify_view
 
     watch(as_json)
-    report = verify_ref(open_context(workspace), ref)
+    sources = [one.value for one in source or ()]
+    report = verify_ref(open_context(workspace), ref, full=full, sources=sources)  # type: ignore[arg-type]
     if as_json:
         print_json(report)
     else:
         out.print(verify_view(report))
     if not report["ok"]:
-        raise typer.Exit(6)
+        raise typer.Exit(6 if report["problems"] else 7)
 
 
 @app.command(rich_help_panel=AUDIT)
@@ -51,8 +79,11 @@ def audit(
     ] = None,
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     verified: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Hash everything behind it first.")
+        bool, typer.Option("--verify/--no-verify", help="Check everything behind it first.")
     ] = True,
+    full: Annotated[
+        bool, typer.Option("--full", help="Read every byte again, also of files whose stat has not changed.")
+    ] = False,
     workspace: Where = HERE,
     as_json: Json = False,
 ) -> None:
@@ -70,7 +101,7 @@ def audit(
 
     watch(as_json)
     context = open_context(workspace)
-    report = verify_ref(context, ref) if verified else None
+    report = verify_ref(context, ref, full=full) if verified else None
     made = make_audit(context, ref, report, output)
     if as_json:
         print_json({**made, "verification": report})

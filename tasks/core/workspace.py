@@ -105,6 +105,11 @@ class Workspace:
         return self.state / "audits"
 
     @property
+    def digests(self) -> Path:
+        """What `verify` knows of files by their stat; may be deleted at any time."""
+        return self.state / "digests.db"
+
+    @property
     def locks(self) -> Path:
         """Lock files."""
         return self.state / "locks"

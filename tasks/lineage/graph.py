@@ -19,6 +19,11 @@ from tasks.lineage.index import Index
 from tasks.lineage.types import SHAPING, Edge, Kind, Lineage, Node, Ref
 from tasks.promotion.promote import OFFICES, standing
 
+
+class Circle(Corrupt):
+    """The ledger leads in a circle."""
+
+
 _MIN_PREFIX = 4  # digits; with fewer, a digest prefix is more likely a typing error
 _NEWEST = 1000  # names of a kind among which the nearest are looked for
 _HEX = set("0123456789abcdef")
@@ -117,7 +122,7 @@ def require_no_circle(edges: Iterable[Edge]) -> None:
             elif ref in path:
                 circle = [*path][[*path].index(ref) :]
                 told = " -> ".join(f"{kind} {key[:24]}" for kind, key in (*circle, ref))
-                raise Corrupt(
+                raise Circle(
                     f"The ledger leads in a circle, which no history does: {told}. Run `forebay verify`; nothing was changed."
                 )
             elif ref not in done:

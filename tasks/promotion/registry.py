@@ -24,7 +24,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -301,12 +301,48 @@ class Registry:
         from mlflow.exceptions import MlflowException
 
         try:
-            source = self._client.get_model_version(self.office, str(version)).source or ""
-            if source.startswith(_MODELS):
-                source = self._client.get_logged_model(source.removeprefix(_MODELS)).artifact_location
+            source = self._place(version)
         except MlflowException:
             return None
         return self._held_digest(source)
+
+    def open_file(self, version: int, name: str) -> BinaryIO:
+        """Open a file of a version as MLflow's artifact store has it; what a server keeps is downloaded for it.
+
+        Args:
+            name: relative to the folder of the agent.
+
+        Raises:
+            FileNotFoundError: MLflow has no such version, or the version no such file.
+            Unavailable: MLflow or its artifact store does not answer.
+        """
+        from mlflow.artifacts import download_artifacts
+        from mlflow.exceptions import MlflowException
+
+        self._require_store()
+        try:
+            source = self._place(version)
+            place = urlsplit(source)
+            if place.scheme in ("", "file"):
+                folder = Path(url2pathname(place.path))
+                if not folder.exists() and not self._artifacts.exists():
+                    raise Unavailable(f"MLflow's artifact store {self._artifacts} is not there.")
+                return (folder / "model" / name).open("rb")
+            with TemporaryDirectory() as aside:  # an open file outlives its name
+                got = download_artifacts(
+                    artifact_uri=f"{source}/model/{name}", dst_path=aside, tracking_uri=self.uri
+                )
+                return Path(got).open("rb")
+        except FileNotFoundError:
+            raise
+        except (MlflowException, OSError) as error:
+            absent = getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST"
+            if absent or self._lacks(version, name):
+                raise FileNotFoundError(name) from error
+            says = " ".join(str(error).split())
+            raise Unavailable(
+                f"MLflow at {self.uri} could not give {self.office}/{version}: {says}"
+            ) from error
 
     def trace(self) -> dict[str, str]:
         """Return what MLflow knows of the last change of the registered model: when, and sometimes who."""
@@ -443,11 +479,40 @@ class Registry:
     @cached_property
     def _client(self) -> MlflowClient:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         if not self._is_database:
             _answering(self.uri)
         from mlflow import MlflowClient
 
         return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+
+    def _place(self, version: int) -> str:
+        """Return where the files of a version are, as MLflow has it."""
+        source: str = self._client.get_model_version(self.office, str(version)).source or ""
+        if source.startswith(_MODELS):
+            source = self._client.get_logged_model(source.removeprefix(_MODELS)).artifact_location
+        return source
+
+    def _lacks(self, version: int, name: str) -> bool:
+        """Tell whether the artifact store answers, and has no such file: a failed download does not say why."""
+        from mlflow.artifacts import list_artifacts
+        from mlflow.exceptions import MlflowException
+
+        path = f"model/{name}"
+        try:
+            folder = f"{self._place(version)}/{path.rpartition('/')[0]}"
+            found = list_artifacts(artifact_uri=folder, tracking_uri=self.uri)
+        except (MlflowException, OSError):
+            return False
+        return all(Path(item.path).name != Path(name).name for item in found)
+
+    def _require_store(self) -> None:
+        """Refuse at once where the store is gone: MLflow would make an empty one, or try a server for minutes."""
+        if not self._is_database:
+            _answering(self.uri)
+        path = self.uri.removeprefix("sqlite:///")
+        if path != self.uri and not Path(path).exists():
+            raise Unavailable(f"MLflow's store {path} is not there; `forebay reconcile` makes it again.")
 
     @property
     def _is_database(self) -> bool:

@@ -208,8 +208,6 @@ def test_revoked_data_that_it_learnt_from_is_an_open_flag_until_reinstated(world
     assert "1 group of it shaped this through run" in audit(world, "agent/2").open[0].says
     assert audit(world, "agent/1").open == []  # nothing was learnt before
     assert "<script>alert" not in page(world)
-    world.ledger.append("data.erased", "group:g1", {"revocation": entry, "what": "group:g1"})
-    assert "its bytes erased" in audit(world).open[0].says
     world.ledger.append("data.reinstated", "group:g1", {"revocation": entry, "what": "group:g1"})
     assert audit(world).open == []
 
@@ -257,6 +255,29 @@ def test_a_reward_model_that_compares_a_revoked_answer_is_flagged(world):
     text = parsed(page(world, "reward/1")).text
     assert "reward/1 was never in office." in text
     assert "audit of reward model" in text
+
+
+def test_what_was_erased_on_purpose_is_no_difference(world):
+    entry = revoke(world, "group:g1", ["g1"])
+    shard = world.manifests["main"].shards[0]
+    erased = {
+        "what": "group:g1",
+        "revocation": entry,
+        "intent": 0,
+        "reason": "a person asked",
+        "by": LEE.name,
+    }
+    world.ledger.append(
+        "data.erased", "group:g1", {**erased, "files": [{"path": shard.path, "sha256": shard.sha256}]}
+    )
+    (world.workspace.root / shard.path).unlink()
+    found = audit(world)
+    assert verdict(found).word == "VERIFIED"
+    assert "its bytes erased; 1 group of it shaped this" in found.open[0].says
+    assert [flag.says for flag in found.flags[1:]] == [
+        "1 file was erased on purpose; digests and record stay."
+    ]
+    assert f"Erased on purpose: {shard.path} (dataset main/v1), a person asked" in parsed(build(found)).text
 
 
 def test_a_revocation_that_it_did_not_learn_from_is_none(world):

@@ -8,14 +8,13 @@ from dataclasses import asdict
 from typing import Any
 
 from tasks.core.digest import canonical_json, sha256_bytes
-from tasks.core.keys import write_trust
 from tasks.lineage.page.document import build
 from tasks.lineage.page.gather import gather
 from tasks.lineage.page.types import Audit
 from tasks.lineage.verify import verify
-from tests.lineage.test_signatures import SignedWorld
+from tests.lineage.signed import SignedWorld, adopt_keys
 from tests.lineage.world import World
-from tests.promotion.support import LEE, TRUST
+from tests.promotion.support import LEE
 
 TIME = "2026-03-03T12:00:00+00:00"
 NASTY = "<script>alert('x')</script>\u202egnp.exe \"quotes\" </script><img src=x onerror=alert(1)> ${x} {{ 7 * 7 }}"
@@ -53,9 +52,7 @@ class ToldWorld(SignedWorld):
 def told_world(root) -> ToldWorld:
     """agent/1 (base) -> agent/2 -> agent/3, the champion; agent/4 is trained and not judged."""
     world = ToldWorld(root)
-    write_trust(world.workspace.trust, TRUST)
-    for key in TRUST.keys:
-        world.ledger.append("key.trusted", f"key/{key.name}", {"name": key.name, "id": key.id})
+    adopt_keys(world)
     world.crown(world.base())
     world.generation(1)
     world.generation(2)
