@@ -239,6 +239,21 @@ def _verified(report: Mapping[str, Any]) -> str:
     return f"not verified: {', '.join(counts)}, of {report['checked']} digests, {read}."
 
 
+def audit_view(made: Mapping[str, Any]) -> RenderableType:
+    """Say what an audit came to, and where its page is."""
+    colours = {"VERIFIED": "green", "DIFFERS": "red"}
+    flags = [Text(f"open: {flag}", style="yellow") for flag in made["open"]] or [
+        Text("open flags: none", style="dim")
+    ]
+    where = [Text(made["page"])] + ([Text(made["mlflow"])] if made["mlflow"] else [])
+    if made["problem"]:
+        where.append(Text(f"Not attached in MLflow: {made['problem']}", style="yellow"))
+    told = Text.assemble(
+        (made["verdict"], f"bold {colours.get(made['verdict'], 'yellow')}"), f" {made['says']}"
+    )
+    return Group(Text(made["headline"], style="bold"), told, *flags, *where)
+
+
 def export_view(report: Mapping[str, Any]) -> RenderableType:
     """Draw the result of the check of an export."""
     if report["ok"]:

@@ -365,12 +365,6 @@ def training_curves(context: Context, key: str) -> bytes:
 
 def read_curve(context: Context, key: str) -> list[dict[str, float]]:
     """Return the metrics of a run, one mapping per step; of a step done twice (after a kill) the last."""
-    path = context.workspace.runs / key[:16] / "metrics.jsonl"
-    rows = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the last line of a process that was killed
-        rows[row["step"]] = row
-    return [rows[step] for step in sorted(rows)]
+    from tasks.training import curve
+
+    return curve.read_curve(context.workspace.runs / key[:16])

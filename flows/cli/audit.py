@@ -1,8 +1,9 @@
-"""Whether the bytes behind an agent are intact, and what was recorded."""
+"""What is known of an agent, whether the bytes behind it are intact, and what was recorded."""
 
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -64,6 +65,51 @@ def verify(
     else:
         out.print(verify_view(report))
     if not report["ok"]:
+        raise typer.Exit(6 if report["problems"] else 7)
+
+
+@app.command(rich_help_panel=AUDIT)
+def audit(
+    ref: Annotated[
+        str,
+        typer.Argument(help="agent@champion, agent/12, reward/2, dataset:main/v3, or the start of a digest."),
+    ] = "agent@champion",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the page there only, to send or to keep.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    verified: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Check everything behind it first.")
+    ] = True,
+    full: Annotated[
+        bool, typer.Option("--full", help="Read every byte again, also of files whose stat has not changed.")
+    ] = False,
+    workspace: Where = HERE,
+    as_json: Json = False,
+) -> None:
+    """Write one HTML page with everything that is known: where it came from (a graph to zoom and click), data and licences,
+    training, evidence, approvals, verification, open flags.
+
+    It needs no network and prints well. It lies in .forebay/audits and with the agent's MLflow run; a newer audit takes its
+    place. Exit code 6 if verification finds a difference, 7 if something cannot be reached; the page is written all the same.
+
+    Examples: `forebay audit --open` · `forebay audit agent/12 --output agent-12.html` · `forebay audit dataset:main --json`
+    """
+    from flows.champions import verify_ref
+    from flows.pages import make_audit
+    from flows.show import audit_view
+
+    watch(as_json)
+    context = open_context(workspace)
+    report = verify_ref(context, ref, full=full) if verified else None
+    made = make_audit(context, ref, report, output)
+    if as_json:
+        print_json({**made, "verification": report})
+    else:
+        out.print(audit_view(made), highlight=False, soft_wrap=True)
+    if show:
+        typer.launch(Path(made["page"]).as_uri())
+    if report is not None and not report["ok"]:
         raise typer.Exit(6 if report["problems"] else 7)
 
 

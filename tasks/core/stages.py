@@ -16,7 +16,7 @@ STAGES = ("collect", "seal", "validate", "reward", "train", "register", "evaluat
 """Order of the stages; `flows/run.py` and `dvc.yaml` both follow it, and a test holds them to it."""
 
 _PROJECT = Path(__file__).resolve().parents[2]
-_PAGES = Path("tasks", "promotion", "page")
+_PAGES = (Path("tasks", "pages"), Path("tasks", "promotion", "page"), Path("tasks", "lineage", "page"))
 _JOINS = ("evidence", "experience", "hybrid", "judging", "rewards", "scoring", "training", "validation")
 
 
@@ -24,13 +24,13 @@ _JOINS = ("evidence", "experience", "hybrid", "judging", "rewards", "scoring", "
 def code_digest() -> str:
     """Return the digest of the code that computes results: `tasks/`, `models/`, and what joins the stations in `flows/`.
 
-    The rest of `flows/` and the pages of decisions order and show the work, so another help text retrains nothing.
+    The rest of `flows/` and the pages order and show the work, so another help text retrains nothing.
     """
     stations = (
         p
         for name in ("tasks", "models")
         for p in (_PROJECT / name).rglob("*.py")
-        if not p.is_relative_to(_PROJECT / _PAGES)
+        if not any(p.is_relative_to(_PROJECT / page) for page in _PAGES)
     )
     files = sorted([*stations, *(_PROJECT / "flows" / f"{name}.py" for name in _JOINS)])
     return digest_json({p.relative_to(_PROJECT).as_posix(): sha256_file(p) for p in files})

@@ -1,7 +1,9 @@
 """A lineage as a picture: a layered drawing in SVG, newest at the top, each thing below what follows from it.
 
 Layers by longest path, order within a layer by the barycentre of the neighbours (Sugiyama, Tagawa and Toda, "Methods for
-visual understanding of hierarchical system structures", IEEE SMC 11, 1981). Shards of one version are drawn as one box.
+visual understanding of hierarchical system structures", IEEE SMC 11, 1981); then each box goes as near to the middle of its
+neighbours as those beside it let it (least squares in a given order, by pooling adjacent violators). Shards of one version are
+drawn as one box.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 from tasks.lineage.types import SHAPING, Edge, Kind, Lineage, Node, Ref, Relation
 
@@ -65,18 +68,15 @@ def layout(lineage: Lineage, most: int = 120) -> Drawing:
     kept = dict(list(nodes.items())[:most])
     edges = [edge for edge in edges if edge.source in kept and edge.target in kept]
     layers = _ordered(_layers(kept, edges), edges)
-    widest = max(map(len, layers))
-    width = widest * (WIDTH + GAP) + GAP
-    boxes = []
-    for depth, layer in enumerate(layers):
-        step = width / len(layer)
-        for at, ref in enumerate(layer):
-            node, count = kept[ref]
-            boxes.append(
-                Box(ref, step * (at + 0.5), GAP + HEIGHT / 2 + depth * RISE, node.kind, *_words(node, count))
-            )
+    across = _places(layers, edges)
+    boxes = tuple(
+        Box(ref, across[ref], GAP + HEIGHT / 2 + depth * RISE, kept[ref][0].kind, *_words(*kept[ref]))
+        for depth, layer in enumerate(layers)
+        for ref in layer
+    )
+    width = max(across.values()) + WIDTH / 2 + GAP
     lines = tuple(Line(edge.source, edge.relation, edge.target) for edge in edges)
-    return Drawing(tuple(boxes), lines, width, len(layers) * RISE + GAP, len(nodes) - len(kept))
+    return Drawing(boxes, lines, width, len(layers) * RISE + GAP, len(nodes) - len(kept))
 
 
 def to_svg(lineage: Lineage, most: int = 120) -> str:
@@ -172,10 +172,7 @@ def _layers(nodes: Mapping[Ref, object], edges: Sequence[Edge]) -> list[list[Ref
 
 def _ordered(layers: list[list[Ref]], edges: Sequence[Edge]) -> list[list[Ref]]:
     """Order each layer by the middle of its neighbours, sweeping down and up."""
-    near: dict[Ref, list[Ref]] = defaultdict(list)
-    for edge in edges:
-        near[edge.source].append(edge.target)
-        near[edge.target].append(edge.source)
+    near = _neighbours(edges)
     at = {ref: (i + 0.5) / len(layer) for layer in layers for i, ref in enumerate(layer)}
     for sweep in range(_SWEEPS):
         for layer in layers if sweep % 2 == 0 else reversed(layers):
@@ -188,11 +185,64 @@ def _ordered(layers: list[list[Ref]], edges: Sequence[Edge]) -> list[list[Ref]]:
     return layers
 
 
+def _places(layers: Sequence[Sequence[Ref]], edges: Sequence[Edge]) -> dict[Ref, float]:
+    """Return the middle of each box, from the left edge; boxes of a layer keep their order and do not overlap."""
+    near = _neighbours(edges)
+    step = WIDTH + GAP
+    at = {ref: i * step - len(layer) * step / 2 for layer in layers for i, ref in enumerate(layer)}
+    for sweep in range(_SWEEPS):
+        for layer in layers if sweep % 2 == 0 else reversed(layers):
+            wished = [
+                sum(at[n] for n in near[ref]) / len(near[ref]) if near[ref] else at[ref] for ref in layer
+            ]
+            at.update(zip(layer, _apart(wished, step), strict=True))
+    left = min(at.values()) - WIDTH / 2 - GAP
+    return {ref: x - left for ref, x in at.items()}
+
+
+def _apart(wished: Sequence[float], step: float) -> list[float]:
+    """Return the places nearest to those wished for (least squares) that are `step` apart or more, in order."""
+    blocks: list[
+        tuple[float, int]
+    ] = []  # (mean of what its boxes wish, less their offset within the row; how many)
+    for i, place in enumerate(wished):
+        mean, count = place - i * step, 1
+        while blocks and blocks[-1][0] > mean:
+            before, many = blocks.pop()
+            mean, count = (before * many + mean * count) / (many + count), many + count
+        blocks.append((mean, count))
+    flat = [mean for mean, count in blocks for _ in range(count)]
+    return [mean + i * step for i, mean in enumerate(flat)]
+
+
+def _neighbours(edges: Sequence[Edge]) -> dict[Ref, list[Ref]]:
+    near: dict[Ref, list[Ref]] = defaultdict(list)
+    for edge in edges:
+        near[edge.source].append(edge.target)
+        near[edge.target].append(edge.source)
+    return near
+
+
 def _words(node: Node, count: int) -> tuple[str, str]:
+    """Return the two lines of a box: what it is called, and its roles, what it is about, or its digest."""
+    facts, name = node.facts, node.name
     if node.kind == "shard":
-        return (f"{count} shards" if count > 1 else node.name.rpartition("/")[2]), "replay"
+        return (f"{count} shards" if count > 1 else _cut(name.rpartition("/")[2])), "replay"
+    if node.kind == "evaluation":
+        return "evaluation", _cut(name)
     alone = ("agent", "source", "dataset", "promotion", "tasks", "policy", "lock", "code")
-    name = node.name if node.kind in alone else f"{node.kind} {node.name}"
-    roles = ", ".join(node.facts.get("roles", ()))
-    note = roles or (node.digest or "")[:12] or node.kind
-    return (name if len(name) <= _LETTERS else name[: _LETTERS - 1] + "…"), note
+    notes = {
+        "run": facts.get("steps") and f"{facts['steps']:,} steps",
+        "decision": _day(facts),
+        "promotion": _day(facts),
+    }
+    note = ", ".join(facts.get("roles", ())) or notes.get(node.kind) or (node.digest or "")[:12] or node.kind
+    return _cut(name if node.kind in alone else f"{node.kind} {name}"), note
+
+
+def _day(facts: Mapping[str, Any]) -> str:
+    return str(facts.get("time", ""))[:10]
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _LETTERS else name[: _LETTERS - 1] + "…"

@@ -144,6 +144,25 @@ def any_of(workspace: Workspace, dataset: str, groups: Collection[str], by: By, 
     return False
 
 
+def tally(
+    workspace: Workspace, dataset: str, groups: Collection[str]
+) -> dict[tuple[str, str, str, str], int]:
+    """Return how many of `groups` lie where, and what they are: {(shard's path, env, source, licence): count}."""
+    names = list(groups)
+    found: dict[tuple[str, str, str, str], int] = {}
+    with _open(workspace, dataset) as index:
+        for start in range(0, len(names), _BATCH):
+            part = names[start : start + _BATCH]
+            query = (
+                "SELECT path, env, source, licence, count(*) FROM grp JOIN shard ON shard.number = grp.shard "
+                f"WHERE group_id IN ({', '.join('?' * len(part))}) GROUP BY 1, 2, 3, 4"
+            )
+            for *kind, count in index.execute(query, part):
+                key = (kind[0], kind[1], kind[2], kind[3])
+                found[key] = found.get(key, 0) + count
+    return found
+
+
 def sealed_among(workspace: Workspace, dataset: str, episodes: Iterable[tuple[str, str]]) -> set[str]:
     """Return the ids of those (episode id, group id) whose episode or whole group is sealed already."""
     with _open(workspace, dataset) as index:
