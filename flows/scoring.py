@@ -79,7 +79,7 @@ def score_dataset(context: Context, ref: str, dataset: str, into: str) -> dict[s
     source = open_source(context, registered, tasks_for(context, registered, waiting))
     models = registered_digests(context)
     if waiting:
-        _claim(context, into, entry.subject, registered["digest"])
+        _claim(context, into, entry.subject, registered["digest"], sealed.root)
     before: list[float] = []
     after: list[float] = []
     with (
@@ -295,12 +295,12 @@ def _require_no_other(ledger: Ledger | LedgerView, into: str, digest: str) -> No
         raise Conflict(f"The dataset {into} holds rewards of {', '.join(others)}; choose another --into.")
 
 
-def _claim(context: Context, into: str, name: str, digest: str) -> None:
+def _claim(context: Context, into: str, name: str, digest: str, root: str) -> None:
     """Record before the first write that `into` is this source's: of two that begin at once, one is refused."""
     context.ledger.append(
         SCORING,
         f"dataset:{into}",
-        {"reward": name, "digest": digest},
+        {"reward": name, "digest": digest, "root": root},
         lambda view: _require_no_other(view, into, digest),
     )
 

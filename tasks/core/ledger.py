@@ -213,14 +213,25 @@ class Ledger:
         with self._reading() as connection:
             return LedgerView(connection, self._only).last(kind, subject)
 
-    def since(self, seq: int, kinds: Sequence[str]) -> Iterator[Entry]:
-        """Yield the entries after number `seq` that are of these kinds, in order, without holding them all."""
-        query = sa.select(_table).where(_table.c.seq > seq, _table.c.kind.in_(kinds)).order_by(_table.c.seq)
-        if self._only is not None:
-            query = query.where(self._only)
-        with self._reading() as connection:
-            for row in connection.execution_options(yield_per=500).execute(query):
-                yield _entry(row)
+    def since(self, seq: int, kinds: Sequence[str], until: int) -> Iterator[Entry]:
+        """Yield the entries after number `seq`, up to `until`, that are of these kinds, in order, without holding them all.
+
+        They are fetched in pages: a cursor left open would keep writers of a SQLite file waiting.
+        """
+        while True:
+            query = sa.select(_table).where(
+                _table.c.seq > seq, _table.c.seq <= until, _table.c.kind.in_(kinds)
+            )
+            if self._only is not None:
+                query = query.where(self._only)
+            with self._reading() as connection:
+                page = [
+                    _entry(row) for row in connection.execute(query.order_by(_table.c.seq).limit(_AT_ONCE))
+                ]
+            yield from page
+            if len(page) < _AT_ONCE:
+                return
+            seq = page[-1].seq
 
     def at(self, numbers: Iterable[int]) -> dict[int, Entry]:
         """Return {number: entry} of those of `numbers` that there are."""

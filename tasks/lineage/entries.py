@@ -14,6 +14,7 @@ from tasks.lineage.types import Ref, Relation
 
 Role = Literal[
     "agent", "dataset", "shard", "evidence", "run", "source", "preferences", "decision", "reward",
+    "sampler", "scored into", "rewarded into",  # of a dataset's name: who sampled it, what it was scored from and by
     "prefect", "mlflow", "git", "dvc",  # ids of other tools: locators, beside the digests
 ]  # fmt: skip
 
@@ -21,8 +22,12 @@ Role = Literal[
 class Graph(Protocol):
     """Where the reading is written to; `tasks.lineage.index.Index` has it."""
 
-    def node(self, ref: Ref, digest: str | None, said: Entry | None = None) -> None:
-        """Note that there is `ref`, and that `said` speaks of it."""
+    def node(
+        self, ref: Ref, digest: str | None, said: Entry | None = None, facts: Mapping[str, Any] | None = None
+    ) -> None:
+        """Note that there is `ref`, and that `said` speaks of it; `facts` are kept where reading the entry again for one
+        node would cost too much.
+        """
 
     def edge(self, source: Ref, relation: Relation, target: Ref) -> None:
         """Note that `source` follows from `target`."""
@@ -34,10 +39,7 @@ class Graph(Protocol):
         """Return what `digest` means in that role."""
 
     def all_called(self, role: Role, digest: str) -> list[Ref]:
-        """Return every dataset version of one root: the same shards may be sealed under two names."""
-
-    def entries(self, kind: str | None = None, subject: str | None = None) -> list[Entry]:
-        """Return entries of the ledger."""
+        """Return all that `digest` means in that role: the same shards may be sealed under two names."""
 
 
 def read(entry: Entry, graph: Graph) -> None:
@@ -53,6 +55,8 @@ def read(entry: Entry, graph: Graph) -> None:
 
 def new_shards(payload: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     """Return the shards that a dataset version brought in: the last ones, whose rows are its new rows."""
+    if "replaces" in payload:  # rows were erased: what is left of their shards was written anew
+        return [each["by"] for each in payload["replaces"] if each["by"]]
     left, start = payload["new_rows"], len(payload["shards"])
     while left > 0 and start:
         start -= 1
@@ -88,7 +92,8 @@ def _run_started(entry: Entry, graph: Graph) -> None:
     _locate(graph, here, prefect=p.get("prefect"))
     if p["lock"]:
         graph.edge(here, "with packages", ("lock", p["lock"]))
-    graph.edge(here, "trained on", _dataset_of(graph, p["dataset"]))
+    for dataset in _datasets_of(graph, p["dataset"]):
+        graph.edge(here, "trained on", dataset)
     graph.edge(here, "started from", _policy_of(graph, p["init"]["agent"], p["init"]["digest"]))
 
 
@@ -99,37 +104,66 @@ def _run_finished(entry: Entry, graph: Graph) -> None:
     graph.node(here, entry.subject, entry)
     _locate(graph, here, mlflow=outputs.get("mlflow_run"))
     for shard in outputs.get("fresh", ()):
-        graph.node(("shard", shard["path"]), shard["sha256"], entry)
+        graph.node(("shard", shard["path"]), shard["sha256"], entry, {})
         graph.call("shard", shard["sha256"], ("shard", shard["path"]))
         graph.edge(here, "collected", ("shard", shard["path"]))
 
 
 def _dataset(entry: Entry, graph: Graph) -> None:
-    p = entry.payload
+    p, name = entry.payload, entry.payload["name"]
     here: Ref = ("dataset", entry.subject)
-    parent = graph.called("dataset", p["parent"]) if p["parent"] else None
-    _pick(p, "manifest", "manifest_sha256")
-    graph.node(here, p["root"], entry)
+    kept = ("name", "rows", "groups", "new_rows", "git_commit", "dvc", "manifest", "manifest_sha256")
+    graph.node(
+        here,
+        p["root"],
+        entry,
+        {n: p[n] for n in kept} | {"sealed": entry.time, "contents": p.get("contents", [])},
+    )
     graph.call("dataset", p["root"], here)
     _locate(graph, here, git=p["git_commit"], dvc=p["dvc"]["md5"])
     for shard in new_shards(p):
-        graph.node(("shard", shard["path"]), shard["sha256"], entry)
-        graph.call("shard", shard["sha256"], ("shard", shard["path"]))
-        graph.edge(here, "holds", ("shard", shard["path"]))
+        held: Ref = ("shard", shard["path"])
+        graph.node(held, shard["sha256"], entry, {n: shard[n] for n in ("rows", "groups", "bytes")})
+        graph.call("shard", shard["sha256"], held)
+        graph.edge(here, "holds", held)
+    for each in p.get("replaces", ()):  # rows were erased: what is left of a shard was written anew
+        if each["by"]:
+            graph.edge(("shard", each["by"]["path"]), "rewritten from", ("shard", each["path"]))
     if p["parent"]:
-        graph.edge(here, "continues", parent or ("dataset", p["parent"]))
-    known = _behaviour_of(graph, parent)
+        earlier = graph.all_called("dataset", p["parent"])
+        own = [ref for ref in earlier if ref[1].rpartition("/")[0] == name]
+        graph.edge(here, "continues", (own or earlier or [("dataset", p["parent"])])[0])
     for policy in p["behaviour"]:
-        if policy["digest"] not in known:
+        sampler = f"{name} {policy['digest']}"
+        if (
+            graph.called("sampler", sampler) is None
+        ):  # the first version with its rows; later ones continue that
+            graph.call("sampler", sampler, here)
             graph.edge(here, "sampled from", _policy_of(graph, policy["version"], policy["digest"]))
-    for scored in graph.entries("dataset.scored", f"dataset:{p['name']}"):
-        if scored.seq < entry.seq:
-            graph.edge(here, "scored from", _dataset_of(graph, scored.payload["root"]))
-            graph.edge(here, "rewarded by", ("source", scored.payload["reward"]))
+    _scored_links(graph, here, name)
     for part in p.get("contents", ()):  # of its new rows; a ledger of an earlier release has none
         graph.edge(here, "gathered in", ("environment", f"{part['env']}@{part['env_version']}"))
         graph.edge(here, "comes from", ("origin", part["source"]))
         graph.edge(here, "licensed under", ("licence", part["licence"]))
+    graph.call("scored into", f"version {name}", here)
+
+
+def _scored(entry: Entry, graph: Graph) -> None:
+    """Read that a dataset was (or is about to be) written with the rewards of one source: it holds no others."""
+    p, name = entry.payload, entry.subject.removeprefix("dataset:")
+    graph.call("rewarded into", name, ("source", p["reward"]))
+    if "root" in p:
+        for source in _datasets_of(graph, p["root"]):
+            graph.call("scored into", name, source)
+    for version in graph.all_called("scored into", f"version {name}"):  # sealed before this was recorded
+        _scored_links(graph, version, name)
+
+
+def _scored_links(graph: Graph, version: Ref, name: str) -> None:
+    for source in graph.all_called("scored into", name):
+        graph.edge(version, "scored from", source)
+    for source in graph.all_called("rewarded into", name):
+        graph.edge(version, "rewarded by", source)
 
 
 def _data_validated(entry: Entry, graph: Graph) -> None:
@@ -146,8 +180,8 @@ def _reward_validated(entry: Entry, graph: Graph) -> None:
     graph.node(here, p["digest"], entry)
     graph.call("evidence", p["evidence"]["sha256"], here)
     graph.call("reward", p["digest"], here)
-    if p["dataset"]:
-        graph.edge(here, "trained on", _dataset_of(graph, p["dataset"]))
+    for dataset in _datasets_of(graph, p["dataset"]) if p["dataset"] else ():
+        graph.edge(here, "trained on", dataset)
     source = graph.called("source", p["digest"])
     if source is not None:
         graph.edge(here, "judges", source)
@@ -173,8 +207,8 @@ def _preferences(entry: Entry, graph: Graph) -> None:
     graph.node(here, entry.subject, entry)
     graph.call("preferences", entry.subject, here)
     dataset = entry.payload["origin"].get("dataset")
-    if dataset:
-        graph.edge(here, "made from", _dataset_of(graph, dataset))
+    for made_from in _datasets_of(graph, dataset) if dataset else ():
+        graph.edge(here, "made from", made_from)
 
 
 def _evaluation(entry: Entry, graph: Graph) -> None:
@@ -182,6 +216,8 @@ def _evaluation(entry: Entry, graph: Graph) -> None:
     graph.node(here, entry.subject, entry)
     graph.call("evidence", entry.payload["outcomes"]["sha256"], here)
     graph.edge(here, "asks", ("tasks", entry.payload["tasks_digest"]))
+    for side in ("candidate", "champion"):
+        graph.edge(here, "compares", ("agent", f"agent/{entry.payload[side]}"))
 
 
 def _decision(entry: Entry, graph: Graph) -> None:
@@ -233,18 +269,21 @@ def _locate(graph: Graph, ref: Ref, **ids: str | None) -> None:
             graph.call(role, value, ref)  # type: ignore[arg-type]
 
 
-def _behaviour_of(graph: Graph, dataset: Ref | None) -> set[str]:
-    entries = graph.entries("dataset.sealed", dataset[1]) if dataset else []
-    return {policy["digest"] for entry in entries for policy in entry.payload["behaviour"]}
-
-
-def _dataset_of(graph: Graph, root: str) -> Ref:
-    return graph.called("dataset", root) or ("dataset", root)
+def _datasets_of(graph: Graph, root: str) -> list[Ref]:
+    """Return every version with that root: they are the same rows."""
+    return graph.all_called("dataset", root) or [("dataset", root)]
 
 
 def _policy_of(graph: Graph, name: str, digest: str) -> Ref:
-    """Return the agent with that digest, else a policy from outside (its experience was imported)."""
-    return graph.called("agent", digest) or ("outside", f"{name}@{digest}")
+    """Return the agent of that name if it has that digest, else one that has, else a policy from outside (its experience
+    was imported).
+    """
+    bearers = graph.all_called("agent", digest)
+    return (
+        ("agent", name)
+        if ("agent", name) in bearers
+        else next(iter(bearers), ("outside", f"{name}@{digest}"))
+    )
 
 
 _READERS: Mapping[str, Callable[[Entry, Graph], None]] = {
@@ -252,6 +291,8 @@ _READERS: Mapping[str, Callable[[Entry, Graph], None]] = {
     "run.started": _run_started,
     "run.finished": _run_finished,
     "dataset.sealed": _dataset,
+    "dataset.scoring": _scored,
+    "dataset.scored": _scored,
     "dataset.validated": _data_validated,
     "reward.validated": _reward_validated,
     "reward.registered": _source,

@@ -12,8 +12,11 @@ Roles = Mapping[str, Sequence[str]]
 """Aliases held at present, by subject: {"agent/3": ["champion"]}."""
 
 
-def describe(ref: Ref, digest: str | None, said: Sequence[Entry], roles: Roles) -> Node:
-    """Return the node `ref` as `said` describes it; one that has no entry where its kind must have one is unknown.
+def describe(
+    ref: Ref, digest: str | None, said: Sequence[Entry], kept: Mapping[str, Any] | None, roles: Roles
+) -> Node:
+    """Return the node `ref` as `said` (or the facts that were `kept` of it) describes it; one that has no entry where its
+    kind must have one is unknown.
 
     Raises:
         KeyError, TypeError: an entry lacks a field that its kind must have.
@@ -21,12 +24,14 @@ def describe(ref: Ref, digest: str | None, said: Sequence[Entry], roles: Roles) 
     kind, key = ref
     if kind in _UNSAID:
         return _UNSAID[kind](key)
+    if kept is not None:
+        return (_dataset if kind == "dataset" else _shard)(key, digest or "", kept)
     entries: dict[str, list[Entry]] = {}
     for entry in said:
         entries.setdefault(entry.kind, []).append(entry)
     try:
         return _SAID[kind](key, entries, roles)
-    except _Unknown:
+    except (_Unknown, StopIteration):
         return Node(
             kind, _SHORT[kind](key) if kind in _SHORT else key, digest or _own(kind, key), known=False
         )
@@ -34,6 +39,10 @@ def describe(ref: Ref, digest: str | None, said: Sequence[Entry], roles: Roles) 
 
 class _Unknown(Exception):
     pass
+
+
+def _unknown(key: str, entries: Mapping[str, list[Entry]], roles: Roles) -> Node:
+    raise _Unknown
 
 
 def _newest(entries: Mapping[str, Sequence[Entry]], *kinds: str) -> Entry:
@@ -82,23 +91,13 @@ def _run(key: str, entries: Mapping[str, list[Entry]], roles: Roles) -> Node:
     return Node("run", key[:12], key, facts, tuple(files))
 
 
-def _dataset(key: str, entries: Mapping[str, list[Entry]], roles: Roles) -> Node:
-    entry = _newest(entries, "dataset.sealed")
-    p = entry.payload
-    facts = _pick(p, "rows", "groups", "new_rows", "git_commit", "dvc", sealed=entry.time)
-    facts["contents"] = list(p.get("contents", ()))
-    return Node("dataset", key, p["root"], facts, (File(p["manifest"], p["manifest_sha256"]),))
+def _dataset(key: str, root: str, kept: Mapping[str, Any]) -> Node:
+    facts = _pick(kept, "rows", "groups", "new_rows", "git_commit", "dvc", "sealed", "contents")
+    return Node("dataset", key, root, facts, (File(kept["manifest"], kept["manifest_sha256"]),))
 
 
-def _shard(key: str, entries: Mapping[str, list[Entry]], roles: Roles) -> Node:
-    if entries.get("run.finished"):  # of fresh groups, collected by the run
-        fresh = entries["run.finished"][-1].payload["outputs"]["fresh"]
-        sha256 = next(shard["sha256"] for shard in fresh if shard["path"] == key)
-        return Node("shard", key, sha256, {}, (File(key, sha256),))
-    entry = _newest(entries, "dataset.sealed")
-    shard = next(shard for shard in reversed(entry.payload["shards"]) if shard["path"] == key)
-    facts = _pick(shard, "rows", "groups", "bytes")
-    return Node("shard", key, shard["sha256"], facts, (File(key, shard["sha256"]),))
+def _shard(key: str, sha256: str, kept: Mapping[str, Any]) -> Node:
+    return Node("shard", key, sha256, kept, (File(key, sha256),))  # no facts: collected by a run
 
 
 def _source(key: str, entries: Mapping[str, list[Entry]], roles: Roles) -> Node:
@@ -180,8 +179,8 @@ _SAID: Mapping[Kind, Callable[[str, Mapping[str, list[Entry]], Roles], Node]] = 
     "agent": _agent,
     "base": _base,
     "run": _run,
-    "dataset": _dataset,
-    "shard": _shard,
+    "dataset": _unknown,
+    "shard": _unknown,
     "validation": _validation,
     "reward": _reward,
     "source": _source,

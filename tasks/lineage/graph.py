@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from tasks.core.errors import Corrupt, NotFound, UsageError
 from tasks.core.ledger import Entry, Ledger
@@ -26,6 +27,8 @@ class Circle(Corrupt):
 
 _MIN_PREFIX = 4  # digits; with fewer, a digest prefix is more likely a typing error
 _NEWEST = 1000  # names of a kind among which the nearest are looked for
+_AT_ONCE = 200  # nodes that are described together
+_WHOLE = 32  # digits from which on more would not tell things apart: an MD5
 _HEX = set("0123456789abcdef")
 _LOCATORS: Mapping[str, Role] = {"prefect": "prefect", "mlflow": "mlflow", "git": "git", "dvc": "dvc"}
 _NAMED: Mapping[str, Kind] = {
@@ -69,12 +72,15 @@ def gather(index: Index, root: Ref, ids: Iterable[int]) -> Lineage:
     """
     numbers = list(ids)
     named = index.refs(numbers)
-    said = index.said(numbers)
     roles = roles_of(index)
     nodes: dict[Ref, Node] = {}
-    for number, (ref, digest) in named.items():
-        node = _described(index, ref, digest, said.get(number, []), roles)
-        nodes[ref] = node
+    for start in range(0, len(numbers), _AT_ONCE):  # so that entries of a long history are not all held
+        part = numbers[start : start + _AT_ONCE]
+        kept = index.kept(part)
+        said = index.said(number for number in part if number not in kept)
+        for number in part:
+            ref, digest = named[number]
+            nodes[ref] = _described(index, ref, digest, said.get(number, []), kept.get(number), roles)
     edges = tuple(
         Edge(named[source][0], relation, named[target][0])
         for source, relation, target in index.edges(numbers)
@@ -84,10 +90,17 @@ def gather(index: Index, root: Ref, ids: Iterable[int]) -> Lineage:
     return Lineage(root, nodes, edges)
 
 
-def _described(index: Index, ref: Ref, digest: str | None, said: Sequence[Entry], roles: Roles) -> Node:
+def _described(
+    index: Index,
+    ref: Ref,
+    digest: str | None,
+    said: Sequence[Entry],
+    kept: Mapping[str, Any] | None,
+    roles: Roles,
+) -> Node:
     try:
-        node = describe(ref, digest, said, roles)
-    except (KeyError, TypeError, StopIteration) as error:
+        node = describe(ref, digest, said, kept, roles)
+    except (KeyError, TypeError) as error:
         raise _broken(ref, str(error)) from error
     if not node.known:
         wrong = index.broken(ref[1])
@@ -165,15 +178,21 @@ def resolve(index: Index, ref: str) -> Ref:
         if index.id(found) is not None:
             return found
     role = _LOCATORS.get(word) if colon else None
-    digits = key if role or (colon and word in ("run", "decision", "shard")) else ref
+    only = _NAMED.get(word) if colon else None
+    digits = key if role or only in ("run", "decision", "shard", "dataset") else ref
     if len(digits) >= _MIN_PREFIX and (role or set(digits) <= _HEX):
-        fits = index.prefixed(digits, role)
+        fits = [fit for fit in index.prefixed(digits, role) if only in (None, fit[0])]
         if len(fits) > 1:
-            several = ", ".join(f"{kind} {found_key[:12]}" for kind, found_key in fits[:5])
-            raise UsageError(f"`{ref}` fits {len(fits)} things ({several}); give more digits.")
+            raise UsageError(_several(ref, digits, fits))
         if fits:
             return fits[0]
     raise NotFound(f"Nothing here is called `{ref}`; the nearest names are: {_nearest(index, ref, held)}.")
+
+
+def _several(ref: str, digits: str, fits: Sequence[Ref]) -> str:
+    named = ", ".join(f"{kind} {key[:24]}" for kind, key in fits[:5])
+    told = "they have it in common; ask for one by name" if len(digits) >= _WHOLE else "give more digits"
+    return f"`{ref}` fits {len(fits)} things ({named}); {told}."
 
 
 def _nearest(index: Index, ref: str, held: Mapping[str, str]) -> str:

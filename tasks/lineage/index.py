@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -20,10 +20,10 @@ from tasks.lineage import entries as reading
 from tasks.lineage.entries import Role
 from tasks.lineage.types import RELATIONS, SPOKEN, Kind, Ref, Relation
 
-_SCHEMA = "1"
+_SCHEMA = "2"
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE node (id INTEGER PRIMARY KEY, kind TEXT NOT NULL, key TEXT NOT NULL, digest TEXT, UNIQUE (kind, key));
+CREATE TABLE node (id INTEGER PRIMARY KEY, kind TEXT NOT NULL, key TEXT NOT NULL, digest TEXT, facts TEXT, UNIQUE (kind, key));
 CREATE TABLE said (node INTEGER NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (node, seq)) WITHOUT ROWID;
 CREATE TABLE edge (source INTEGER NOT NULL, relation INTEGER NOT NULL, target INTEGER NOT NULL, place INTEGER NOT NULL,
                    PRIMARY KEY (source, relation, target)) WITHOUT ROWID;
@@ -39,6 +39,7 @@ _CHANGES = tuple(
 )
 _REGISTERED = ("agent.registered", "reward.registered")
 _BATCH = 400  # values in one SQL list
+_PATIENCE_SECONDS = 120  # while another process catches up
 
 
 class Index:
@@ -61,19 +62,26 @@ class Index:
         be written either, the index is in memory.
         """
         for _ in range(2):
+            connection: sqlite3.Connection | None = None
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                index = cls(ledger, sqlite3.connect(path, timeout=120, isolation_level=None))
-                index._db.execute("PRAGMA journal_mode = WAL")
-                index._db.execute("PRAGMA synchronous = NORMAL")
+                connection = sqlite3.connect(path, timeout=_PATIENCE_SECONDS, isolation_level=None)
+                index = cls(ledger, connection)
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = NORMAL")
                 index.catch_up()
                 return index
-            except sqlite3.DatabaseError:  # damaged, or of another release
+            except (
+                OSError,
+                sqlite3.OperationalError,
+            ):  # no place to write, or another process is at it for long
+                _close(connection)
+                break
+            except sqlite3.DatabaseError:  # no database any more
+                _close(connection)
                 for suffix in ("", "-wal", "-shm"):
                     with suppress(OSError):
                         path.with_name(path.name + suffix).unlink()
-            except OSError:
-                break
         return cls.derive(ledger)
 
     @classmethod
@@ -87,11 +95,13 @@ class Index:
         """Read the entries that were appended since."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            seq = self._known()
-            for entry in self.ledger.since(seq, (*reading.KINDS, *_CHANGES)):
-                self._read(entry)
-            last = self.ledger.last()
-            if last is not None:
+            seq, last = (
+                self._known(),
+                self.ledger.last(),
+            )  # what is appended from here on is for the next time
+            if last is not None and last.seq > seq:
+                for entry in self.ledger.since(seq, (*reading.KINDS, *_CHANGES), last.seq):
+                    self._read(entry)
                 self._note(last.seq, last.digest)
             self._db.execute("COMMIT")
         except BaseException:
@@ -143,12 +153,16 @@ class Index:
 
     # ------------------------------------------------------- what readers of entries write (`entries.Graph`)
 
-    def node(self, ref: Ref, digest: str | None, said: Entry | None = None) -> None:
-        """Note that there is `ref`, and that `said` speaks of it."""
+    def node(
+        self, ref: Ref, digest: str | None, said: Entry | None = None, facts: Mapping[str, Any] | None = None
+    ) -> None:
+        """Note that there is `ref`, and that `said` speaks of it; see `entries.Graph`."""
         number = self._number(ref)
         self._db.execute(
             "UPDATE node SET digest = ? WHERE id = ? AND digest IS NOT ?", (digest, number, digest)
         )
+        if facts is not None:
+            self._db.execute("UPDATE node SET facts = ? WHERE id = ?", (json.dumps(dict(facts)), number))
         if said is not None:
             self._db.execute("INSERT OR IGNORE INTO said VALUES (?, ?)", (number, said.seq))
 
@@ -227,6 +241,14 @@ class Index:
             }
         return {number: found[number] for number in wanted}
 
+    def kept(self, ids: Iterable[int]) -> dict[int, dict[str, Any]]:
+        """Return {number: facts} of the nodes whose facts are kept here."""
+        found: dict[int, dict[str, Any]] = {}
+        for part in _batched(ids):
+            query = f"SELECT id, facts FROM node WHERE id IN ({_marks(part)}) AND facts IS NOT NULL"
+            found |= {number: json.loads(facts) for number, facts in self._db.execute(query, part)}
+        return found
+
     def said(self, ids: Iterable[int]) -> dict[int, list[Entry]]:
         """Return {number: the ledger's entries that speak of that node, in order}."""
         pairs: list[tuple[int, int]] = []
@@ -237,6 +259,14 @@ class Index:
         for number, seq in sorted(pairs):
             if seq in entries:
                 found[number].append(entries[seq])
+        return found
+
+    def settled(self, ids: Iterable[int]) -> dict[int, int]:
+        """Return {number: the last entry that speaks of that node}; 0 where none does."""
+        found = dict.fromkeys(ids, 0)
+        for part in _batched(found):
+            query = f"SELECT node, max(seq) FROM said WHERE node IN ({_marks(part)}) GROUP BY node"
+            found |= dict(self._db.execute(query, part))
         return found
 
     def walk(
@@ -260,14 +290,15 @@ class Index:
             reached |= dict.fromkeys(front)
         return list(reached)
 
-    def shortest(self, start: int, end: int) -> list[int]:
-        """Return a shortest way along the edges, both ends included; empty where there is none."""
+    def shortest(self, start: int, end: int, relations: Collection[Relation]) -> list[int]:
+        """Return a shortest way along edges of these relations, both ends included; empty where there is none."""
+        kinds = ", ".join(str(RELATIONS.index(relation)) for relation in relations)
         came: dict[int, int] = {start: start}
         front = [start]
         while front and end not in came:
             found: dict[int, int] = {}
             for part in _batched(front):
-                query = f"SELECT source, target FROM edge WHERE source IN ({_marks(part)}) ORDER BY place"
+                query = f"SELECT source, target FROM edge WHERE source IN ({_marks(part)}) AND relation IN ({kinds}) ORDER BY place"
                 for source, target in self._db.execute(query, part):
                     if target not in came:
                         found.setdefault(target, source)
@@ -310,8 +341,10 @@ class Index:
 
     def newest_version(self, dataset: str) -> str | None:
         """Return the newest version of a dataset, "main/v3", None where there is none."""
-        query = "SELECT key FROM node WHERE kind = 'dataset' AND key GLOB ? ORDER BY id DESC LIMIT 1"
-        row = self._db.execute(query, (f"{dataset}/v*",)).fetchone()
+        query = (
+            "SELECT key FROM node WHERE kind = 'dataset' AND substr(key, 1, ?) = ? ORDER BY id DESC LIMIT 1"
+        )
+        row = self._db.execute(query, (len(dataset) + 2, f"{dataset}/v")).fetchone()
         return None if row is None else str(row[0])
 
     def broken(self, subject: str) -> tuple[int, str] | None:
@@ -320,6 +353,11 @@ class Index:
             "SELECT seq, reason FROM broken WHERE subject = ? LIMIT 1", (subject,)
         ).fetchone()
         return None if row is None else (int(row[0]), str(row[1]))
+
+
+def _close(connection: sqlite3.Connection | None) -> None:
+    if connection is not None:
+        connection.close()
 
 
 def _batched(values: Iterable[int]) -> Iterator[Sequence[int]]:

@@ -13,7 +13,7 @@ from tasks.core.workspace import Workspace
 from tasks.lineage.descent import descendants
 from tasks.lineage.graph import gather, open_index, resolve
 from tasks.lineage.index import Index
-from tasks.lineage.types import Lineage, Node, Ref, Relation
+from tasks.lineage.types import RELATIONS, SHAPING, Lineage, Node, Ref, Relation
 from tasks.promotion.promote import OFFICES, Office, Standing, standing
 
 # ---------------------------------------------------------------------------------------------------- at
@@ -82,11 +82,11 @@ def _moment(when: str) -> datetime:
         if len(when) == len("2026-03-03"):
             return datetime.combine(date.fromisoformat(when), time.max, UTC)
         found = datetime.fromisoformat(when)
-    except ValueError:
+        return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
         raise UsageError(
             f"`{when}` is no date; write 2026-03-03 for the end of that day, or 2026-03-03T14:00:00Z (UTC)."
         ) from None
-    return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True)
@@ -290,8 +290,10 @@ def path(
     """
     index = index or open_index(ledger, workspace)
     start, end = (resolve(index, name) for name in (first, second))
+    judging = {"decision", "promotion", "evaluation", "validation", "reward", "tasks", "policy"}
+    relations = RELATIONS if judging & {start[0], end[0]} else SHAPING
     for a, b in ((start, end), (end, start)):
-        numbers = index.shortest(index.id(a) or 0, index.id(b) or 0)
+        numbers = index.shortest(index.id(a) or 0, index.id(b) or 0, relations)
         if numbers:
             return gather(index, a, numbers)
     raise NotFound(f"Neither of {first} and {second} follows from the other.")

@@ -35,10 +35,10 @@ _STYLES: Mapping[str, str] = {
 INVERSE: Mapping[Relation, str] = {
     "trained by": "made", "converted from": "became", "descends from": "base of", "run by code": "ran",
     "with packages": "used by", "trained on": "taught", "collected": "collected by", "started from": "start of",
-    "holds": "held by", "contains": "within", "checked by": "checks", "continues": "continued by",
+    "holds": "held by", "rewritten from": "rewritten as", "contains": "within", "checked by": "checks", "continues": "continued by",
     "sampled from": "sampled into", "scored from": "scored into", "rewarded by": "rewarded", "gathered in": "gathered",
     "comes from": "source of", "licensed under": "licence of", "learnt from": "taught", "reads states of": "read by",
-    "made from": "made into", "judges": "judged by", "judged by": "about", "in office": "of", "asks": "asked by",
+    "made from": "made into", "judges": "judged by", "judged by": "about", "in office": "of", "asks": "asked by", "compares": "was compared in",
     "under policy": "rules", "rests on": "supports", "compared with": "was compared in",
 }  # fmt: skip
 """How a relation reads from its target to its source."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from tasks.core.workspace import Workspace
 from tasks.lineage.index import Index
 from tasks.lineage.types import Ref
 from tasks.replay import index as replay
-from tasks.replay.index import By, Place
+from tasks.replay.index import About, By, Place
 from tasks.replay.manifest import Shard
 
 _FRESH = "_fresh"  # the index of what runs collected themselves
@@ -47,67 +47,104 @@ def consumed(workspace: Workspace, outputs: Mapping[str, Any]) -> list[str]:
     kept = outputs["groups"]
     if not isinstance(kept, Mapping):
         return list(kept)  # a ledger of an earlier release holds the ids themselves
+    return _checked(workspace, kept).decode().splitlines()
+
+
+def _checked(workspace: Workspace, file: Mapping[str, Any]) -> bytes:
     try:
-        data = (workspace.root / kept["path"]).read_bytes()
+        data: bytes = (workspace.root / file["path"]).read_bytes()
     except OSError as error:
         raise Corrupt(
-            f"{kept['path']}, which says what a run learnt from, cannot be read: {error.strerror}."
+            f"{file['path']}, on which the answer rests, cannot be read: {error.strerror}."
         ) from error
-    if sha256_bytes(data) != kept["sha256"]:
+    if sha256_bytes(data) != file["sha256"]:
         raise Corrupt(
-            f"{kept['path']}, which says what a run learnt from, differs from its digest; run `forebay verify`."
+            f"{file['path']}, on which the answer rests, differs from its digest; run `forebay verify`."
         )
-    return bytes(data).decode().splitlines()
+    return data
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The groups that an episode, a group, a prompt, a source or a licence selects.
+    """The rows that an episode, a group, a prompt, a source or a licence selects.
 
     Attributes:
         by, value: what was asked for.
-        places: where they lie; one group may lie in several datasets.
+        places: where their groups lie; one group may lie in several datasets.
+        groups: ids of the groups; none for a source or a licence, which may select millions.
+        sets: digests of sets of preferences that have an answer of it by what they say themselves.
+        roots: of dataset versions that held them, where their bytes were erased and no place is known.
     """
 
     by: By
     value: str
     places: tuple[Place, ...]
-
-    @property
-    def groups(self) -> frozenset[str]:
-        """Their ids."""
-        return frozenset(place.group_id for place in self.places)
+    groups: frozenset[str] = frozenset()
+    sets: tuple[str, ...] = ()
+    roots: tuple[str, ...] = ()
 
 
 def select(ledger: Ledger, workspace: Workspace, index: Index, by: By, value: str) -> Selection:
-    """Return the groups that `by` and `value` select, wherever they lie.
+    """Return the rows that `by` and `value` select, wherever they lie.
 
     Args:
         value: an id, the SHA-256 of a prompt's text or that text, the name of a source or licence.
 
     Raises:
         NotFound: there are none.
-        Corrupt: a shard that is not in the index yet differs from its digest.
+        Corrupt: a shard that is not in the index yet, or a set of preferences, differs from its digest.
     """
     if by == "prompt" and not _is_digest(value):
         value = sha256_bytes(value.encode())
-    found = [
-        place
-        for name in datasets(ledger, workspace, index)
-        for place in replay.places(workspace, name, by, value)
-    ]
-    if not found:
-        _index_fresh(workspace, index)
-        found = replay.places(workspace, _FRESH, by, value)
-    if not found:
-        raise NotFound(
-            f"No sealed dataset and no run holds {by} `{value}`; `forebay log --kind dataset.sealed` lists them."
-        )
-    return Selection(by, value, tuple(found))
+    names = [*datasets(ledger, workspace, index), _fresh(workspace, index)]
+    found = tuple(place for name in names for place in replay.places(workspace, name, by, value))
+    sets = () if by in ("episode", "group") else _sets(ledger, workspace, index, by, value)
+    if not found and not sets:
+        erased = _erased(ledger, workspace, by, value)
+        if erased is None:
+            raise NotFound(
+                f"No sealed dataset, no run and no set of preferences holds {by} `{value}`; "
+                "`forebay log --kind dataset.sealed` lists the datasets."
+            )
+        return erased
+    groups: set[str] = set()
+    if by not in _BROAD:
+        for name in dict.fromkeys(place.dataset for place in found):
+            groups |= set(replay.groups(workspace, name, by, value))
+    return Selection(by, value, found, frozenset(groups), sets)
 
 
-def datasets(ledger: Ledger, workspace: Workspace, index: Index) -> list[str]:
-    """Return the names of all datasets, their row indices caught up."""
+def _sets(ledger: Ledger, workspace: Workspace, index: Index, by: By, value: str) -> tuple[str, ...]:
+    """Return the sets of preferences with a pair of that prompt, source or licence: they may come from elsewhere."""
+    found = []
+    for key in index.keys("preferences"):
+        entry = ledger.last("preferences.imported", key) or ledger.last("preferences.made", key)
+        pairs = _pairs(workspace, entry.payload["path"], key) if entry is not None else None
+        for pair in pairs or ():
+            if value == (sha256_bytes(pair["prompt"].encode()) if by == "prompt" else pair[by]):
+                found.append(key)
+                break
+    return tuple(found)
+
+
+def _erased(ledger: Ledger, workspace: Workspace, by: By, value: str) -> Selection | None:
+    """Return what a revocation noted of rows whose bytes are gone."""
+    for entry in ledger.entries("data.revoked"):
+        lists = json.loads(_checked(workspace, entry.payload["lists"]))
+        named = value in lists["groups"] if by == "group" else value in lists["episodes"]
+        if entry.payload["what"] == f"{by}:{value}" or (by in ("group", "episode") and named):
+            groups = {value} if by == "group" else set(lists["groups"])
+            return Selection(by, value, (), frozenset(groups), roots=tuple(entry.payload["roots"]))
+    return None
+
+
+def datasets(ledger: Ledger, workspace: Workspace, index: Index) -> dict[str, bool]:
+    """Return {name: whether all rows of its newest version are known} of all datasets, their row indices caught up.
+
+    Rows are not known of shards that are not in this workspace: of whoever was given them it is not said that it did not
+    learn from a row.
+    """
+    found: dict[str, bool] = {}
     newest: dict[str, str] = {}
     for subject in index.keys("dataset"):  # newest first
         newest.setdefault(subject.rpartition("/")[0], subject)
@@ -116,89 +153,97 @@ def datasets(ledger: Ledger, workspace: Workspace, index: Index) -> list[str]:
         held = [
             target for _, relation, target in index.edges([number] if number else []) if relation == "holds"
         ]
-        shards = [digest for _, digest in index.refs(held).values()]
-        if not all(replay.holds(workspace, name, digest) for digest in shards if digest):
+        digests = [digest for _, digest in index.refs(held).values() if digest]
+        found[name] = bool(digests) and all(replay.holds(workspace, name, digest) for digest in digests)
+        if not found[name]:
             entry = ledger.last("dataset.sealed", subject)
             assert entry is not None
-            replay.add_shards(workspace, name, [Shard(**shard) for shard in entry.payload["shards"]])
-    return sorted(newest)
+            present = [Shard(**shard) for shard in entry.payload["shards"]]
+            found[name] = replay.add_present(workspace, name, present)
+    return found
 
 
-def _index_fresh(workspace: Workspace, index: Index) -> None:
-    """Index the shards of fresh groups that lie with the runs."""
+def _fresh(workspace: Workspace, index: Index) -> str:
+    """Index the shards of fresh groups that lie with the runs; return the name of that index."""
     wanted = []
-    for number in index.targets("collected"):
-        ((_, path), digest) = index.refs([number])[number]
-        if (workspace.root / path).exists():
-            wanted.append(Shard(path, digest or "", 0, 0, 0))
-    replay.add_shards(workspace, _FRESH, wanted)
+    for (_, path), digest in index.refs(index.targets("collected")).values():
+        wanted.append(Shard(path, digest or "", 0, 0, 0))
+    replay.add_present(workspace, _FRESH, wanted)
+    return _FRESH
 
 
-def consumers(
-    workspace: Workspace,
-    index: Index,
-    selection: Selection,
-    candidates: Collection[int],
-    among: Mapping[int, Sequence[str]],
-) -> Iterator[int]:
-    """Yield those of `candidates` (runs, sets of preferences, validations) that really used a selected group.
+@dataclass(frozen=True)
+class Use:
+    """What a run learnt from, or a set of preferences compares.
+
+    Attributes:
+        groups: ids; of preferences, the groups of the answers.
+        about: what they are.
+        episodes: of preferences, the answers themselves; None for a run, which learns from whole groups.
+        sources, licences: of preferences, what each pair says of itself.
+    """
+
+    groups: frozenset[str]
+    about: About
+    episodes: frozenset[str] | None = None
+    sources: frozenset[str] = frozenset()
+    licences: frozenset[str] = frozenset()
+
+    def of(self, selection: Selection) -> bool:
+        """Tell whether a selected row is among it."""
+        if selection.by in _BROAD:
+            field = "sources" if selection.by == "source" else "licences"
+            return selection.value in getattr(self, field) | getattr(self.about, field)
+        if selection.by == "episode" and self.episodes is not None:
+            return selection.value in self.episodes
+        return not selection.groups.isdisjoint(self.groups)  # of an erased one, too
+
+
+def run_use(workspace: Workspace, outputs: Mapping[str, Any], dataset: str) -> Use:
+    """Return what a run learnt from.
 
     Args:
-        among: for each candidate, the names of the datasets through which it was reached.
+        outputs: of its `run.finished` entry.
+        dataset: name of the dataset that it was given.
 
     Raises:
-        Corrupt: a list of groups is missing or was changed.
+        Corrupt: the list of groups is missing or was changed.
     """
-    said = index.said(candidates)
-    episodes: set[str] | None = None
-    for number in candidates:
-        entries = {entry.kind: entry for entry in said.get(number, ())}
-        if "run.finished" in entries:
-            used = consumed(workspace, entries["run.finished"].payload["outputs"])
-            shaped = _learnt(workspace, selection, used, among[number])
-        elif made := entries.get("preferences.made") or entries.get("preferences.imported"):
-            episodes = _episodes(workspace, selection) if episodes is None else episodes
-            shaped = _compared(workspace, selection, made.payload["path"], episodes)
-        else:
-            shaped = (
-                "run.started" not in entries
-            )  # such a run made no agent; of others it is not known row by row
-        if shaped:
-            yield number
+    groups = frozenset(consumed(workspace, outputs))
+    return Use(groups, replay.about(workspace, dataset, groups))
 
 
-def _learnt(workspace: Workspace, selection: Selection, used: Sequence[str], names: Sequence[str]) -> bool:
-    if selection.by in _BROAD:
-        return any(replay.any_of(workspace, name, used, selection.by, selection.value) for name in names)
-    return not selection.groups.isdisjoint(used)
+def preferences_use(workspace: Workspace, path: str, sha256: str, datasets_: Collection[str]) -> Use | None:
+    """Return what a set of preferences compares, None where its file is gone (erased, as a rule).
+
+    Args:
+        path, sha256: of its file.
+        datasets_: names of the datasets that it may have been made from.
+
+    Raises:
+        Corrupt: its file was changed.
+    """
+    pairs = _pairs(workspace, path, sha256)
+    if pairs is None:
+        return None
+    episodes = {pair[name] for pair in pairs for name in ("chosen_id", "rejected_id")} - {""}
+    known = [(name, replay.groups_of(workspace, name, episodes)) for name in datasets_]
+    told = [replay.about(workspace, name, groups) for name, groups in known]
+    return Use(
+        frozenset(group for _, groups in known for group in groups),
+        About(*(frozenset().union(*(getattr(each, f.name) for each in told)) for f in fields(About))),
+        frozenset(episodes),
+        frozenset(pair["source"] for pair in pairs),
+        frozenset(pair["licence"] for pair in pairs),
+    )
 
 
-def _compared(workspace: Workspace, selection: Selection, path: str, episodes: Collection[str]) -> bool:
-    """Tell whether a set of preferences has a pair of a selected answer."""
-    try:
-        lines = (workspace.root / path).read_text().splitlines()
-    except FileNotFoundError:
-        return True  # erased, perhaps; who may have learnt from it is not told that they did not
-    except OSError as error:
-        raise Corrupt(
-            f"{path}, which a reward model learnt from, cannot be read: {error.strerror}."
-        ) from error
-    pairs = (json.loads(line) for line in lines if line.strip())
-    if selection.by in _BROAD:
-        return any(pair[selection.by] == selection.value for pair in pairs)
-    return any(pair["chosen_id"] in episodes or pair["rejected_id"] in episodes for pair in pairs)
-
-
-def _episodes(workspace: Workspace, selection: Selection) -> set[str]:
-    if selection.by == "episode":
-        return {selection.value}
-    if selection.by in _BROAD:
-        return set()
-    return {
-        episode
-        for place in selection.places
-        for episode in replay.episodes(workspace, place.dataset, place.group_id)
-    }
+def _pairs(workspace: Workspace, path: str, sha256: str) -> list[dict[str, Any]] | None:
+    """Return the pairs of a set of preferences, bytes checked; None where its file is gone."""
+    if not (workspace.root / path).exists():
+        return None
+    data = _checked(workspace, {"path": path, "sha256": sha256})
+    return [json.loads(line) for line in data.splitlines() if line.strip()]
 
 
 def shard_refs(selection: Selection) -> list[Ref]:

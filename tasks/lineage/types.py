@@ -15,12 +15,12 @@ Kind = Literal[
 Relation = Literal[
     "trained by", "converted from", "descends from",  # of an agent
     "run by code", "with packages", "trained on", "collected", "started from",  # of a run
-    "holds", "checked by", "continues", "sampled from", "scored from", "rewarded by",  # of a dataset
+    "holds", "rewritten from", "checked by", "continues", "sampled from", "scored from", "rewarded by",  # of a dataset
     "gathered in", "comes from", "licensed under",
     "contains",  # of a shard
     "learnt from", "reads states of", "made from", "judges",  # of a reward model and its preferences
     "judged by", "in office",  # of an agent or a reward model
-    "asks",  # of an evaluation
+    "asks", "compares",  # of an evaluation
     "under policy", "rests on", "compared with",  # of a decision
 ]  # fmt: skip
 SPOKEN: frozenset[Kind] = frozenset(
@@ -37,7 +37,7 @@ RELATIONS: tuple[Relation, ...] = get_args(Relation)
 SHAPING: frozenset[Relation] = frozenset(
     {
         "trained by", "converted from", "descends from", "run by code", "with packages", "trained on", "collected", "started from",
-        "holds", "contains", "continues", "sampled from", "scored from", "rewarded by", "gathered in", "comes from",
+        "holds", "rewritten from", "contains", "continues", "sampled from", "scored from", "rewarded by", "gathered in", "comes from",
         "licensed under", "learnt from", "reads states of", "made from",
     }
 )  # fmt: skip

@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tasks.core.errors import Corrupt
+from tasks.core.errors import Corrupt, Unavailable
 from tasks.core.workspace import Workspace
 from tasks.replay import shards
 from tasks.replay.manifest import Manifest, Shard
 
-_VERSION = 2  # of the tables
+_VERSION = 3  # of the tables
 _TABLES = """
 CREATE TABLE shard (number INTEGER PRIMARY KEY, sha256 TEXT NOT NULL UNIQUE, path TEXT NOT NULL);
 CREATE TABLE grp (number INTEGER PRIMARY KEY, group_id TEXT NOT NULL, shard INTEGER NOT NULL, prompt TEXT NOT NULL,
-                  env TEXT NOT NULL, source TEXT NOT NULL, licence TEXT NOT NULL, episodes INTEGER NOT NULL);
+                  env TEXT NOT NULL, source TEXT NOT NULL, licence TEXT NOT NULL, episodes INTEGER NOT NULL,
+                  samplers TEXT NOT NULL, rewarders TEXT NOT NULL);
 CREATE INDEX grp_id ON grp (group_id);
 CREATE INDEX grp_prompt ON grp (prompt);
 CREATE INDEX grp_source ON grp (source);
@@ -30,7 +31,16 @@ CREATE INDEX grp_licence ON grp (licence);
 CREATE TABLE episode (episode_id TEXT PRIMARY KEY, grp INTEGER NOT NULL) WITHOUT ROWID;
 CREATE INDEX episode_grp ON episode (grp);
 """
-_COLUMNS = ("episode_id", "group_id", "prompt_sha256", "env", "source", "licence")
+_COLUMNS = (
+    "episode_id",
+    "group_id",
+    "prompt_sha256",
+    "env",
+    "source",
+    "licence",
+    "behaviour_digest",
+    "reward_digest",
+)
 _BATCH = 400  # values in one SQL list
 
 By = Literal["episode", "group", "prompt", "source", "licence"]
@@ -46,16 +56,14 @@ _WHERE: dict[By, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a group lies: the dataset's name, the shard's path; and what it is."""
+    """Where some groups of one kind lie: the dataset's name, the shard's path; what they are, and how many."""
 
     dataset: str
     shard: str
-    group_id: str
-    prompt: str
     env: str
     source: str
     licence: str
-    episodes: int
+    groups: int
 
 
 def catch_up(workspace: Workspace, manifest: Manifest) -> None:
@@ -64,17 +72,33 @@ def catch_up(workspace: Workspace, manifest: Manifest) -> None:
     Raises:
         Corrupt: a shard to add is missing or differs from its digest.
     """
-    add_shards(workspace, manifest.name, manifest.shards)
+    with _open(workspace, manifest.name) as index:
+        for shard in _unknown(index, manifest.shards):
+            shards.verify(workspace, [shard])
+            _add(index, workspace.root / shard.path, shard)
 
 
-def add_shards(workspace: Workspace, dataset: str, wanted: Sequence[Shard]) -> None:
-    """Add those of `wanted` that the index of `dataset` does not hold; see `catch_up`."""
+def add_present(workspace: Workspace, dataset: str, wanted: Sequence[Shard]) -> bool:
+    """Add those of `wanted` that are there; return whether the index holds all of them now.
+
+    Raises:
+        Corrupt: a shard to add differs from its digest.
+    """
+    whole = True
     with _open(workspace, dataset) as index:
-        known = {sha256 for (sha256,) in index.execute("SELECT sha256 FROM shard")}
-        for shard in wanted:
-            if shard.sha256 not in known:
-                shards.verify(workspace, [shard])
-                _add(index, workspace.root / shard.path, shard)
+        for shard in _unknown(index, wanted):
+            path = workspace.root / shard.path
+            if not path.exists():
+                whole = False  # not fetched from the remote, or erased
+                continue
+            shards.verify(workspace, [shard])
+            _add(index, path, shard)
+    return whole
+
+
+def _unknown(index: sqlite3.Connection, wanted: Sequence[Shard]) -> list[Shard]:
+    known = {sha256 for (sha256,) in index.execute("SELECT sha256 FROM shard")}
+    return [shard for shard in wanted if shard.sha256 not in known]
 
 
 def _add(index: sqlite3.Connection, path: Path, shard: Shard) -> None:
@@ -87,25 +111,38 @@ def _add(index: sqlite3.Connection, path: Path, shard: Shard) -> None:
         raise Corrupt(
             f"Shard {shard.path} is as it was sealed, but no replay can be read from it: {error}."
         ) from error
-    number = index.execute(
-        "INSERT INTO shard (sha256, path) VALUES (?, ?)", (shard.sha256, shard.path)
-    ).lastrowid
+    row = (shard.sha256, shard.path)
+    number = index.execute("INSERT INTO shard (sha256, path) VALUES (?, ?)", row).lastrowid
     columns = [column.to_pylist() for column in table.itercolumns()]
-    groups: dict[str, list[str]] = {}
-    about: dict[str, tuple[str, ...]] = {}
+    groups: dict[str, list[tuple[str, ...]]] = {}
     for episode, group, *rest in zip(*columns, strict=True):
-        groups.setdefault(group, []).append(episode)
-        about.setdefault(group, tuple(rest))
+        groups.setdefault(group, []).append((episode, *rest))
     start = index.execute("SELECT coalesce(max(number), 0) + 1 FROM grp").fetchone()[0]
     numbers = {group: start + at for at, group in enumerate(groups)}
     index.executemany(
-        "INSERT INTO grp VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        ((numbers[group], group, number, *about[group], len(episodes)) for group, episodes in groups.items()),
+        "INSERT INTO grp VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            (
+                numbers[group],
+                group,
+                number,
+                *episodes[0][1:5],
+                len(episodes),
+                _set(episodes, 5),
+                _set(episodes, 6),
+            )
+            for group, episodes in groups.items()
+        ),
     )
     index.executemany(
         "INSERT OR REPLACE INTO episode VALUES (?, ?)",
-        sorted((episode, numbers[group]) for group, episodes in groups.items() for episode in episodes),
+        sorted((episode[0], numbers[group]) for group, episodes in groups.items() for episode in episodes),
     )
+
+
+def _set(episodes: Sequence[tuple[str, ...]], column: int) -> str:
+    """Different digests as one text; nearly always it is one."""
+    return " ".join(sorted({episode[column] for episode in episodes}))
 
 
 def holds(workspace: Workspace, dataset: str, sha256: str) -> bool:
@@ -117,11 +154,18 @@ def holds(workspace: Workspace, dataset: str, sha256: str) -> bool:
 def places(workspace: Workspace, dataset: str, by: By, value: str) -> list[Place]:
     """Return where the groups lie that `by` and `value` select, in the order in which they were sealed."""
     query = (
-        "SELECT path, group_id, prompt, env, source, licence, episodes FROM grp JOIN shard ON shard.number = grp.shard "
-        f"WHERE {_WHERE[by]} ORDER BY grp.number"
+        "SELECT path, env, source, licence, count(*) FROM grp JOIN shard ON shard.number = grp.shard "
+        f"WHERE {_WHERE[by]} GROUP BY 1, 2, 3, 4 ORDER BY min(grp.number)"
     )
     with _open(workspace, dataset) as index:
         return [Place(dataset, *row) for row in index.execute(query, (value,))]
+
+
+def groups(workspace: Workspace, dataset: str, by: By, value: str) -> list[str]:
+    """Return the ids of the groups that `by` and `value` select."""
+    with _open(workspace, dataset) as index:
+        query = f"SELECT DISTINCT group_id FROM grp WHERE {_WHERE[by]} ORDER BY 1"
+        return [group for (group,) in index.execute(query, (value,))]
 
 
 def episodes(workspace: Workspace, dataset: str, group: str) -> list[str]:
@@ -131,17 +175,46 @@ def episodes(workspace: Workspace, dataset: str, group: str) -> list[str]:
         return [episode for (episode,) in index.execute(query, (group,))]
 
 
-def any_of(workspace: Workspace, dataset: str, groups: Collection[str], by: By, value: str) -> bool:
-    """Tell whether one of `groups` is among those that `by` and `value` select."""
+@dataclass(frozen=True, slots=True)
+class About:
+    """What some groups are, all together: where they lie, where they come from, who sampled and rewarded them."""
+
+    shards: frozenset[str]
+    sources: frozenset[str]
+    licences: frozenset[str]
+    samplers: frozenset[str]
+    rewarders: frozenset[str]
+
+
+def about(workspace: Workspace, dataset: str, groups: Collection[str]) -> About:
+    """Return what `groups` are, as far as the dataset holds them; digests in `samplers` and `rewarders`."""
     names = list(groups)
+    found: list[set[str]] = [set(), set(), set(), set(), set()]
+    with _open(workspace, dataset) as index:
+        for start in range(0, len(names), _BATCH):
+            part = names[start : start + _BATCH]
+            query = (
+                "SELECT DISTINCT path, source, licence, samplers, rewarders FROM grp JOIN shard ON shard.number = grp.shard "
+                f"WHERE group_id IN ({', '.join('?' * len(part))})"
+            )
+            for path, source, licence, samplers, rewarders in index.execute(query, part):
+                told = ([path], [source], [licence], samplers.split(), rewarders.split())
+                for kept, values in zip(found, told, strict=True):
+                    kept.update(values)
+    return About(*map(frozenset, found))
+
+
+def groups_of(workspace: Workspace, dataset: str, episodes_: Collection[str]) -> list[str]:
+    """Return the groups of episodes, as far as the dataset holds them."""
+    names = list(episodes_)
+    found: set[str] = set()
     with _open(workspace, dataset) as index:
         for start in range(0, len(names), _BATCH):
             part = names[start : start + _BATCH]
             marks = ", ".join("?" * len(part))
-            query = f"SELECT 1 FROM grp WHERE {_WHERE[by]} AND group_id IN ({marks}) LIMIT 1"
-            if index.execute(query, (value, *part)).fetchone():
-                return True
-    return False
+            query = f"SELECT group_id FROM episode JOIN grp ON grp.number = episode.grp WHERE episode_id IN ({marks})"
+            found.update(group for (group,) in index.execute(query, part))
+    return sorted(found)
 
 
 def tally(
@@ -184,10 +257,30 @@ def sealed_groups(workspace: Workspace, dataset: str) -> set[str]:
 def _open(workspace: Workspace, dataset: str) -> Iterator[sqlite3.Connection]:
     path: Path = workspace.state / "replay" / f"{dataset}.db"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(path, timeout=60)) as connection, connection:
-        if connection.execute("PRAGMA user_version").fetchone()[0] != _VERSION:
-            _make(connection)
+    with closing(_connect(path)) as connection, connection:
         yield connection
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    for _ in range(2):
+        connection = sqlite3.connect(path, timeout=60)
+        try:
+            if connection.execute("PRAGMA user_version").fetchone()[0] != _VERSION:
+                with connection:
+                    _make(connection)
+            connection.execute("SELECT 1 FROM shard LIMIT 1")
+            return connection
+        except sqlite3.OperationalError as error:
+            connection.close()
+            if "no such table" not in str(error):
+                raise Unavailable(
+                    f"The row index {path} cannot be used ({error}); try again later."
+                ) from error
+            path.unlink(missing_ok=True)
+        except sqlite3.DatabaseError:  # no database any more; the shards hold all that it held
+            connection.close()
+            path.unlink(missing_ok=True)
+    raise Corrupt(f"The row index {path} cannot be made; remove it and try again.")
 
 
 def _make(connection: sqlite3.Connection) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from itertools import pairwise
@@ -22,6 +22,7 @@ from flows.run import run_stages
 from tasks.lineage.descent import descendants
 from tasks.lineage.graph import lineage
 from tasks.lineage.questions import at, diff, find, path
+from tasks.lineage.revocation import Target, descendants_of, find_hit, foresee
 from tasks.lineage.types import Lineage
 from tests.flows.conftest import ENVIRONMENT, PARAMS, forebay, lay_workspace, loads
 
@@ -91,8 +92,17 @@ class Raw:
     def table(self, dataset: str) -> pa.Table:
         return pa.concat_tables(self.rows[shard["path"]] for shard in self.datasets[dataset]["shards"])
 
-    def shaped(self, first: Callable[[str], bool], holding: Callable[[str], bool]) -> set[str]:
-        """Agents that `first` chooses, and to a fixed point those that start from one or train on episodes of one."""
+    def shaped(
+        self, first: Callable[[str], bool], groups: Set[str] = frozenset(), versions: Set[str] = frozenset()
+    ) -> set[str]:
+        """Agents that `first` chooses, those whose run learnt from one of `groups` out of one of `versions` (any where none are
+        named), and to a fixed point those that start from one, or learn from a group that one sampled.
+        """
+        makers = {
+            group: digest
+            for table in self.rows.values()
+            for group, digest in pairs(table, "group_id", "behaviour_digest")
+        }
         found = {agent for agent in self.agents if first(agent)}
         while True:
             digests = {self.agents[agent]["digest"] for agent in found}
@@ -101,12 +111,28 @@ class Raw:
                 dataset = self.trained_on(agent)
                 if dataset is None or agent in found:
                     continue
-                behaviour = set(self.table(dataset)["behaviour_digest"].to_pylist())
-                if payload["parents"]["init"] in found or behaviour & digests or holding(dataset):
+                used = self.used[payload["parents"]["run"]]
+                taught = used & groups and (not versions or dataset in versions)
+                if (
+                    payload["parents"]["init"] in found
+                    or taught
+                    or {makers[group] for group in used} & digests
+                ):
                     more.add(agent)
             if not more:
                 return found
             found |= more
+
+    def groups(self, *shards: str) -> set[str]:
+        return {group for shard in shards for group in self.rows[shard]["group_id"].to_pylist()}
+
+
+def pairs(table: pa.Table, *columns: str) -> list[tuple[str, ...]]:
+    return list(zip(*(table[column].to_pylist() for column in columns), strict=True))
+
+
+def nobody(agent: str) -> bool:
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -143,53 +169,48 @@ def agents(found: Lineage) -> set[str]:
 def test_descendants_of_every_agent_dataset_and_shard(chain: Context, raw: Raw):
     ask = (chain.ledger, chain.workspace)
     for agent in raw.agents:
-        assert agents(descendants(*ask, agent)) == raw.shaped(
-            lambda a, agent=agent: a == agent, lambda d: False
-        )
+        assert agents(descendants(*ask, agent)) == raw.shaped(lambda a, agent=agent: a == agent)
     for name, payload in raw.datasets.items():
-        later = {
-            n
-            for n, d in raw.datasets.items()
-            if set(map(str, payload["shards"])) <= set(map(str, d["shards"]))
-        }
-        expected = raw.shaped(lambda a: False, lambda d, later=later: d in later)
+        held = [shard["path"] for shard in payload["shards"]]
+        later = {n for n, d in raw.datasets.items() if set(held) <= {shard["path"] for shard in d["shards"]}}
+        expected = raw.shaped(nobody, raw.groups(*held), later)
         assert agents(descendants(*ask, f"dataset:{name}")) == expected
     for shard in raw.rows:
-        holding = {n for n, d in raw.datasets.items() if shard in {s["path"] for s in d["shards"]}}
-        expected = raw.shaped(lambda a: False, lambda d, holding=holding: d in holding)
         found = descendants(*ask, f"shard:{shard}")
-        assert agents(found) == expected
+        assert agents(found) == raw.shaped(nobody, raw.groups(shard))
+        holding = {n for n, d in raw.datasets.items() if shard in {s["path"] for s in d["shards"]}}
         assert {key for kind, key in found.nodes if kind == "dataset"} >= holding
 
 
-def test_descendants_of_every_episode_group_and_prompt_are_exact_to_the_row(chain: Context, raw: Raw):
+def test_descendants_of_every_episode_group_and_prompt(chain: Context, raw: Raw):
     ask = (chain.ledger, chain.workspace)
-    narrower = 0
-    for shard, table in raw.rows.items():
-        columns = (table[name].to_pylist() for name in ("episode_id", "group_id", "prompt_sha256"))
-        seen = {group: (episode, prompt) for episode, group, prompt in zip(*columns, strict=True)}
-        for group, (episode, prompt) in seen.items():
-            runs = {run for run, used in raw.used.items() if group in used}
-            expected = raw.shaped(
-                lambda a, runs=runs: raw.agents[a]["parents"]["run"] in runs, lambda d: False
-            )
+    never = 0
+    prompts = {g: p for table in raw.rows.values() for g, p in pairs(table, "group_id", "prompt_sha256")}
+    for table in raw.rows.values():
+        for group, episode in {g: e for g, e in pairs(table, "group_id", "episode_id")}.items():
+            expected = raw.shaped(nobody, {group})
             found = descendants(*ask, f"group:{group}")
             assert agents(found) == expected
             assert agents(descendants(*ask, f"episode:{episode}")) == expected
             assert found.nodes[found.root].facts["groups"] == 1
-            narrower += expected != agents(descendants(*ask, f"shard:{shard}"))
-            same = {
-                g
-                for t in raw.rows.values()
-                for g, p in zip(t["group_id"].to_pylist(), t["prompt_sha256"].to_pylist(), strict=True)
-                if p == prompt
-            }
-            runs = {run for run, used in raw.used.items() if used & same}
-            expected = raw.shaped(
-                lambda a, runs=runs: raw.agents[a]["parents"]["run"] in runs, lambda d: False
-            )
-            assert agents(descendants(*ask, f"prompt:{prompt}")) == expected
-    assert narrower  # some group was sealed and never learnt from, else this test shows nothing
+            never += not expected
+            same = {g for g, prompt in prompts.items() if prompt == prompts[group]}
+            assert agents(descendants(*ask, f"prompt:{prompts[group]}")) == raw.shaped(nobody, same)
+    assert never  # some group was sealed and never learnt from, else this test shows nothing
+
+
+def test_revocation_flags_the_same_agents(chain: Context, raw: Raw):
+    """Two walks that share no code: one over columns of shards, one over the index."""
+    table = next(iter(raw.rows.values()))
+    wanted = [f"group:{g}" for g in table["group_id"].unique().to_pylist()[:6]]
+    wanted += [f"source:{s}" for s in table["source"].unique().to_pylist()]
+    for what in wanted:
+        target = Target.parse(what)
+        now = foresee(target, find_hit(chain.ledger, chain.workspace, target))
+        flagged = {
+            d.ref for d in descendants_of(chain.ledger, chain.workspace, now) if d.ref.startswith("agent/")
+        }
+        assert agents(descendants(chain.ledger, chain.workspace, what)) == flagged
 
 
 def test_ancestors_reach_back_through_all_generations(chain: Context, raw: Raw):
@@ -211,19 +232,11 @@ def found_version(raw: Raw) -> str:
 
 def test_source_and_licence(chain: Context, raw: Raw):
     table = pa.concat_tables(raw.rows.values())
-    for word, column in (("source", "source"), ("licence", "licence")):
-        for value in set(table[column].to_pylist()):
-            groups = {
-                g
-                for g, v in zip(table["group_id"].to_pylist(), table[column].to_pylist(), strict=True)
-                if v == value
-            }
-            runs = {run for run, used in raw.used.items() if used & groups}
-            expected = raw.shaped(
-                lambda a, runs=runs: raw.agents[a]["parents"]["run"] in runs, lambda d: False
-            )
+    for word in ("source", "licence"):
+        for value in set(table[word].to_pylist()):
+            groups = {group for group, v in pairs(table, "group_id", word) if v == value}
             found = find(chain.ledger, chain.workspace, f"{word}:{value}")
-            assert set(found.agents) == expected
+            assert set(found.agents) == raw.shaped(nobody, groups)
             assert found.node.facts["groups"] == len(groups)
 
 
