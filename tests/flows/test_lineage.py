@@ -187,7 +187,7 @@ def test_descendants_of_every_episode_group_and_prompt(chain: Context, raw: Raw)
     never = 0
     prompts = {g: p for table in raw.rows.values() for g, p in pairs(table, "group_id", "prompt_sha256")}
     for table in raw.rows.values():
-        for group, episode in {g: e for g, e in pairs(table, "group_id", "episode_id")}.items():
+        for group, episode in dict(pairs(table, "group_id", "episode_id")).items():
             expected = raw.shaped(nobody, {group})
             found = descendants(*ask, f"group:{group}")
             assert agents(found) == expected
