@@ -161,7 +161,8 @@ def _scored(entry: Entry, graph: Graph) -> None:
 
 def _scored_links(graph: Graph, version: Ref, name: str) -> None:
     for source in graph.all_called("scored into", name):
-        graph.edge(version, "scored from", source)
+        if source != version:
+            graph.edge(version, "scored from", source)
     for source in graph.all_called("rewarded into", name):
         graph.edge(version, "rewarded by", source)
 
