@@ -92,7 +92,10 @@ def add_present(workspace: Workspace, dataset: str, wanted: Sequence[Shard]) -> 
                 whole = False  # not fetched from the remote, or erased
                 continue
             shards.verify(workspace, [shard])
-            _add(index, path, shard)
+            try:
+                _add(index, path, shard)
+            except Corrupt:
+                whole = False  # as it was sealed, by a release that wrote no such table
     return whole
 
 
