@@ -158,7 +158,13 @@ def _learnt(
     try:
         groups = rows.consumed(workspace, finished.payload["outputs"])
         name = dataset[1].rpartition("/")[0]
-        rows.datasets(ledger, workspace, index)  # catches its index up
+        known = rows.datasets(ledger, workspace, index)
+        if not known.get(name):
+            return (
+                len(groups),
+                None,
+                "Which of them the run learnt from cannot be told: not all shards are here.",
+            )
         return len(groups), replay.tally(workspace, name, groups), ""
     except ForebayError as error:
         kept = finished.payload["outputs"]["groups"]
