@@ -12,6 +12,7 @@ import pytest
 from flows.context import Context
 from flows.reproduce import reproduce
 from flows.revoke import erase, revoke
+from tasks.core.digest import canonical_json
 from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
 from tasks.core.ledger import Ledger
 from tasks.core.workspace import Workspace
@@ -105,6 +106,66 @@ def test_a_recipe_that_was_changed_is_refused(made: Path, clone: Path):
         reproduce(clone, "agent/2")
 
 
+def test_a_recipe_that_is_no_recipe_is_refused_in_a_sentence(made: Path, clone: Path):
+    git(clone, "fetch", "-q", "origin", "forebay/data:forebay/data")
+    whole = read_recipe(clone, "agent/2")
+    del whole["signed_by"]
+    path = clone / "data" / "recipes" / "agent-00002.json"
+    path.parent.mkdir(parents=True)
+    run, result = whole["run"], whole["result"]
+    for data in (
+        b"{", b"\xff", b"[]", b"null", b"[" * 100_000,
+        *(
+            json.dumps({**whole, **odd}).encode()
+            for odd in (
+                {"run": "none"}, {"agent": []}, {"run": {**run, "device": "/dev/null"}},
+                {"result": {**result, "metrics": {"loss": "low"}}},
+            )
+        ),
+    ):  # fmt: skip
+        path.write_bytes(data)
+        git_pointer.commit(clone, [path], "odd", "2026-01-01T00:00:00+00:00")
+        with pytest.raises(Corrupt, match="agent/2"):
+            reproduce(clone, "agent/2")
+    (clone / "data" / "recipes" / "revoked.json").write_text("[1]")
+    git_pointer.commit(clone, [clone / "data/recipes/revoked.json"], "odd", "2026-01-01T00:00:00+00:00")
+    with pytest.raises(Corrupt, match=r"revoked\.json"):
+        reproduce(clone, "agent/1")
+
+
+def forge(root: Path, worktree: Path) -> None:
+    """Put agent/3's recipe in the place of agent/2's, which nobody signs any more."""
+    git(root, "worktree", "add", "-q", str(worktree), "forebay/data")
+    recipes = worktree / "data" / "recipes"
+    recipe = json.loads((recipes / "agent-00003.json").read_text())
+    recipe["agent"]["version"] = 2
+    (recipes / "agent-00002.json").write_bytes(canonical_json(recipe) + b"\n")
+    for number in (1, 2):
+        (recipes / f"agent-0000{number}.dsse.json").unlink()
+    git(worktree, "add", "-A")
+    git(worktree, "commit", "-qm", "forged")
+    git(root, "worktree", "remove", "--force", str(worktree))
+
+
+def test_a_recipe_under_another_name_is_refused(made: Path, clone: Path, tmp_path: Path):
+    shutil.copytree(made / "ws", tmp_path / "ws")
+    git(clone, "fetch", "-q", "origin", "forebay/data:forebay/data")
+    for root in (tmp_path / "ws", clone):
+        forge(root, tmp_path / "worktree")
+        with pytest.raises(Refused, match="is not signed, though"):
+            reproduce(root, "agent/2")
+    with pytest.raises(Corrupt, match="is not what the ledger says: its agent is another"):
+        reproduce(tmp_path / "ws", "agent/2", unsigned=True)
+    assert Context.open(tmp_path / "ws").ledger.last("agent.reproduced", "agent/2") is None
+    # Agent/1's recipe is what the ledger says, so the workspace has signed it again; a clone cannot.
+    assert reproduce(tmp_path / "ws", "agent/1")["agents"][0]["signed_by"] == "service"
+    with pytest.raises(Refused, match=r"--unsigned goes by it"):
+        reproduce(clone, "agent/1")
+    (found,) = loads(forebay(clone, "reproduce", "agent/1", "--unsigned", "--json"))["agents"]
+    assert (found["verdict"], found["signed_by"]) == ("identical", "")
+    assert found["says"].endswith("no trusted key signed its recipe")
+
+
 def test_bad_requests_say_what_to_do(made: Path, clone: Path, tmp_path: Path):
     with pytest.raises(NotFound, match="there are: agent/1, agent/2"):
         reproduce(clone, "agent/9")
@@ -117,6 +178,8 @@ def test_bad_requests_say_what_to_do(made: Path, clone: Path, tmp_path: Path):
     (full / "file").touch()
     with pytest.raises(Refused, match="is not empty"):
         reproduce(made / "ws", "agent/2", into=full)
+    with pytest.raises(UsageError, match="cannot be a folder"):
+        reproduce(made / "ws", "agent/2", into=full / "file")
 
 
 def test_revoked_and_erased_data_is_not_learnt_from_once_more(made: Path, tmp_path: Path):
