@@ -16,7 +16,7 @@ from tasks.core.digest import canonical_json
 from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
 from tasks.core.ledger import Ledger
 from tasks.core.workspace import Workspace
-from tasks.lineage.recipe import chain_of, read_recipe
+from tasks.lineage.recipe import chain_of, read_recipe, require_recorded
 from tasks.replay import git_pointer
 from tests.flows.conftest import forebay, lay_workspace, loads
 from tests.flows.test_revoke import generation, opened, used
@@ -134,11 +134,11 @@ def test_a_recipe_that_is_no_recipe_is_refused_in_a_sentence(made: Path, clone: 
 
 
 def forge(root: Path, worktree: Path) -> None:
-    """Put agent/3's recipe in the place of agent/2's, which nobody signs any more."""
+    """Change what no digest covers of agent/2's recipe, which nobody signs any more."""
     git(root, "worktree", "add", "-q", str(worktree), "forebay/data")
     recipes = worktree / "data" / "recipes"
-    recipe = json.loads((recipes / "agent-00003.json").read_text())
-    recipe["agent"]["version"] = 2
+    recipe = json.loads((recipes / "agent-00002.json").read_text())
+    recipe["result"]["metrics"]["loss"] = 9.0
     (recipes / "agent-00002.json").write_bytes(canonical_json(recipe) + b"\n")
     for number in (1, 2):
         (recipes / f"agent-0000{number}.dsse.json").unlink()
@@ -147,16 +147,25 @@ def forge(root: Path, worktree: Path) -> None:
     git(root, "worktree", "remove", "--force", str(worktree))
 
 
-def test_a_recipe_under_another_name_is_refused(made: Path, clone: Path, tmp_path: Path):
+def test_what_no_digest_covers_is_held_to_signature_and_ledger(made: Path, clone: Path, tmp_path: Path):
     shutil.copytree(made / "ws", tmp_path / "ws")
     git(clone, "fetch", "-q", "origin", "forebay/data:forebay/data")
     for root in (tmp_path / "ws", clone):
         forge(root, tmp_path / "worktree")
         with pytest.raises(Refused, match="is not signed, though"):
             reproduce(root, "agent/2")
-    with pytest.raises(Corrupt, match="is not what the ledger says: its agent is another"):
+    with pytest.raises(Corrupt, match="is not what the ledger says: its result is another"):
         reproduce(tmp_path / "ws", "agent/2", unsigned=True)
-    assert Context.open(tmp_path / "ws").ledger.last("agent.reproduced", "agent/2") is None
+    ledger = Context.open(tmp_path / "ws").ledger
+    assert ledger.last("agent.reproduced", "agent/2") is None
+    other = read_recipe(made / "ws", "agent/3")
+    require_recorded(ledger, other)
+    with pytest.raises(
+        Corrupt, match="its agent is another"
+    ):  # under another number it is its own recipe still
+        require_recorded(ledger, {**other, "agent": {**other["agent"], "version": 2}})
+    with pytest.raises(Corrupt, match="its dataset is another"):
+        require_recorded(ledger, {**other, "dataset": {**other["dataset"], "remote": "/elsewhere"}})
     # Agent/1's recipe is what the ledger says, so the workspace has signed it again; a clone cannot.
     assert reproduce(tmp_path / "ws", "agent/1")["agents"][0]["signed_by"] == "service"
     with pytest.raises(Refused, match=r"--unsigned goes by it"):

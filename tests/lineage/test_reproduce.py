@@ -90,7 +90,7 @@ def test_code_of_an_earlier_commit_is_taken_from_the_repository(
     assert taken != project
     assert (taken / "tasks" / "training" / "trainer.py").exists()
     wrong = {"agent": {"version": 2}, "run": {"code": "d" * 64, "commit": commit}}
-    with pytest.raises(Refused, match=f"has the digest {code_digest()[:12]}"):
+    with pytest.raises(Refused, match=f"have the digest {code_digest()[:12]}"):
         code_of(wrong, tmp_path)
 
 
