@@ -17,6 +17,7 @@ from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
 from tasks.core.ledger import Ledger
 from tasks.core.workspace import Workspace
 from tasks.lineage.recipe import chain_of, read_recipe, require_recorded
+from tasks.lineage.verify import verify
 from tasks.replay import git_pointer
 from tests.flows.conftest import forebay, lay_workspace, loads
 from tests.flows.test_revoke import generation, opened, used
@@ -202,6 +203,21 @@ def test_revoked_and_erased_data_is_not_learnt_from_once_more(made: Path, tmp_pa
         with pytest.raises(Refused, match="learn from that once more"):
             reproduce(root, agent)
     erase(context, f"group:{group}", "")
+    sealed = context.ledger.entries("dataset.sealed")
+    gone = {s["path"] for s in sealed[-2].payload["shards"]} - {
+        s["path"] for s in sealed[-1].payload["shards"]
+    }
+    for ref in ("agent/4", f"dataset:{sealed[-1].subject}"):
+        report = verify(context.ledger, context.workspace, ref)
+        assert (report.ok, report.problems, report.unreachable) == (True, (), ())
+        assert {file.path for file in report.erased} >= gone != set()
+    assert "erased on purpose" in forebay(root, "verify", "agent/4").stdout.replace("\n", " ")
+    (new,) = sealed[-1].payload["replaces"]
+    written = next(s for s in sealed[-1].payload["shards"] if s not in sealed[-2].payload["shards"])
+    assert new["sha256"] != written["sha256"]
+    (root / written["path"]).write_bytes(b"others")
+    report = verify(context.ledger, context.workspace, f"dataset:{sealed[-1].subject}")
+    assert [problem.path for problem in report.problems] == [written["path"]]
     git(tmp_path / "clone", "fetch", "-q")
     with pytest.raises(Refused, match=r"erased on purpose \(group:"):
         reproduce(tmp_path / "clone", "agent/3")
