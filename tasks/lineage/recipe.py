@@ -42,6 +42,7 @@ _OF_AGENT = (
     "template_digest",
 )
 _OF_RESULT = ("digest", "files", "steps", "stop_reason", "metrics")
+_WORDS = ("name", "git_commit", "manifest", "manifest_sha256")
 _OF_DATASET = ("name", "version", "root", "shards", "git_commit", "manifest", "manifest_sha256")
 
 
@@ -278,6 +279,10 @@ def _problem(recipe: Mapping[str, Any], subject: str) -> str:
             return "the key of the run does not follow from its inputs"
         if recipe["result"]["digest"] != agent["digest"]:
             return "the run gave other files than the agent's"
+        words = (*(dataset[name] for name in _WORDS), *(shard["path"] for shard in dataset["shards"]))
+        known = (dataset["remote"], run["commit"]["commit"])
+        if not all(isinstance(word, str) for word in (*words, *(word for word in known if word is not None))):
+            return "a name in it is none"
         from tasks.replay.manifest import Shard, dataset_root
 
         if (

@@ -31,6 +31,7 @@ from tasks.core.errors import Corrupt, NotFound, Refused, Unavailable, UsageErro
 from tasks.core.settings import Replay, build_section
 from tasks.core.stages import code_digest, digest_code
 from tasks.core.workspace import Workspace
+from tasks.replay.manifest import Manifest, Shard
 
 if TYPE_CHECKING:
     from tasks.replay.dvc_store import Remote
@@ -156,7 +157,6 @@ def fetch_data(source: Path, workspace: Workspace, dataset: Mapping[str, Any]) -
         Corrupt: what came is not what was sealed, or a path leads out of the dataset's folder.
     """
     from tasks.replay import dvc_store
-    from tasks.replay.manifest import Shard
     from tasks.replay.seal import manifest_path
     from tasks.replay.shards import folder_of, verify
 
@@ -175,7 +175,7 @@ def fetch_data(source: Path, workspace: Workspace, dataset: Mapping[str, Any]) -
     manifest = _git(source, "cat-file", "blob", f"{commit}:{place}")
     if sha256_bytes(manifest) != dataset["manifest_sha256"]:
         raise Corrupt(f"The manifest of {subject} in commit {commit[:12]} was changed.")
-    if json.loads(manifest)["root"] != dataset["root"]:
+    if _root_of(manifest) != dataset["root"]:
         raise Corrupt(f"The manifest in commit {commit[:12]} is of another dataset than the recipe.")
     md5 = _locator(_git(source, "cat-file", "blob", f"{commit}:{workspace.relative(folder)}.dvc"))
     if md5 is None:
@@ -202,11 +202,19 @@ def _bring(remote: Remote, md5: str, shard: Mapping[str, Any], to: Path) -> None
         raise Corrupt(f"{shard['path']} in the remote {remote.url} is not what was sealed.")
 
 
+def _root_of(manifest: bytes) -> str | None:
+    """Return the identity of the rows that a manifest is of, None where it is another file."""
+    try:
+        return Manifest.from_dict(json.loads(manifest)).root
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
 def _locator(pointer: bytes) -> str | None:
     """Return the MD5 that a pointer of DVC names, None where it is another file."""
     try:
         md5 = str(yaml.safe_load(pointer)["outs"][0]["md5"])
-    except (yaml.YAMLError, KeyError, IndexError, TypeError):
+    except (yaml.YAMLError, KeyError, IndexError, TypeError, ValueError, RecursionError):
         return None
     return md5 if _MD5.fullmatch(md5) else None
 

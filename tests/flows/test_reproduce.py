@@ -121,6 +121,8 @@ def test_a_recipe_that_is_no_recipe_is_refused_in_a_sentence(made: Path, clone: 
             for odd in (
                 {"run": "none"}, {"agent": []}, {"run": {**run, "device": "/dev/null"}},
                 {"result": {**result, "metrics": {"loss": "low"}}},
+                {"dataset": {**whole["dataset"], "remote": 5}}, {"dataset": {**whole["dataset"], "git_commit": None}},
+                {"dataset": {**whole["dataset"], "shards": [1]}}, {"dataset": None},
             )
         ),
     ):  # fmt: skip

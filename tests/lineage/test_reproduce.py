@@ -239,6 +239,17 @@ def test_a_shard_that_was_exchanged_in_the_remote_is_not_kept(tmp_path: Path):
     assert not (tmp_path / "again" / SHARD).exists()
 
 
+@pytest.mark.parametrize("odd", [b"", b"{", b"[]", b"\xff", b'{"outs": 5}'])
+def test_files_that_are_not_what_they_should_be_are_a_sentence(tmp_path: Path, odd: bytes):
+    stranger = Stranger(tmp_path)
+    stranger.files["data/replay/main/shards.dvc"] = odd
+    with pytest.raises(Corrupt, match="not one that DVC writes"):
+        stranger.fetch(tmp_path / "again")
+    stranger.files[MANIFEST] = odd
+    with pytest.raises(Corrupt, match="of another dataset"):
+        stranger.fetch(tmp_path / "more", manifest_sha256=sha256_bytes(odd))
+
+
 def test_a_clean_folder_is_a_folder(tmp_path: Path):
     (tmp_path / "file").touch()
     for into in (tmp_path / "file", tmp_path / "file" / "below"):
