@@ -154,7 +154,8 @@ class Material:
     def _composed(self, paths: Sequence[str]) -> Composition:
         rows: Counter[_Key] = Counter()
         groups: Counter[_Key] = Counter()
-        absent, erased = [], []
+        absent: list[str] = []
+        erased: list[str] = []
         for path in paths:
             portions = self.shards[path]
             if portions is None:
