@@ -50,18 +50,21 @@ def recipe_of(ledger: Entries, workspace: Workspace, subject: str) -> dict[str, 
     """Return the recipe of a registered agent ("agent/3").
 
     Raises:
-        NotFound: it is not registered, or the ledger lacks the run or the dataset it came from.
+        NotFound: it is not registered, the ledger lacks the run or the dataset it came from, or the list of the groups that
+            it left out is gone.
     """
     recipe, datasets = _recorded(ledger, subject)
     run = recipe["run"]
     if run is None:
         return {**recipe, "dataset": None, "left_out": []}
     left_out = run.get("left_out")
-    return {
-        **recipe,
-        "dataset": datasets[-1],
-        "left_out": (workspace.root / left_out["path"]).read_text().split() if left_out else [],
-    }
+    try:
+        groups = (workspace.root / left_out["path"]).read_text().split() if left_out else []
+    except FileNotFoundError:
+        raise NotFound(
+            f"{left_out['path']} is gone, which says what {subject} did not learn from; restore it from a backup."
+        ) from None
+    return {**recipe, "dataset": datasets[-1], "left_out": groups}
 
 
 def _recorded(ledger: Entries, subject: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
