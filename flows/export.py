@@ -14,8 +14,8 @@ from tasks.core.dsse import sign
 from tasks.core.errors import UsageError
 from tasks.lineage.standards import attestations, cyclonedx, model_card, openlineage, prov
 from tasks.lineage.standards.check import ATTESTATIONS, WHOLE, check
-from tasks.lineage.standards.collector import post
-from tasks.lineage.standards.material import Material, gather, name_of
+from tasks.lineage.standards.collector import address_of, post
+from tasks.lineage.standards.material import Material, erasures, gather, name_of
 
 FORMATS = ("intoto", "openlineage", "cyclonedx", "card", "prov")
 _OF_AGENTS = ("cyclonedx", "card")
@@ -32,7 +32,7 @@ def export(
 ) -> dict[str, Any]:
     """Write the exports of `ref` into `folder` and send its events to `collector`, where these are given.
 
-    Everything is made before anything is written or sent. "all" stands for every format that `ref` has.
+    Everything is made before anything is written, and written before anything is sent. "all" stands for every format that `ref` has.
 
     Returns:
         {ref, files: {name: SHA-256}, sent: events the collector took, unsigned: decisions without a signature}
@@ -60,9 +60,11 @@ def export(
             "ledger": material.ledger,
         }
         files[WHOLE] = sign("export", digests, about, key)
-    sent = 0 if collector is None else post(collector, openlineage.events(material))
+    if collector is not None:
+        address_of(collector)  # a wrong one is said before anything is written
     if folder is not None:
         _write(folder, files)
+    sent = 0 if collector is None else post(collector, openlineage.events(material))
     unsigned = [ref for ref, _ in material.of("decision") if ref not in material.signatures]
     return {
         "ref": name_of(material.lineage.root),
@@ -75,7 +77,7 @@ def export(
 def check_export(context: Context, folder: Path) -> dict[str, Any]:
     """Verify an export's signatures and the digests of what they are about; see `check`."""
     made = context.ledger.entries("decision.made")
-    found = check(folder, context.workspace, keys.trust(context), made)
+    found = check(folder, context.workspace, keys.trust(context), made, erasures(context.ledger))
     return {"ok": found.ok, **asdict(found)}
 
 

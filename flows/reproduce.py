@@ -20,7 +20,7 @@ from tasks.core.keys import Trust, read_trust
 from tasks.core.ledger import Ledger
 from tasks.core.stages import lock_digest
 from tasks.core.workspace import Workspace
-from tasks.lineage.recipe import chain_of, keep_recipes, read_revocations
+from tasks.lineage.recipe import chain_of, keep_recipes, read_revocations, require_recorded
 
 REPRODUCED = "agent.reproduced"
 
@@ -33,6 +33,7 @@ def reproduce(
     remote: str | None = None,
     from_base: bool = False,
     tolerance: float = 0.05,
+    unsigned: bool = False,
 ) -> dict[str, Any]:
     """Train an agent again in a clean workspace and compare it with the recorded one.
 
@@ -45,20 +46,25 @@ def reproduce(
         into: an empty folder; by default a temporary one, which is removed.
         remote: URL of DVC's remote, where it is not the one that was recorded.
         tolerance: of metrics, where bits cannot agree.
+        unsigned: go by recipes too that no trusted key signed; what it says of the result says so.
 
     Returns:
         {verdict, agent, into, agents: [{agent, verdict, says, differs, metrics, seconds, …}]}; the last one is `ref`.
 
     Raises:
-        NotFound: no such agent, recipe or commit. Refused: it learnt from data that is revoked or erased, or its code is not
-        here. Corrupt: a recipe or shard is not what its digest says. Unavailable: remote, base model or disk.
+        NotFound: no such agent, recipe or commit. Refused: it learnt from data that is revoked or erased, its code is not
+        here, or no trusted key signed a recipe. Corrupt: a recipe or shard is not what ledger or digest say. UsageError: `into`
+        is no folder. Unavailable: remote, base model or disk.
     """
     context = _context(where)
     root = context.workspace.root if context else _top(where)
     if context is not None:
         remember(context)
     subject = _subject(context, ref)
-    chain = chain_of(root, subject, _trust(context, root))
+    chain = chain_of(root, subject, _trust(context, root), unsigned)
+    if context is not None:
+        for recipe in chain:
+            require_recorded(context.ledger, recipe)
     _refuse_revoked(context, root, chain)
     if into is None:
         with tempfile.TemporaryDirectory(prefix="forebay-reproduce-") as folder:
@@ -102,8 +108,12 @@ def _reproduce(
     begin = 0 if from_base else _kept(context, chain, workspace, folders)
     reports: list[dict[str, Any]] = []
     for recipe in chain[begin:]:
-        report = _one(root, recipe, folders, workspace, tolerance)
+        vouched = context is not None or bool(recipe["signed_by"])
+        report = _one(root, recipe, folders, workspace, tolerance, vouched)
         report["signed_by"] = recipe["signed_by"]
+        if not recipe["signed_by"]:
+            report["says"] += "; no trusted key signed its recipe"
+            report["says"] += ", which is what the ledger says" if context else ""
         ledger.append(REPRODUCED, report["agent"], report)
         reports.append(report)
         progress.current().say(f"{report['agent']}: {report['says']}")
@@ -135,7 +145,12 @@ def _kept(
 
 
 def _one(
-    root: Path, recipe: dict[str, Any], folders: dict[str, Path], workspace: Workspace, tolerance: float
+    root: Path,
+    recipe: dict[str, Any],
+    folders: dict[str, Path],
+    workspace: Workspace,
+    tolerance: float,
+    vouched: bool,
 ) -> dict[str, Any]:
     """Make one agent again and compare; its folder is kept in `folders` for those that were trained from it."""
     import torch
@@ -152,7 +167,7 @@ def _one(
         made["digest"] = digest_files(made["files"])
     else:
         fetch_data(root, workspace, recipe["dataset"])
-        code = code_of(recipe, workspace.state)
+        code = code_of(recipe, workspace.state, vouched)
         device = run["device"] if run["device"] == "cpu" or torch.cuda.is_available() else "cpu"
         init = folders[run["init"]["digest"]]
         version = int(run["init"]["agent"].partition("/")[2])
@@ -236,6 +251,8 @@ def _subject(context: Context | None, ref: str) -> str:
 def _trust(context: Context | None, root: Path) -> Trust | None:
     """The keys that may sign: of the workspace, or the file that the clone brought along; None where there is none."""
     path = context.workspace.trust if context else Workspace(root).trust
+    if context is not None and not path.exists() and context.ledger.last("key.trusted") is not None:
+        return keys.trust(context)  # which refuses: a lost file is not one that never was
     return read_trust(path) if path.exists() else None
 
 

@@ -258,7 +258,8 @@ def export_view(report: Mapping[str, Any]) -> RenderableType:
     """Draw the result of the check of an export."""
     if report["ok"]:
         line = f"checked: {report['signatures']} signatures hold, {report['digests']} digests agree."
-        return Text(line, style="green")
+        gone = [f"\nerased on purpose: {item['subject']}" for item in report["erased"]]
+        return Text(line + "".join(gone), style="green")
     table = _table("attestation", "what", "what is wrong", title="does not fit")
     for item in report["misfits"]:
         table.add_row(item["attestation"], item["subject"] or "", item["says"])

@@ -124,6 +124,9 @@ def reproduce(
     tolerance: Annotated[
         float, typer.Option(min=0, help="Of metrics, relative; where bits cannot agree (GPU).")
     ] = 0.05,
+    unsigned: Annotated[
+        bool, typer.Option("--unsigned", help="Go by recipes too that no trusted key signed.")
+    ] = False,
     workspace: Where = HERE,
     as_json: Json = False,
 ) -> None:
@@ -136,7 +139,15 @@ def reproduce(
     from flows.reproduce import reproduce as run
 
     watch(as_json)
-    report = run(workspace, ref, into=into, remote=remote, from_base=from_base, tolerance=tolerance)
+    report = run(
+        workspace,
+        ref,
+        into=into,
+        remote=remote,
+        from_base=from_base,
+        tolerance=tolerance,
+        unsigned=unsigned,
+    )
     if as_json:
         print_json(report)
     else:

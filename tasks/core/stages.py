@@ -26,14 +26,20 @@ def code_digest() -> str:
 
     The rest of `flows/` and the pages order and show the work, so another help text retrains nothing.
     """
+    return digest_code(_PROJECT)
+
+
+def digest_code(project: Path) -> str:
+    """Return what `code_digest` would be of the code in the folder `project`; nothing of it is run."""
     stations = (
         p
         for name in ("tasks", "models")
-        for p in (_PROJECT / name).rglob("*.py")
-        if not any(p.is_relative_to(_PROJECT / page) for page in _PAGES)
+        for p in (project / name).rglob("*.py")
+        if not any(p.is_relative_to(project / page) for page in _PAGES)
     )
-    files = sorted([*stations, *(_PROJECT / "flows" / f"{name}.py" for name in _JOINS)])
-    return digest_json({p.relative_to(_PROJECT).as_posix(): sha256_file(p) for p in files})
+    joins = (project / "flows" / f"{name}.py" for name in _JOINS)
+    files = sorted([*stations, *(p for p in joins if p.exists())])
+    return digest_json({p.relative_to(project).as_posix(): sha256_file(p) for p in files})
 
 
 @lru_cache

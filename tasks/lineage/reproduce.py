@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from tasks.core.digest import digest_files, digest_tree, sha256_file
-from tasks.core.errors import Corrupt, NotFound, Refused, Unavailable
-from tasks.core.stages import code_digest
+import yaml
+
+from tasks.core.digest import (
+    digest_files,
+    digest_tree,
+    sha256_bytes,
+    sha256_file,
+    write_atomic,
+    write_file_atomic,
+)
+from tasks.core.errors import Corrupt, NotFound, Refused, Unavailable, UsageError
+from tasks.core.settings import Replay, build_section
+from tasks.core.stages import code_digest, digest_code
 from tasks.core.workspace import Workspace
+from tasks.replay.manifest import Manifest, Shard
+
+if TYPE_CHECKING:
+    from tasks.replay.dvc_store import Remote
 
 Verdict = Literal["identical", "within tolerance", "different"]
 OnStep = Callable[[int, int], None]
@@ -26,6 +45,8 @@ _SMALLEST = 1e-3  # metrics below it are compared as if they were this large: a 
 _COMPARED = ("reward_estimate", "loss", "kl_k3", "ess", "entropy", "grad_norm", "phi")
 _OTHER = {"device": "another device", "machine": "another processor or PyTorch", "lock": "other packages"}
 _TAIL = 5
+_COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+_MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 
 @dataclass(frozen=True)
@@ -100,12 +121,18 @@ def lay_workspace(root: Path, remote: str | None) -> Workspace:
     """Make an empty folder a clean workspace with git and DVC, `remote` its default remote.
 
     Raises:
-        Refused: the folder is not empty.
+        Refused: the folder is not empty. UsageError: it cannot be a folder.
     """
     from tasks.replay import dvc_store
 
-    root.mkdir(parents=True, exist_ok=True)
-    if any(root.iterdir()):
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        empty = not any(root.iterdir())
+    except OSError as error:
+        raise UsageError(
+            f"{root} cannot be a folder to work in ({error.strerror}); choose another with --into."
+        ) from None
+    if not empty:
         raise Refused(f"{root} is not empty; a reproduction needs a folder of its own.")
     workspace = Workspace(root.resolve())
     _git(root, "init", "--quiet", "--initial-branch=main", ".")
@@ -116,7 +143,10 @@ def lay_workspace(root: Path, remote: str | None) -> Workspace:
 
 
 def fetch_data(source: Path, workspace: Workspace, dataset: Mapping[str, Any]) -> None:
-    """Bring the shards of a dataset version from the remote: pointer and manifest from git, bytes by DVC, all checked.
+    """Bring a dataset version from git and the remote: its manifest and its shards, each written once it is what was sealed.
+
+    A clone may be anybody's. So no path is taken from it: all follow from the dataset's name and version. Of DVC's pointer only
+    the MD5 is read, and DVC lays down nothing itself, for a listing can name files outside of its folder too.
 
     Args:
         source: the repository that has the commit.
@@ -124,32 +154,83 @@ def fetch_data(source: Path, workspace: Workspace, dataset: Mapping[str, Any]) -
 
     Raises:
         NotFound: the repository lacks the commit. Unavailable: the remote does not have the bytes.
-        Corrupt: what came is not what was sealed.
+        Corrupt: what came is not what was sealed, or a path leads out of the dataset's folder.
     """
-    from tasks.replay import dvc_store, shards
-    from tasks.replay.manifest import Manifest, Shard
+    from tasks.replay import dvc_store
+    from tasks.replay.seal import manifest_path
+    from tasks.replay.shards import folder_of, verify
 
-    folder = shards.folder_of(workspace, dataset["name"])
-    commit = dataset["git_commit"]
-    if _run(source, "cat-file", "-e", f"{commit}^{{commit}}").returncode:
-        raise NotFound(
-            f"{source} lacks the commit {commit[:12]} of {dataset['name']}/v{dataset['version']}; fetch all branches."
-        )
-    pointer = workspace.relative(folder) + ".dvc"
-    for name in (pointer, dataset["manifest"]):
-        path = workspace.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(_git(source, "cat-file", "blob", f"{commit}:{name}"))
-    if sha256_file(workspace.root / dataset["manifest"]) != dataset["manifest_sha256"]:
-        raise Corrupt(
-            f"The manifest of {dataset['name']}/v{dataset['version']} in commit {commit[:12]} was changed."
-        )
-    listed = Manifest.from_dict(json.loads((workspace.root / dataset["manifest"]).read_bytes()))
-    wanted = [Shard(**shard) for shard in dataset["shards"]]
-    if listed.root != dataset["root"]:
+    name, version, commit = dataset["name"], dataset["version"], dataset["git_commit"]
+    subject = f"{name}/v{version}"
+    if _odd_name(name, version):
+        raise Corrupt(f"`{subject}` of the recipe is no name of a dataset.")
+    if not _is_commit(source, commit):
+        raise NotFound(f"{source} lacks the commit {commit[:12]} of {subject}; fetch all branches.")
+    folder = folder_of(workspace, name)
+    place = workspace.relative(manifest_path(workspace, name, version))
+    files = {shard["path"].rpartition("/")[2]: shard for shard in dataset["shards"]}
+    inside = {f"{workspace.relative(folder)}/{file}" for file in files if file not in ("", ".", "..")}
+    if dataset["manifest"] != place or {shard["path"] for shard in dataset["shards"]} != inside:
+        raise Corrupt(f"The recipe names files of {subject} that are not in its folder.")
+    manifest = _git(source, "cat-file", "blob", f"{commit}:{place}")
+    if sha256_bytes(manifest) != dataset["manifest_sha256"]:
+        raise Corrupt(f"The manifest of {subject} in commit {commit[:12]} was changed.")
+    if _root_of(manifest) != dataset["root"]:
         raise Corrupt(f"The manifest in commit {commit[:12]} is of another dataset than the recipe.")
-    dvc_store.pull(workspace, folder)
-    shards.verify(workspace, wanted)
+    md5 = _locator(_git(source, "cat-file", "blob", f"{commit}:{workspace.relative(folder)}.dvc"))
+    if md5 is None:
+        raise Corrupt(f"The pointer of {subject} in commit {commit[:12]} is not one that DVC writes.")
+    write_atomic(workspace.root / place, manifest)
+    remote = dvc_store.remote(workspace)
+    try:
+        listed = remote.listing(md5)
+        for file, shard in files.items():
+            if not (folder / file).exists():
+                write_file_atomic(folder / file, partial(_bring, remote, listed.get(file, ""), shard))
+    except FileNotFoundError:
+        raise Unavailable(f"The DVC remote {remote.url} does not hold all of {subject}.") from None
+    verify(workspace, [Shard(**shard) for shard in dataset["shards"]])
+
+
+def _bring(remote: Remote, md5: str, shard: Mapping[str, Any], to: Path) -> None:
+    """Copy a shard out of the remote to the file `to`, which is dropped where its bytes are others."""
+    if not _MD5.fullmatch(md5):
+        raise FileNotFoundError(shard["path"])
+    with remote.open(md5) as stream, to.open("wb") as file:
+        shutil.copyfileobj(stream, file)
+    if sha256_file(to) != shard["sha256"]:
+        raise Corrupt(f"{shard['path']} in the remote {remote.url} is not what was sealed.")
+
+
+def _root_of(manifest: bytes) -> str | None:
+    """Return the identity of the rows that a manifest is of, None where it is another file."""
+    try:
+        return Manifest.from_dict(json.loads(manifest)).root
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def _locator(pointer: bytes) -> str | None:
+    """Return the MD5 that a pointer of DVC names, None where it is another file."""
+    try:
+        md5 = str(yaml.safe_load(pointer)["outs"][0]["md5"])
+    except (yaml.YAMLError, KeyError, IndexError, TypeError, ValueError, RecursionError):
+        return None
+    return md5 if _MD5.fullmatch(md5) else None
+
+
+def _odd_name(name: Any, version: Any) -> bool:
+    try:
+        build_section(Replay, {"dataset": name}, "recipe")
+    except UsageError:
+        return True
+    return type(version) is not int or version < 1
+
+
+def _is_commit(root: Path, commit: Any) -> bool:
+    """Tell whether a repository has a commit of this id; what is no id is not shown to git, which reads options."""
+    known = isinstance(commit, str) and _COMMIT.fullmatch(commit) is not None
+    return known and _run(root, "cat-file", "-e", f"{commit}^{{commit}}").returncode == 0
 
 
 def base_model(recipe: Mapping[str, Any], source: Path, workspace: Workspace) -> Path:
@@ -171,8 +252,14 @@ def base_model(recipe: Mapping[str, Any], source: Path, workspace: Workspace) ->
     return target
 
 
-def code_of(recipe: Mapping[str, Any], into: Path) -> Path:
+def code_of(recipe: Mapping[str, Any], into: Path, vouched: bool = True) -> Path:
     """Return the folder of the code that trained an agent: this one, or its commit taken from this project's repository.
+
+    The digest of what is taken is computed by the code that runs now, over the layout that it knows, before any of it runs.
+
+    Args:
+        vouched: a trusted key or the ledger says so. Without, code that is not this one is not run: the digest is of what
+            computes results, and a commit holds more than that.
 
     Raises:
         Refused: it is neither; the sentence says which code it was.
@@ -188,25 +275,38 @@ def code_of(recipe: Mapping[str, Any], into: Path) -> Path:
         else "no commit"
     )
     wanted = f"{agent} was trained by the code {run['code'][:12]}… ({place})"
-    if not commit or _run(_PROJECT, "cat-file", "-e", f"{commit}^{{commit}}").returncode:
+    if not _is_commit(_PROJECT, commit):
         raise Refused(f"{wanted}, which is not here; check it out and run this from there.")
+    if not vouched:
+        raise Refused(
+            f"{wanted}, and nobody who is trusted says so; look at that commit, and run this from there."
+        )
     target = into / f"code-{commit[:12]}"
     if not target.exists():
-        target.mkdir(parents=True)
-        archive = _git(
-            _PROJECT, "archive", "--format=tar", commit, "tasks", "models", "flows", "constraints.txt"
+        _unpack(
+            _git(_PROJECT, "archive", "--format=tar", commit, "tasks", "models", "flows", "constraints.txt"),
+            target,
         )
-        subprocess.run(["tar", "-x", "-C", str(target)], input=archive, check=True)
-    found = subprocess.run(
-        [sys.executable, "-P", "-c", "from tasks.core.stages import code_digest; print(code_digest())"],
-        env={**os.environ, "PYTHONPATH": str(target)},
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    found = digest_code(target)
     if found != run["code"]:
-        raise Refused(f"{wanted}, but that commit has the digest {found[:12] or 'of no code'}….")
+        raise Refused(
+            f"{wanted}, but the files of that commit have the digest {found[:12]}… as this version of Forebay "
+            "computes it; where a digest was of other files then, check that commit out and run this from there."
+        )
     return target
+
+
+def _unpack(archive: bytes, target: Path) -> None:
+    """Unpack the Python files, and the lock file, of a tar archive.
+
+    Nothing else: a compiled module would be loaded in place of the file of that name whose digest was checked.
+    """
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        wanted = [m for m in tar if m.isfile() and m.name.endswith((".py", "constraints.txt"))]
+        try:
+            tar.extractall(target, wanted, filter="data")
+        except tarfile.FilterError as error:
+            raise Refused(f"The commit holds a file that leads out of its folder: {error}") from None
 
 
 def train_again(

@@ -97,3 +97,15 @@ class Lineage:
         for edge in self.edges:
             leaving[edge.source].append(edge)
         return {ref: tuple(leaving[ref]) for ref in self.nodes}
+
+    @cached_property
+    def shaping(self) -> tuple[Ref, ...]:
+        """The root and what shaped its bytes, nearest first; what it was only compared with is left out."""
+        reached = {self.root: None}
+        waiting = [self.root]
+        for here in waiting:
+            for edge in self.following.get(here, ()):
+                if edge.relation in SHAPING and edge.target not in reached:
+                    reached[edge.target] = None
+                    waiting.append(edge.target)
+        return tuple(reached)

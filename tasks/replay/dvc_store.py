@@ -63,7 +63,10 @@ class Remote:
             data = stream.read()
         if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5.removesuffix(".dir"):
             raise Corrupt(f"The listing {md5} in the remote {self.url} was changed.")
-        return {str(item["relpath"]): str(item["md5"]) for item in json.loads(data)}
+        try:
+            return {str(item["relpath"]): str(item["md5"]) for item in json.loads(data)}
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise Corrupt(f"The listing {md5} in the remote {self.url} is not one that DVC writes.") from None
 
     def open(self, md5: str) -> BinaryIO:
         """Open an object by its MD5.

@@ -122,6 +122,11 @@ def find(ledger: Ledger, reference: str) -> SealedDataset:
     raise NotFound(f"There is no sealed dataset {reference}; the newest are: {known}.")
 
 
+def manifest_path(workspace: Workspace, name: str, version: int) -> Path:
+    """Return where the manifest of version `version` of dataset `name` lies."""
+    return workspace.replay / name / "manifests" / f"v{version:05d}.json"
+
+
 def known_groups(workspace: Workspace, ledger: Ledger, name: str) -> set[str]:
     """Return the ids of all groups that are on disk, sealed or waiting: a resumed collection skips them."""
     parent = newest(ledger, name)
@@ -331,7 +336,7 @@ def _drop(folder: Path) -> None:
 
 
 def _manifest_path(workspace: Workspace, manifest: Manifest) -> Path:
-    return workspace.replay / manifest.name / "manifests" / f"v{manifest.version:05d}.json"
+    return manifest_path(workspace, manifest.name, manifest.version)
 
 
 def _next(parent: SealedDataset | None) -> int:

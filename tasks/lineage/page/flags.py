@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tasks.core.digest import sha256_bytes
 from tasks.core.errors import ForebayError
 from tasks.core.ledger import Entry, Ledger
 from tasks.core.workspace import Workspace
-from tasks.lineage import rows
 from tasks.lineage.page.types import Data, Event, Flag, Term
-from tasks.lineage.types import SHAPING, Lineage, Ref
+from tasks.lineage.revocation import ERASED, left_out, open_flags, revoked, standing_entries
+from tasks.lineage.types import Lineage
 
 
 def flags(
@@ -63,81 +62,55 @@ def _verification(report: Mapping[str, Any] | None) -> Iterator[Flag]:
 
 
 def _revoked(ledger: Ledger, workspace: Workspace, found: Lineage) -> Iterator[Flag]:
-    """Name each revocation that stands and that shaped the audited thing: a run behind it learnt from one of the groups,
-    or a set of preferences behind it quotes one of the episodes.
-    """
-    undone = {e.payload.get("revocation") for e in ledger.entries("data.reinstated")}
-    erased = {e.payload.get("revocation") for e in ledger.entries("data.erased")}
-    standing = [e for e in ledger.entries("data.revoked") if e.seq not in undone]
-    shaping = _shaping(found) if standing else []
-    for entry in standing:
-        p = entry.payload
-        told = f"{p.get('what', entry.subject)} was revoked on {entry.time[:10]} by {p.get('by', 'somebody')} ({p.get('reason', '')})"
-        told += ", its bytes erased" if entry.seq in erased else ""
-        try:
-            groups, episodes = _listed(workspace, p)
-            learnt = {ref: _used(ledger, workspace, ref, groups, episodes) for ref in shaping}
-        except (ForebayError, OSError, ValueError, KeyError, TypeError) as error:
-            yield Flag("open", f"{told}; whether this learnt from it cannot be told: {error}.")
-            continue
-        by = [f"{ref[0]} {ref[1][:12]}" for ref in shaping if learnt[ref]]
-        if by:
-            used = set().union(*learnt.values())
-            what = [
-                _count(len(part), word)
-                for part, word in ((used & groups, "group"), (used & episodes, "episode"))
-                if part
-            ]
-            yield Flag("open", f"{told}; {' and '.join(what)} of it shaped this through {_few(by)}.")
-        elif found.root[0] == "dataset" and _held(workspace, found, groups):
-            yield Flag("open", f"{told}; this dataset holds rows of it, which no run learns from any more.")
+    """Say from which revoked data the audited thing learnt, by the rules of `tasks.lineage.revocation`."""
+    standing = {e.payload["what"]: e for e in standing_entries(ledger)}
+    if not standing:
+        return
+    try:
+        if found.root[0] == "dataset":
+            said = _held(ledger, workspace, found)
+        else:
+            said = _learnt(ledger, workspace, found)
+    except (ForebayError, OSError, ValueError) as error:
+        yield Flag("open", f"Whether it learnt from revoked data cannot be told: {error}")
+        return
+    if not said:
+        return
+    erased = {e.payload["revocation"] for e in ledger.entries(ERASED)}
+    why = [
+        f"{what} was revoked on {e.time[:10]} by {e.payload['by']} ({e.payload['reason']})"
+        + (", its bytes erased" if e.seq in erased else "")
+        for what, e in standing.items()
+        if re.search(rf"{re.escape(what)}(?!\w)", said)
+    ]
+    yield Flag("open", "; ".join([said, *why]) + ".")
 
 
-def _listed(workspace: Workspace, payload: Mapping[str, Any]) -> tuple[set[str], set[str]]:
-    """Return the groups and episodes that a revocation hit."""
-    file = payload["lists"]
-    data = (workspace.root / file["path"]).read_bytes()
-    if sha256_bytes(data) != file["sha256"]:
-        raise ValueError(f"{file['path']} was changed")
-    lists = json.loads(data)
-    return set(lists["groups"]), set(lists["episodes"])
+def _learnt(ledger: Ledger, workspace: Workspace, found: Lineage) -> str:
+    """Say how an agent, a reward model, or the agents of a run learnt from it; "" where they did not."""
+    flags = {flag.ref: flag.why for flag in open_flags(ledger, workspace)}
+    kind, key = found.root
+    roots = [key]
+    if kind == "run":
+        made = ledger.entries("agent.registered") if flags else []
+        roots = [e.subject for e in made if e.payload["parents"].get("run") == key]
+    flagged = [name for name in roots if name in flags]
+    if not flagged:
+        return ""
+    behind = [name for kind, name in found.shaping if kind in ("agent", "source") and name in flags]
+    names = dict.fromkeys([*flagged, *behind])
+    return "Revoked data shaped it: " + ", ".join(f"{name} {flags[name]}" for name in names)
 
 
-def _used(ledger: Ledger, workspace: Workspace, ref: Ref, groups: set[str], episodes: set[str]) -> set[str]:
-    """Return which of the groups a run learnt from, or which of the episodes a set of preferences compares."""
-    if ref[0] == "run":
-        finished = ledger.last("run.finished", ref[1])
-        return groups & set(rows.consumed(workspace, finished.payload["outputs"])) if finished else set()
-    if ref[0] == "preferences":
-        made = ledger.last("preferences.made", ref[1]) or ledger.last("preferences.imported", ref[1])
-        lines = (workspace.root / made.payload["path"]).read_text().splitlines() if made else []
-        pairs = [json.loads(line) for line in lines if line.strip()]
-        return episodes & {pair[name] for pair in pairs for name in ("chosen_id", "rejected_id")}
-    return set()
-
-
-def _held(workspace: Workspace, found: Lineage, groups: set[str]) -> set[str]:
-    from tasks.replay import index as replay
-
-    name = found.root[1].rpartition("/")[0]
-    shards = {key for kind, key in found.nodes if kind == "shard"}
-    return {
-        group
-        for group in groups
-        if any(place.shard in shards for place in replay.places(workspace, name, "group", group))
-    }
-
-
-def _shaping(found: Lineage) -> list[Ref]:
-    """Return what shaped the audited thing's bytes; what it was only compared with is left out."""
-    reached = {found.root: None}
-    waiting = [found.root]
-    for here in waiting:
-        for edge in found.following.get(here, ()):
-            if edge.relation in SHAPING and edge.target not in reached:
-                reached[edge.target] = None
-                waiting.append(edge.target)
-    return list(reached)
+def _held(ledger: Ledger, workspace: Workspace, found: Lineage) -> str:
+    """Say what of a dataset version nothing may learn from any more; "" where there is nothing."""
+    now, digest = revoked(ledger, workspace), found.nodes[found.root].digest
+    gone = left_out(ledger, workspace, digest or found.root[1], known=now)
+    if not gone:
+        return ""
+    whats = sorted({now.by_group[group] for group in gone if group in now.by_group})
+    by = f" by {_few(whats)}" if whats else ""
+    return f"{_count(len(gone), 'group')} of it revoked{by}: no run learns from {'it' if len(gone) == 1 else 'them'}"
 
 
 def _office(found: Lineage, made: Sequence[Entry], held: Sequence[Term]) -> Iterator[Flag]:

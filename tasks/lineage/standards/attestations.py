@@ -57,7 +57,6 @@ def run_provenance(material: Material, ref: Ref, builder_id: str) -> tuple[dict[
     """
     node = material.node(ref)
     facts, folder = node.facts, f"{node.facts['path']}/"
-    metrics = canonical_json(facts["metrics"])
     predicate = {
         "buildDefinition": {
             "buildType": RUN,
@@ -77,13 +76,9 @@ def run_provenance(material: Material, ref: Ref, builder_id: str) -> tuple[dict[
                 "finishedOn": utc(facts["finished"]),
             },
             "byproducts": [
-                {
-                    "name": "metrics",
-                    "digest": {"sha256": sha256_bytes(metrics)},
-                    "mediaType": "application/json",
-                    "content": base64.b64encode(metrics).decode(),
-                },
-                *(_file(file) for file in beside(node)),
+                _json("metrics", facts["metrics"]),
+                *_flags(material, ref),
+                *(_shard(material, file) for file in beside(node)),
             ],
         },
     }
@@ -113,6 +108,9 @@ def dataset_provenance(
                 "groups": manifest.groups,
                 "new_rows": manifest.new_rows,
                 "shards_left_out": material.without(ref),
+                "shards_erased": {
+                    s.path: why for s in manifest.shards if (why := material.erased.get(s.path))
+                },
                 "git_commit": node.facts["git_commit"],
                 "dvc": node.facts["dvc"],
             },
@@ -134,9 +132,10 @@ def _run_dependencies(material: Material, ref: Ref) -> Iterator[_Descriptor]:
         yield _dataset(material, dataset)
         yield from (_file(file) for file in material.node(dataset).files)
         if dataset in material.manifests:
-            yield from (_file(File(s.path, s.sha256)) for s in material.manifests[dataset].shards)
+            yield from (_shard(material, File(s.path, s.sha256)) for s in material.manifests[dataset].shards)
     for init in material.behind(ref, "started from"):
-        yield _files(material.node(init), init)
+        flag = material.flag(init)
+        yield {**_files(material.node(init), init), **({"annotations": {"flag": flag}} if flag else {})}
         yield from (_file(file) for file in material.node(init).files)
         if init[0] == "agent":
             yield from (_base(material, base) for base in material.bases(init))
@@ -169,6 +168,32 @@ def _code(node: Node) -> _Descriptor:
     if node.facts["commit"]:
         digest = {**digest, "gitCommit": node.facts["commit"]}
     return {"name": "code", "digest": digest, "annotations": {"changed_since_commit": node.facts["changed"]}}
+
+
+def _flags(material: Material, run: Ref) -> Iterator[_Descriptor]:
+    """Say of the agents that a run made that they learnt from revoked data.
+
+    SLSA's metadata has no room for it and refuses other fields, so it stands beside the metrics.
+    """
+    made = [agent for agent, _ in material.of("agent") if run in material.behind(agent, "trained by")]
+    said = {agent[1]: why for agent in made if (why := material.flag(agent)) is not None}
+    if said:
+        yield _json("open flags", said)
+
+
+def _json(name: str, value: Mapping[str, Any]) -> _Descriptor:
+    data = canonical_json(value)
+    return {
+        "name": name,
+        "digest": {"sha256": sha256_bytes(data)},
+        "mediaType": "application/json",
+        "content": base64.b64encode(data).decode(),
+    }
+
+
+def _shard(material: Material, file: File) -> _Descriptor:
+    why = material.erased.get(file.path)
+    return {**_file(file), **({"annotations": {"erased": why}} if why else {})}
 
 
 def _file(file: File) -> _Descriptor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from tasks.core.digest import sha256_bytes, sha256_file
 from tasks.core.dsse import open_envelope
@@ -36,23 +37,31 @@ class Misfit:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check found: how many signatures and digests hold, and what does not."""
+    """What a check found: how many signatures and digests hold, what does not, and what was erased on purpose."""
 
     signatures: int
     digests: int
     misfits: tuple[Misfit, ...]
+    erased: tuple[Misfit, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Everything fits."""
+        """Everything fits; that bytes were erased on purpose is no misfit."""
         return not self.misfits
 
 
-def check(folder: Path, workspace: Workspace, trust: Trust, made: Iterable[Entry]) -> Checked:
+def check(
+    folder: Path,
+    workspace: Workspace,
+    trust: Trust,
+    made: Iterable[Entry],
+    erasures: Mapping[str, str] = MappingProxyType({}),
+) -> Checked:
     """Verify every attestation in an export, and hash the files it is about.
 
     Args:
         made: the ledger's decisions. The key of a decision is judged as of when it was made, every other as of now.
+        erasures: {SHA-256 of a file that was erased on purpose: what was revoked, and why}.
 
     Raises:
         NotFound: there is no export with attestations in `folder`.
@@ -66,6 +75,7 @@ def check(folder: Path, workspace: Workspace, trust: Trust, made: Iterable[Entry
     decisions = {e.payload["signature"]["sha256"]: e for e in made if "signature" in e.payload}
     signatures = digests = 0
     misfits: list[Misfit] = []
+    erased: list[Misfit] = []
     if whole not in paths:
         misfits.append(Misfit(WHOLE, None, "The attestation of the whole export is missing."))
     for path in paths:
@@ -79,12 +89,17 @@ def check(folder: Path, workspace: Workspace, trust: Trust, made: Iterable[Entry
             misfits.append(Misfit(name, None, str(error)))
             continue
         signatures += 1
-        faults = [(subject, _fault(file, sha256)) for subject, (file, sha256) in files.items()]
+        for subject, (file, sha256) in files.items():
+            if sha256 in erasures and not file.exists():
+                says = f"{file.name} was erased on purpose ({erasures[sha256]})."
+                erased.append(Misfit(name, subject, says))
+        gone = {misfit.subject for misfit in erased if misfit.attestation == name}
+        faults = [(subject, _fault(*there)) for subject, there in files.items() if subject not in gone]
         digests += sum(fault is None for _, fault in faults)
         misfits += [Misfit(name, subject, fault) for subject, fault in faults if fault is not None]
         if path == whole:
             misfits += _unclaimed(folder, files.keys())
-    return Checked(signatures, digests, tuple(misfits))
+    return Checked(signatures, digests, tuple(misfits), tuple(erased))
 
 
 def _files(

@@ -14,14 +14,11 @@ PATH = "/api/v1/lineage"
 _TIMEOUT = 30.0  # seconds for one event
 
 
-def post(url: str, events: Sequence[Mapping[str, Any]]) -> int:
-    """Post events one by one, in order, and return how many; run ids are stable, so sending again repeats nothing.
-
-    Args:
-        url: of the collector, for example http://localhost:5000; without a path, `/api/v1/lineage` is added.
+def address_of(url: str) -> httpx.URL:
+    """Return where a collector takes events; without a path in `url`, that is `/api/v1/lineage`.
 
     Raises:
-        UsageError: `url` is no HTTP address. Unavailable: the collector is away or refused an event.
+        UsageError: `url` is no HTTP address.
     """
     try:
         address = httpx.URL(url)
@@ -33,6 +30,16 @@ def post(url: str, events: Sequence[Mapping[str, Any]]) -> int:
         raise UsageError(f"`{url}` is no address of a collector; give one like http://localhost:5000.")
     if address.path in ("", "/"):
         address = address.copy_with(path=PATH)
+    return address
+
+
+def post(url: str, events: Sequence[Mapping[str, Any]]) -> int:
+    """Post events one by one, in order, and return how many; run ids are stable, so sending again repeats nothing.
+
+    Raises:
+        UsageError: see `address_of`. Unavailable: the collector is away or refused an event.
+    """
+    address = address_of(url)
     shown = address.copy_with(username=None, password=None, query=None)
     with httpx.Client(timeout=_TIMEOUT) as client:
         for number, event in enumerate(events, start=1):

@@ -97,7 +97,8 @@ def _agent(material: Material, ref: Ref) -> _Component:
     }
     mlflow = {f"mlflow.{key}": value for key, value in facts["mlflow"].items()}
     digests = {name: facts[name] for name in ("tokenizer_digest",)}
-    component = _model(material, ref, ref[1], node.files, {**origin, **mlflow, **digests})
+    flag = {"flag": material.flag(ref)}
+    component = _model(material, ref, ref[1], node.files, {**origin, **mlflow, **digests, **flag})
     for run in material.known(ref, "trained by"):
         component["components"] += [_part("data", ref, file) for file in fresh_of(material.node(run))]
     licence = (
@@ -116,7 +117,7 @@ def _base(material: Material, ref: Ref) -> _Component:
 
 def _source(material: Material, ref: Ref) -> _Component:
     node = material.node(ref)
-    about = {"kind": node.facts.get("kind"), "role": "reward model"}
+    about = {"kind": node.facts.get("kind"), "role": "reward model", "flag": material.flag(ref)}
     component = _model(material, ref, ref[1], node.files, about)
     return {**component, **_licences(node.facts.get("licences", ()))}
 
@@ -257,6 +258,7 @@ def _model_card(material: Material, agent: Ref) -> dict[str, Any]:
     if metrics:
         card["quantitativeAnalysis"] = {"performanceMetrics": metrics}
     limits = [
+        *(f"Open flag: {said}." for said in material.open_flags()),
         *not_held(material, decision),
         f"Licence of the base model: {base_licence(material, agent)[1]}.",
     ]
@@ -292,6 +294,8 @@ def _made_of(made_of: Composition) -> dict[str, Any]:
         )
         for number, p in enumerate(made_of.portions, start=1)
     }
+    if made_of.erased:
+        about["erased"] = f"{len(made_of.erased)} shards, on purpose"
     if made_of.absent:
         about["not_counted"] = f"{len(made_of.absent)} shards that are not in the workspace"
     return about

@@ -10,9 +10,10 @@ import json
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from tasks.core.digest import sha256_bytes
@@ -20,6 +21,7 @@ from tasks.core.errors import Corrupt, NotFound
 from tasks.core.ledger import Ledger
 from tasks.core.workspace import Workspace
 from tasks.lineage.graph import lineage
+from tasks.lineage.revocation import ERASED, open_flags
 from tasks.lineage.types import Edge, File, Kind, Lineage, Node, Ref, Relation
 from tasks.replay.manifest import Manifest
 
@@ -48,10 +50,12 @@ class Composition:
     Attributes:
         portions: sorted; their rows and groups add up to those of the shards that are here.
         absent: the paths of shards that are not in the workspace, so that nothing was counted in them.
+        erased: the paths of shards that were erased on purpose.
     """
 
     portions: tuple[Portion, ...]
     absent: tuple[str, ...] = ()
+    erased: tuple[str, ...] = ()
 
     @property
     def licences(self) -> list[str]:
@@ -74,6 +78,8 @@ class Material:
         shards: the portions of each shard by path, those that a run sampled itself included; None where it is not here.
         records: of each decision.
         signatures: the envelope of each decision that is signed.
+        flags: why an agent or a reward model of the lineage learnt from revoked data, of each that did.
+        erased: what was revoked, and why, of each shard whose bytes were erased on purpose, by path.
     """
 
     lineage: Lineage
@@ -82,6 +88,8 @@ class Material:
     shards: Mapping[str, tuple[Portion, ...] | None] = field(default_factory=dict)
     records: Mapping[Ref, Mapping[str, Any]] = field(default_factory=dict)
     signatures: Mapping[Ref, bytes] = field(default_factory=dict)
+    flags: Mapping[str, str] = field(default_factory=dict)
+    erased: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def root(self) -> Node:
@@ -121,6 +129,16 @@ class Material:
         parents = [self.manifests[p] for p in self.behind(ref, "continues") if p in self.manifests]
         return [shard.path for parent in parents for shard in parent.shards if shard.sha256 not in held]
 
+    def flag(self, ref: Ref) -> str | None:
+        """Return why an agent or a reward model counts as having learnt from revoked data, None where it does not."""
+        return self.flags.get(ref[1]) if ref[0] in ("agent", "source") else None
+
+    def open_flags(self) -> list[str]:
+        """Say which revoked data the root learnt from: its own flag, and those of what it descends from."""
+        if self.flag(self.lineage.root) is None:
+            return []
+        return [f"{ref[1]} {why}" for ref in self.lineage.shaping if (why := self.flag(ref)) is not None]
+
     def composition(self, ref: Ref) -> Composition:
         """Return what a dataset version is made of, or what a run sampled while it trained."""
         return self._compositions[ref]
@@ -136,18 +154,21 @@ class Material:
     def _composed(self, paths: Sequence[str]) -> Composition:
         rows: Counter[_Key] = Counter()
         groups: Counter[_Key] = Counter()
-        absent = []
+        absent: list[str] = []
+        erased: list[str] = []
         for path in paths:
             portions = self.shards[path]
             if portions is None:
-                absent.append(path)
+                (erased if path in self.erased else absent).append(path)
                 continue
             for p in portions:
                 key = (p.source, p.licence, p.env, p.env_version, p.split)
                 rows[key] += p.rows
                 groups[key] += p.groups
         return Composition(
-            tuple(Portion(*key, rows[key], groups[key]) for key in sorted(rows)), tuple(absent)
+            tuple(Portion(*key, rows[key], groups[key]) for key in sorted(rows)),
+            tuple(absent),
+            tuple(erased),
         )
 
     def newest_decision(self, ref: Ref) -> Ref | None:
@@ -178,6 +199,7 @@ def gather(ledger: Ledger, workspace: Workspace, ref: str) -> Material:
         Corrupt: a file is not what its digest says.
     """
     found = lineage(ledger, workspace, ref)
+    gone = erasures(ledger)
     first = next(iter(ledger.entries()), None)
     assert first is not None  # there is a lineage, so there is an entry
     known = [(ref, node) for ref, node in found.nodes.items() if node.known]
@@ -191,14 +213,44 @@ def gather(ledger: Ledger, workspace: Workspace, ref: str) -> Material:
     shards |= {file.path: file for ref, node in known if ref[0] == "run" for file in fresh_of(node)}
     return Material(
         lineage=Lineage(
-            found.root, dict(sorted(found.nodes.items())), tuple(sorted(found.edges, key=_words))
+            found.root,
+            {ref: _portable(node) for ref, node in sorted(found.nodes.items())},
+            tuple(sorted(found.edges, key=_words)),
         ),
         ledger=first.digest,
         manifests=manifests,
         shards={path: _portions(workspace, shard) for path, shard in shards.items()},
         records={ref: json.loads(_read(workspace, node.files[0])) for ref, node in decisions},
         signatures={ref: _read(workspace, node.files[1]) for ref, node in decisions if len(node.files) > 1},
+        flags={flag.ref: flag.why for flag in open_flags(ledger, workspace)},
+        erased={path: gone[shard.sha256] for path, shard in shards.items() if shard.sha256 in gone},
     )
+
+
+def erasures(ledger: Ledger) -> dict[str, str]:
+    """Return {SHA-256 of a file that was erased on purpose: what was revoked, and why}."""
+    return {
+        file["sha256"]: f"{entry.payload['what']}: {entry.payload['reason']}"
+        for entry in ledger.entries(ERASED)
+        for file in entry.payload["files"]
+    }
+
+
+def _portable(node: Node) -> Node:
+    """Return a node without paths of this machine: of a base model and of a remote only the last part is left."""
+    facts = dict(node.facts)
+    if facts.get("source"):
+        facts["source"] = {**facts["source"], "name": _last_part(facts["source"]["name"])}
+    if facts.get("dvc"):
+        facts["dvc"] = {**facts["dvc"], "remote": _last_part(facts["dvc"]["remote"])}
+    return replace(node, name=_last_part(node.name) if node.kind == "base" else node.name, facts=facts)
+
+
+def _last_part(name: str) -> str:
+    for path in (PurePosixPath(name), PureWindowsPath(name)):
+        if path.is_absolute() or path.parts[:1] in (("..",), ("~",), (".",)):
+            return path.name
+    return name
 
 
 def _words(edge: Edge) -> tuple[Ref, Relation, Ref]:

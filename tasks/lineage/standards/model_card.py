@@ -40,6 +40,7 @@ def card(material: Material) -> str:
         f"---\n{_front_matter(material, agent, decision)}\n---\n",
         f"# {agent[1]}\n",
         f"{_identity(material, agent)}\n",
+        _section("Revoked data", _revoked(material)),
         _section("Intended use and limits", _use(material, agent, decision)),
         _section("Training", _training(material, agent)),
         _section("Training data", _data(material, agent)),
@@ -130,6 +131,15 @@ def _use(material: Material, agent: Ref, decision: Ref | None) -> Iterator[str]:
         yield _list(limits)
 
 
+def _revoked(material: Material) -> Iterator[str]:
+    flags = material.open_flags()
+    if flags:
+        yield "**Open flags.** It learnt from data that was revoked:"
+        yield _list(f"{said}." for said in flags)
+    else:
+        yield "When this card was made, nothing that it learnt from was revoked."
+
+
 def _training(material: Material, agent: Ref) -> Iterator[str]:
     runs = material.behind(agent, "trained by")
     if not runs:
@@ -178,7 +188,7 @@ def _data(material: Material, agent: Ref) -> Iterator[str]:
             f"{manifest.subject}: {manifest.rows:,} episodes in {manifest.groups:,} groups, "
             f"{_many(len(manifest.shards), 'shard')}, root `{manifest.root}`."
         )
-        yield from _portions(made_of)
+        yield from _portions(material, made_of)
         left_out = material.without(ref)
         if left_out:
             yield f"Of its parent version it leaves out: {', '.join(left_out)}."
@@ -191,16 +201,19 @@ def _data(material: Material, agent: Ref) -> Iterator[str]:
             yield f"Rewarded by {source[1]} (`{material.node(source).digest}`)."
     for run in material.known(agent, "trained by"):
         sampled = material.composition(run)
-        if sampled.portions or sampled.absent:
+        if sampled != Composition(()):
             yield "Sampled by the run itself, from the policy in training:"
-            yield from _portions(sampled)
+            yield from _portions(material, sampled)
 
 
-def _portions(made_of: Composition) -> Iterator[str]:
+def _portions(material: Material, made_of: Composition) -> Iterator[str]:
     rows = [
         (p.source, p.licence, f"{p.env} {p.env_version}", p.split, p.rows, p.groups) for p in made_of.portions
     ]
     yield _table(("source", "licence", "environment", "split", "episodes", "groups"), rows)
+    if made_of.erased:
+        yield "Erased on purpose, and not counted above:"
+        yield _list(f"{path} ({material.erased[path]})" for path in made_of.erased)
     if made_of.absent:
         yield f"{_many(len(made_of.absent), 'shard')} that the workspace lacks: not counted above."
 

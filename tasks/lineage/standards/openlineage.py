@@ -216,9 +216,11 @@ def _output(material: Material, ref: Ref) -> dict[str, Any]:
 
 def _dataset_tags(material: Material, ref: Ref, node: Node) -> dict[str, Any]:
     facts = node.facts
+    flag = material.flag(ref)
     if ref in material.manifests:
         made_of = material.composition(ref)
         return {
+            **({"erased": ", ".join(made_of.erased)} if made_of.erased else {}),
             "licences": ", ".join(made_of.licences),
             "sources": ", ".join(made_of.sources),
             "git.commit": facts["git_commit"],
@@ -229,7 +231,9 @@ def _dataset_tags(material: Material, ref: Ref, node: Node) -> dict[str, Any]:
         tags = {
             f"mlflow.{name}": mlflow[name] for name in ("model_id", "run_id", "version") if mlflow.get(name)
         }
-        return {**tags, "origin": facts["origin"]}
+        return {**tags, "origin": facts["origin"], **({"flag": flag} if flag else {})}
+    if flag:
+        return {"flag": flag}
     return {"verdict": facts["verdict"]} if "verdict" in facts else {}
 
 

@@ -32,15 +32,24 @@ def document(material: Material) -> dict[str, Any]:
     found: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     found["prefix"] = {"forebay": "https://forebay/prov#", "fb": f"{material.namespace}/"}  # type: ignore[dict-item]
     for ref, node in material.lineage.nodes.items():
-        _add_node(found, ref, node)
+        _add_node(found, ref, node, _revoked(material, ref, node))
     for edge in material.lineage.edges:
         _add_edge(found, edge)
     return {part: dict(found[part]) for part in sorted(found)}
 
 
-def _add_node(found: dict[str, dict[str, dict[str, Any]]], ref: Ref, node: Node) -> None:
+def _revoked(material: Material, ref: Ref, node: Node) -> dict[str, str]:
+    """Return as attributes that a thing learnt from revoked data, or that its bytes were erased on purpose."""
+    erased = "; ".join(material.erased[file.path] for file in node.files if file.path in material.erased)
+    said = {"forebay:flag": material.flag(ref), "forebay:erased": erased}
+    return {name: words for name, words in said.items() if words}
+
+
+def _add_node(
+    found: dict[str, dict[str, dict[str, Any]]], ref: Ref, node: Node, more: Mapping[str, str]
+) -> None:
     label = node.name if node.kind in ("agent", "source") else f"{node.kind} {node.name}"
-    about: dict[str, Any] = {"prov:label": label, "prov:type": _types(node.kind), **_facts(node)}
+    about: dict[str, Any] = {"prov:label": label, "prov:type": _types(node.kind), **_facts(node), **more}
     if node.files:
         about["forebay:files"] = [f"{file.path} sha256:{file.sha256}" for file in node.files]
     if not node.known:

@@ -14,6 +14,7 @@ from tasks.lineage.page.types import Audit
 from tasks.lineage.verify import verify
 from tasks.replay.manifest import Behaviour, Manifest
 from tests.lineage.signed import SignedWorld, adopt_keys
+from tests.lineage.tables import shard_bytes
 from tests.lineage.world import World
 from tests.promotion.support import LEE
 
@@ -50,6 +51,9 @@ class ToldWorld(SignedWorld):
         elif kind.startswith("promotion."):
             payload = {**payload, "reason": f"told so {NASTY}"}
         return super().append(kind, subject, payload)
+
+    def shard(self, number, sampled):
+        return shard_bytes(f"s{number}", sampled)
 
     def contents(self, sealed: dict[str, Any]) -> list[dict[str, Any]]:
         half = sealed["new_rows"] // 2

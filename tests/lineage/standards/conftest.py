@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Sequence
 from copy import deepcopy
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from tasks.core.keys import write_trust
 from tasks.lineage.standards.material import Material, gather
 from tasks.replay.manifest import Behaviour
-from tasks.replay.schema import arrow_schema
+from tests.lineage.tables import shard_bytes
 from tests.lineage.test_signatures import SignedWorld
 from tests.promotion.support import TRUST
-from tests.replay.support import episode
-
-OF_A_GROUP = 8
-ORIGINS = (("rollout", "Apache-2.0", "calculator"), ("support | desk\n", "CC-BY-4.0", "chat"))
 
 
 class Tables(SignedWorld):
     """Each shard holds a group of the calculator and an imported one of another source and licence."""
 
     def shard(self, number: int, sampled: Sequence[Behaviour]) -> bytes:
-        rows = [
-            episode(
-                f"g{number}-{at}", index, source=source, licence=licence, env=env,
-                behaviour_version=sampled[0].version, behaviour_digest=sampled[0].digest,
-            )
-            for at, (source, licence, env) in enumerate(ORIGINS)
-            for index in range(OF_A_GROUP)
-        ]  # fmt: skip
-        columns = {name: [getattr(row, name) for row in rows] for name in arrow_schema().names}
-        to = io.BytesIO()
-        pq.write_table(pa.table(columns, schema=arrow_schema()), to)
-        return to.getvalue()
+        return shard_bytes(f"g{number}", sampled)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from flows.cli import main
 from tasks.core.dsse import sign
 from tasks.lineage.standards.check import check
+from tests.lineage.page.world import revoke
 from tests.lineage.standards.collectors import Collector
 from tests.lineage.standards.official import cyclonedx_fault, open_statement, prov_faults
 from tests.promotion.support import EVE, SERVICE, TRUST
@@ -207,7 +208,7 @@ def test_events_go_to_a_collector_without_a_folder(forebay, tmp_path, monkeypatc
     assert set(tmp_path.iterdir()) == before
 
 
-def test_a_collector_that_fails_is_exit_code_7_and_nothing_is_written(forebay, tmp_path):
+def test_a_collector_that_fails_is_exit_code_7_and_takes_no_file_away(forebay, tmp_path):
     with Collector(fail_at=2) as collector:
         code, out, err = forebay(
             "export",
@@ -221,7 +222,40 @@ def test_a_collector_that_fails_is_exit_code_7_and_nothing_is_written(forebay, t
         )
     assert (code, json.loads(out)["kind"]) == (7, "Unavailable")
     assert "refused event 2 of 32: HTTP 500" in err
-    assert not (tmp_path / "o").exists()
+    assert set(contents(tmp_path / "o")) == {"openlineage.ndjson"}
+
+
+def test_a_wrong_address_is_said_before_anything_is_written(forebay, tmp_path):
+    code, _, err = forebay("export", "-o", str(tmp_path / "o"), "--openlineage-url", "there")
+    assert (code, (tmp_path / "o").exists()) == (2, False)
+    assert "no address of a collector" in err
+
+
+def test_a_folder_that_cannot_be_written_sends_nothing(forebay):
+    with Collector() as collector:
+        code, _, _ = forebay(
+            "export", "--as", "card", "-o", "/dev/null/x", "--openlineage-url", collector.url
+        )
+    assert (code, collector.bodies) == (2, [])
+
+
+def test_what_was_erased_on_purpose_fits(world, forebay, exported):
+    first, second = world.manifests["main"].shards[:2]
+    payload = {"what": "group:g1", "revocation": revoke(world, "group:g1", ["g1"]), "intent": 0, "by": "lee"}
+    files = [{"path": first.path, "sha256": first.sha256}]
+    world.ledger.append("data.erased", "group:g1", {**payload, "reason": "a person asked", "files": files})
+    (world.workspace.root / first.path).unlink()
+    assert misfits(forebay, exported) == set()
+    _, out, _ = forebay("export", "--check", str(exported), "--json")
+    says = f"{Path(first.path).name} was erased on purpose (group:g1: a person asked)."
+    name = "attestations/dataset-main-v1.dsse.json"
+    assert json.loads(out)["erased"] == [{"attestation": name, "subject": first.path, "says": says}]
+    _, out, _ = forebay("export", "--check", str(exported))
+    assert f"erased on purpose: {first.path}" in out.replace("\n", "").replace(
+        "purpose:", "purpose: "
+    ).replace("  ", " ")
+    (world.workspace.root / second.path).unlink()
+    assert misfits(forebay, exported) == {(name, second.path)}
 
 
 @pytest.mark.parametrize(

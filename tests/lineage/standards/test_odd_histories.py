@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import asdict
 
@@ -9,6 +10,7 @@ import pytest
 
 from tasks.core.digest import canonical_json, digest_json, sha256_bytes
 from tasks.core.errors import Corrupt
+from tasks.core.keys import write_trust
 from tasks.lineage.standards.attestations import attest
 from tasks.lineage.standards.cyclonedx import bom
 from tasks.lineage.standards.material import gather
@@ -16,6 +18,8 @@ from tasks.lineage.standards.model_card import card
 from tasks.lineage.standards.openlineage import events
 from tasks.lineage.standards.prov import document
 from tasks.replay.manifest import dataset_root
+from tests.lineage.page.world import revoke
+from tests.lineage.standards.conftest import Tables
 from tests.lineage.standards.official import (
     cyclonedx_fault,
     open_statement,
@@ -23,7 +27,7 @@ from tests.lineage.standards.official import (
     read_event,
     read_provenance,
 )
-from tests.promotion.support import SERVICE
+from tests.promotion.support import SERVICE, TRUST
 
 
 def exports(world, ref):
@@ -219,3 +223,96 @@ def test_a_bill_names_the_reward_model_and_its_preferences(rewarded):
 def test_exports_of_a_reward_model(rewarded):
     made = exports(rewarded, "reward/1")
     assert "reward/1" in {item["name"] for event in made["events"] for item in event["outputs"]}
+
+
+def test_an_agent_that_learnt_from_revoked_data_is_flagged_in_every_format(world):
+    own, earlier = "started from agent/2", "trained on group g1, revoked by group:g1"
+    assert "Open flag" not in str(exports(world, "agent/3"))
+    revoke(world, "group:g1", ["g1"])
+    made = exports(world, "agent/3")
+    section = made["card"].partition("## Revoked data")[2].partition("##")[0]
+    assert f"- agent/3 {own}.\n- agent/2 {earlier}." in section
+    component = made["bom"]["metadata"]["component"]
+    limits = component["modelCard"]["considerations"]["technicalLimitations"]
+    assert limits[:2] == [f"Open flag: agent/3 {own}.", f"Open flag: agent/2 {earlier}."]
+    assert {"name": "forebay:flag", "value": own} in component["properties"]
+    (parent,) = [part for part in made["bom"]["components"] if part["name"] == "agent/2"]
+    assert {"name": "forebay:flag", "value": earlier} in parent["properties"]
+    assert made["prov"]["entity"]["fb:agent/2"]["forebay:flag"] == earlier
+    assert "forebay:flag" not in made["prov"]["entity"]["fb:agent/1"]
+    tags = [tag for e in made["events"] for out in e["outputs"] for tag in _tags(out)]
+    assert {"key": "flag", "value": earlier, "source": "FOREBAY"} in tags
+    runs = [s["predicate"] for s in made["statements"] if "startedOn" in str(s["predicate"])]
+    said = [
+        json.loads(base64.b64decode(item["content"]))
+        for run in runs
+        for item in run["runDetails"]["byproducts"]
+        if item["name"] == "open flags"
+    ]
+    assert sorted(map(str, said)) == sorted(map(str, ({"agent/2": earlier}, {"agent/3": own})))
+    (of,) = [
+        item["annotations"]
+        for run in runs
+        for item in run["buildDefinition"]["resolvedDependencies"]
+        if item["name"] == "agent/2"
+    ]
+    assert of == {"flag": earlier}
+    before = exports(world, "agent/1")
+    assert "nothing that it learnt from was revoked" in before["card"]
+    assert "flag" not in str(before["bom"])
+
+
+def _tags(dataset):
+    return dataset["facets"].get("tags", {}).get("tags", [])
+
+
+def test_what_was_erased_is_said_and_not_counted(world):
+    shard = world.manifests["main"].shards[0]
+    entry = revoke(world, "group:g1-0", ["g1-0"])
+    files = [{"path": shard.path, "sha256": shard.sha256}]
+    payload = {
+        "what": "group:g1-0",
+        "revocation": entry,
+        "intent": 0,
+        "reason": "a person asked",
+        "by": "lee",
+    }
+    world.ledger.append("data.erased", "group:g1-0", {**payload, "files": files})
+    (world.workspace.root / shard.path).unlink()
+    made = exports(world, "agent/3")
+    assert f"- {shard.path} (group:g1-0: a person asked)" in made["card"]
+    assert "that the workspace lacks" not in made["card"]
+    assert '{"name": "forebay:erased", "value": "1 shards, on purpose"}' in json.dumps(made["bom"])
+    assert made["prov"]["entity"][f"fb:shard/{shard.path}"]["forebay:erased"] == "group:g1-0: a person asked"
+    assert {"key": "erased", "value": shard.path, "source": "FOREBAY"} in [
+        tag for e in made["events"] for out in e["outputs"] for tag in _tags(out)
+    ]
+    erased = [
+        s["predicate"]["buildDefinition"]["internalParameters"].get("shards_erased")
+        for s in made["statements"]
+        if "slsa" in s["predicateType"]
+    ]
+    assert erased.count({shard.path: "group:g1-0: a person asked"}) == 2  # v1 holds it, and v2 holds it still
+
+
+class Elsewhere(Tables):
+    """As `init` and `seal` record what lies on this machine: by absolute paths."""
+
+    def append(self, kind, subject, payload):
+        if kind == "agent.registered":
+            payload = {**payload, "source": {**payload["source"], "name": str(self.workspace.root / "tiny")}}
+        elif kind == "dataset.sealed":
+            payload = {**payload, "dvc": {**payload["dvc"], "remote": str(self.workspace.root / "remote")}}
+        return super().append(kind, subject, payload)
+
+
+def test_no_path_of_this_machine_leaves_with_an_export(tmp_path):
+    world = Elsewhere(tmp_path / "ws")
+    write_trust(world.workspace.trust, TRUST)
+    world.crown(world.base())
+    world.generation(1)
+    for ref in ("agent/1", "agent/2"):
+        made = exports(world, ref)
+        assert str(tmp_path) not in str(made)
+        assert "| Base model | tiny |" in made["card"]
+    assert world.agents[1]["digest"] in str(made)
