@@ -12,7 +12,7 @@ from tasks.lineage.page.document import build
 from tasks.lineage.page.gather import gather
 from tasks.lineage.page.types import Audit
 from tasks.lineage.verify import verify
-from tasks.replay.manifest import Behaviour, Manifest
+from tasks.replay.manifest import Manifest
 from tests.lineage.signed import SignedWorld, adopt_keys
 from tests.lineage.tables import shard_bytes
 from tests.lineage.world import World
@@ -24,10 +24,6 @@ NASTY = "<script>alert('x')</script>\u202egnp.exe \"quotes\" </script><img src=x
 
 class ToldWorld(SignedWorld):
     """Decisions signed and approved, datasets with contents, runs with curves; names and reasons attack the reader."""
-
-    def shard(self, number: int, sampled: Sequence[Behaviour]) -> bytes:
-        """No table: what of it was learnt cannot be told."""
-        return f"shard {number}".encode() * 50
 
     def learnt(self, manifest: Manifest) -> list[str]:
         """Of the first group alone."""

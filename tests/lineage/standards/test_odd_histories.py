@@ -226,9 +226,9 @@ def test_exports_of_a_reward_model(rewarded):
 
 
 def test_an_agent_that_learnt_from_revoked_data_is_flagged_in_every_format(world):
-    own, earlier = "started from agent/2", "trained on group g1, revoked by group:g1"
+    own, earlier = "started from agent/2", "trained on group g1-0, revoked by group:g1-0"
     assert "Open flag" not in str(exports(world, "agent/3"))
-    revoke(world, "group:g1", ["g1"])
+    revoke(world, "group:g1-0", ["g1-0"])
     made = exports(world, "agent/3")
     section = made["card"].partition("## Revoked data")[2].partition("##")[0]
     assert f"- agent/3 {own}.\n- agent/2 {earlier}." in section
