@@ -25,6 +25,7 @@ from flows.rewards import episodes, read_set, replay_set
 from flows.scoring import require_unflagged
 from flows.status import status
 from flows.training import register_trained, train_agent
+from tasks.arena.environment import get
 from tasks.core.digest import sha256_file
 from tasks.core.errors import Conflict, NotFound, Refused, UsageError
 from tasks.lineage.revocation import left_out, open_flags
@@ -328,3 +329,173 @@ def test_waiting_rows_and_sets_of_preferences_are_erased_too(chain: Context):
     assert seal_dataset(chain, announce=False)["new_rows"] > 0
     files = (path for path in chain.workspace.root.rglob("*.jsonl") if path.is_file())
     assert not any(waiting["response_text"] and quoted in path.read_text() for path in files)
+
+
+def test_after_an_erasure_the_gate_still_knows_what_was_trained_on_and_flags_stay(chain: Context):
+    from flows.evidence import estimate_on_replay, trained_prompts
+
+    group = used(chain, 2)[0]
+    prompts = trained_prompts(chain, 3)
+    revoke(chain, f"group:{group}", "asked to be forgotten")
+    flags = [(flag.ref, flag.why) for flag in open_flags(chain.ledger, chain.workspace)]
+    other = next(g for g in used(chain, 3) if g not in used(chain, 2))
+    revoke(chain, f"group:{other}", "asked too")
+    erase(chain, f"group:{group}", "")
+    erase(chain, f"group:{other}", "")
+    assert trained_prompts(chain, 3) == prompts
+    assert estimate_on_replay(chain, 3, 1, "main")["path"]  # an evaluation of the retrain plan
+    assert estimate_on_replay(chain, 3, 1, "main/v1")["path"]  # erased: it says so
+    assert [(flag.ref, flag.why) for flag in open_flags(chain.ledger, chain.workspace)] == flags
+
+
+def test_agents_that_learnt_from_what_a_flagged_one_sampled_stay_flagged_when_its_shard_is_rewritten(
+    chain: Context,
+):
+    """agent/2 is flagged; another agent, from agent/1, learnt from groups that agent/2 sampled."""
+    table = rows(chain, "group_id", "behaviour_version")
+    theirs = {row["group_id"] for row in table if row["behaviour_version"] == "agent/2"}
+    run = train_agent(opened(chain.workspace.root, "seed=3"), newest(chain), 1)
+    version = register_trained(chain, run, newest(chain), 1)["version"]
+    taught = theirs & set(learnt(chain, run))
+    assert taught
+    bad = min(set(used(chain, 2)) - set(learnt(chain, run)))
+    revoke(chain, f"group:{bad}", "a test")
+    assert f"agent/{version}" in {flag.ref for flag in open_flags(chain.ledger, chain.workspace)}
+    spare = sorted(theirs - set(learnt(chain, run)) - set(used(chain, 3)))[0]
+    revoke(chain, f"group:{spare}", "a test")
+    erase(chain, f"group:{spare}", "")  # its shard, with the groups that taught, is written anew
+    assert f"agent/{version}" in {flag.ref for flag in open_flags(chain.ledger, chain.workspace)}
+    with pytest.raises(Refused, match="sampled"):
+        require_unflagged(chain, f"agent/{version}")
+
+
+def test_a_missing_shard_is_brought_back_before_anybody_says_who_learnt_from_it(chain: Context):
+    revoke(chain, f"group:{used(chain, 2)[0]}", "a test")
+    root, init = newest(chain)["root"], chain.agent("1").payload["digest"]
+    flags, out = (
+        open_flags(chain.ledger, chain.workspace),
+        left_out(chain.ledger, chain.workspace, root, init),
+    )
+    assert len(out) > 1
+    shutil.rmtree(chain.workspace.replay / "main" / "shards")
+    assert left_out(chain.ledger, chain.workspace, root, init) == out
+    assert open_flags(chain.ledger, chain.workspace) == flags
+    assert (chain.workspace.replay / "main" / "shards").is_dir()
+
+
+def test_erasing_a_dataset_takes_only_the_version_that_was_revoked(chain: Context):
+    old = {row["group_id"] for row in rows(chain, "group_id")}
+    report = revoke(chain, "dataset:main", "the customer left")
+    assert report["revoked"] == "dataset:main/v2"
+    collect_into_segment(chain, "agent/3")
+    seal_dataset(chain, announce=False)
+    new = {row["group_id"] for row in rows(chain, "group_id")} - old
+    assert new
+    erase(chain, "dataset:main", "")
+    assert {row["group_id"] for row in rows(chain, "group_id")} == new
+
+
+def test_what_is_sealed_while_it_is_erased_is_erased_too(chain: Context, monkeypatch: pytest.MonkeyPatch):
+    """A seal takes the segment between the intent and its execution, and pushes the bytes."""
+    from flows import revoke as office
+
+    collect_into_segment(chain, "agent/3")
+    waiting = next(iter(unsealed_rows(chain, "main")))
+    group = waiting["group_id"]
+    revoke(chain, f"group:{group}", "asked to be forgotten")
+    carry_out, sealed = office._carry_out, []
+
+    def seal_first(*given):
+        if not sealed:
+            sealed.append(seal_dataset(chain, announce=False))
+        return carry_out(*given)
+
+    monkeypatch.setattr(office, "_carry_out", seal_first)
+    report = erase(chain, f"group:{group}", "")
+    assert report["versions"] == ["main/v4"]
+    assert group not in {row["group_id"] for row in rows(chain, "group_id")}
+    shard = sealed[0]["shards"][-1]
+    assert copies_of(chain, shard["sha256"]) == 0
+    assert listing(chain)["revoked"][0]["erased"]
+
+
+def test_erasing_leaves_sets_that_quote_other_revocations_alone(chain: Context):
+    made = replay_set(chain, newest(chain))
+    pairs = read_set(chain, made)
+    quoted = {name for pair in pairs for name in (pair.chosen_id, pair.rejected_id)}
+    table = rows(chain, "episode_id", "group_id")
+    groups = {row["group_id"] for row in table if row["episode_id"] in quoted}
+    unquoted = next(row["group_id"] for row in table if row["group_id"] not in groups)
+    # One episode of a quoted group that no pair quotes itself, and a group that is not quoted at all.
+    loose = next(
+        row["episode_id"] for row in table if row["group_id"] in groups and row["episode_id"] not in quoted
+    )
+    revoke(chain, f"episode:{pairs[0].chosen_id}", "a test, not erased")
+    revoke(chain, f"group:{unquoted}", "a test")
+    erase(chain, f"group:{unquoted}", "")
+    assert (chain.workspace.root / made["path"]).exists()
+    revoke(chain, f"episode:{loose}", "asked to be forgotten")
+    erase(chain, f"episode:{loose}", "")
+    assert not (chain.workspace.root / made["path"]).exists()
+
+
+MIXED = (
+    "training.mixture.schedule=constant",
+    "training.mixture.fresh=0.5",
+    "training.groups_per_step=4",
+    "collect.environments.largest=8",
+)
+
+
+@pytest.fixture
+def licensed(chain: Context, monkeypatch: pytest.MonkeyPatch) -> Context:
+    """Tasks of `largest` have a licence of their own, and half of what a run learns is sampled fresh."""
+    kind = type(get("largest"))
+    monkeypatch.setattr(kind, "licence", property(lambda self: "CC-BY-NC-4.0"))
+    return opened(chain.workspace.root, *MIXED)
+
+
+def fresh(context: Context, run: dict) -> set[str]:
+    return {
+        row["env"]
+        for shard in run["fresh"]
+        for row in pq.read_table(context.workspace.root / shard["path"], columns=["env"]).to_pylist()
+    }
+
+
+def test_a_run_does_not_ask_environments_of_a_revoked_licence(licensed: Context):
+    before = train_agent(licensed, newest(licensed), 1)
+    assert "largest" in fresh(licensed, before)
+    report = revoke(licensed, "licence:CC-BY-NC-4.0", "withdrawn")
+    assert report["episodes"] > 0  # of the run's own shards
+    run = train_agent(licensed, newest(licensed), 1)
+    assert run["key"] != before["key"]
+    assert fresh(licensed, run) == {ENVIRONMENT}
+    collected = collect_into_segment(licensed, "agent/1", round=9)
+    assert set(collected["environments"]) == {ENVIRONMENT}
+    revoke(licensed, "source:rollout", "nothing that was sampled here")
+    with pytest.raises(Refused, match="revoked by its source or licence"):
+        train_agent(licensed, newest(licensed), 1)
+
+
+def test_a_mixed_run_stops_when_a_licence_is_revoked_and_what_it_sampled_can_be_erased(
+    licensed: Context, monkeypatch: pytest.MonkeyPatch
+):
+    from flows import training
+
+    append, told = training._append_curve, []
+
+    def curve(run_dir: Path, step: int, values: dict) -> None:
+        append(run_dir, step, values)
+        if not told:
+            told.append(revoke(opened(licensed.workspace.root), "licence:CC-BY-NC-4.0", "now"))
+
+    monkeypatch.setattr(training, "_append_curve", curve)
+    with pytest.raises(Conflict, match="revoked or reinstated while it trained"):
+        train_agent(licensed, newest(licensed), 1)
+    left = sorted(licensed.workspace.runs.glob("*/fresh/*.parquet"))
+    assert left
+    episode = pq.read_table(left[0], columns=["episode_id"])["episode_id"][0].as_py()
+    revoke(licensed, f"episode:{episode}", "asked to be forgotten")
+    assert licensed.workspace.relative(left[0]) in erase(licensed, f"episode:{episode}", "")["files"]
+    assert not left[0].exists()
