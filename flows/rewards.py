@@ -181,6 +181,9 @@ def train_reward(
     Raises:
         Refused: too few groups on one side of the split. UsageError: the settings name no such model.
     """
+    from tasks.lineage.revocation import keep_learnt, learnable, revoked
+    from tasks.reward.preferences import split_preferences
+
     settings = context.settings.reward
     model = settings.model
     if isinstance(model, VerifierModel | JudgeModel):
@@ -195,7 +198,12 @@ def train_reward(
         "model": model.model_dump(mode="json"),
         "seed": context.settings.seed,
     }
-    left = preferences["pairs"] - len(read_set(context, preferences))
+    now = revoked(context.ledger, context.workspace)
+    root = preferences["origin"].get("dataset")
+    pairs = learnable(
+        context.ledger, context.workspace, read_set(context, preferences), root, backbone["digest"], now
+    )
+    left = preferences["pairs"] - len(pairs)
     if left:
         inputs["revoked"] = {"pairs": left, "at": context.revoked}
 
@@ -204,8 +212,9 @@ def train_reward(
         from tasks.reward.classifier import train_classifier
         from tasks.reward.head import train_head
 
-        train, heldout = split_of(context, preferences, settings.holdout)
-        if not train or not heldout:
+        split = split_preferences(pairs, holdout=settings.holdout)
+        train = split.train
+        if not train or not split.heldout:
             raise Refused(
                 f"The preferences {preferences['name']} have {preferences['groups']} prompts with a better and a "
                 "worse answer: too few to train and validate on; collect or import more, on tasks neither too "
@@ -243,7 +252,13 @@ def train_reward(
         }
         licences = preferences["licences"]
         return register_reward(
-            context, target, source.kind, parents=parents, holdout=settings.holdout, licences=licences
+            context,
+            target,
+            source.kind,
+            parents=parents,
+            holdout=settings.holdout,
+            licences=licences,
+            learnt=keep_learnt(context.workspace, train),
         )
 
     def stands(outputs: Mapping[str, Any]) -> bool:
@@ -263,6 +278,7 @@ def register_reward(
     holdout: float | None = None,
     licences: Sequence[str] = (),
     serving: Mapping[str, Any] | None = None,
+    learnt: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Register a reward source's folder with MLflow and in the ledger; the same files give the same version.
 
@@ -270,6 +286,7 @@ def register_reward(
         parents: {preferences, dataset, backbone}, each None where there is none.
         holdout: share of the preferences' groups that training has not seen.
         serving: how a judge was reached; no part of its identity.
+        learnt: the evidence {path, sha256, pairs} of which pairs it was trained on.
 
     Returns:
         The payload of `reward.registered`.
@@ -297,6 +314,7 @@ def register_reward(
         "holdout": holdout,
         "licences": sorted(licences),
         "serving": dict(serving or {}),
+        **({"learnt": dict(learnt)} if learnt else {}),
     }
     entry = enter(context, "reward", registered, payload)
     show_candidate(context.ledger, registry)

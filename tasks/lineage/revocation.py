@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from tasks.replay.schema import Episode
+    from tasks.reward.source import Preference
 
 REVOKED, REINSTATED = "data.revoked", "data.reinstated"
 
@@ -499,23 +500,30 @@ class _Walk:
         if backbone.get("digest") in self._agents:
             return f"reads the states of {self._agents[backbone['digest']]}"
         made = pairs.get(parents.get("preferences") or "")
-        return self._of_pairs(made, payload["holdout"]) if made is not None else ""
+        if made is None:
+            return ""
+        learnt = payload.get("learnt")  # earlier releases did not say which pairs
+        there = (self._workspace.root / made.payload["path"]).exists()
+        if learnt is None and not there and self._look.erased(made.subject):
+            return f"learnt from the preferences {made.subject[:12]}, which were erased"
+        pairs_of = read_learnt(self._workspace, learnt) if learnt else self._of_set(made, payload["holdout"])
+        return self._of_pairs(pairs_of, made.payload["origin"].get("dataset"))
 
-    def _of_pairs(self, entry: Entry, holdout: float | None) -> str:
+    def _of_set(self, entry: Entry, holdout: float | None) -> list[dict[str, Any]]:
+        """All pairs of a set that may have been trained on."""
         from tasks.reward.preferences import fraction
 
-        path = self._workspace.root / entry.payload["path"]
-        root = entry.payload["origin"].get("dataset")
+        data = _checked(self._workspace.root / entry.payload["path"], entry.subject)
+        pairs = map(json.loads, data.splitlines())
+        return [pair for pair in pairs if holdout is None or fraction(pair["group"]) >= holdout]
+
+    def _of_pairs(self, pairs: Iterable[Mapping[str, Any]], root: str | None) -> str:
         flagged: dict[str, str] = {}
-        for shard in self._shards.get(root, ()) if self._agents else ():
+        for shard in self._shards.get(root or "", ()) if self._agents else ():
             for digest, episodes in self._of_shard(shard).authors.items():
                 if digest in self._agents:
                     flagged |= dict.fromkeys(episodes, self._agents[digest])
-        if not path.exists():
-            return f"learnt from the preferences {entry.subject[:12]}, which were erased"
-        for pair in map(json.loads, _checked(path, entry.subject).splitlines()):
-            if holdout is not None and fraction(pair["group"]) < holdout:
-                continue
+        for pair in pairs:
             why = pair_revoked(pair, self._now)
             if why:
                 return f"learnt from a pair of {why}"
@@ -531,15 +539,64 @@ class _Walk:
 
 
 def pair_revoked(pair: Mapping[str, Any], now: Revoked) -> str | None:
-    """Return what is revoked of a preference (its fields as a mapping), None for nothing."""
+    """Return what is revoked of a preference (its fields, or those that `keep_learnt` keeps), None for nothing."""
     for name in (pair["chosen_id"], pair["rejected_id"]):
         if name and name in now.episodes:
             return f"episode {name}"
     for kind in ("source", "licence"):
         if pair[kind] in now.values.get(kind, ()):
             return f"{kind}:{pair[kind]}"
-    digest = sha256_bytes(pair["prompt"].encode())
+    digest = pair.get("prompt_sha256") or sha256_bytes(pair["prompt"].encode())
     return f"prompt:{digest}" if now.prompt(digest) else None
+
+
+def keep_learnt(workspace: Workspace, pairs: Iterable[Preference]) -> dict[str, Any]:
+    """Keep as evidence which pairs a reward model is trained on, by their ids; return {path, sha256, pairs}."""
+    rows = [
+        {
+            "chosen_id": pair.chosen_id,
+            "rejected_id": pair.rejected_id,
+            "source": pair.source,
+            "licence": pair.licence,
+            "prompt_sha256": sha256_bytes(pair.prompt.encode()),
+        }
+        for pair in pairs
+    ]
+    data = canonical_json(rows)
+    digest = sha256_bytes(data)
+    path = workspace.evidence / "learnt" / f"{digest}.json"
+    write_atomic(path, data)
+    return {"path": workspace.relative(path), "sha256": digest, "pairs": len(rows)}
+
+
+def read_learnt(workspace: Workspace, file: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the pairs that `keep_learnt` kept, bytes checked."""
+    return cast(list[dict[str, Any]], json.loads(_checked(workspace.root / file["path"], file["sha256"])))
+
+
+def learnable(
+    ledger: Entries,
+    workspace: Workspace,
+    pairs: Sequence[Preference],
+    root: str | None,
+    backbone: str | None,
+    now: Revoked,
+) -> list[Preference]:
+    """Return the pairs that a reward model may be trained on: training makes no flagged model out of unflagged parts.
+
+    Args:
+        pairs: such as are not revoked themselves.
+        root: of the dataset that they were made of, None for imported ones.
+        backbone: digest of what the model is built on; where that is flagged, pairs of flagged agents are no loss.
+    """
+    flagged = {d.digest for d in descendants_of(ledger, workspace, now)} if root else set()
+    if not flagged or backbone in flagged:
+        return list(pairs)
+    facts = (Facts.of(table, now) for table in _tables_of(ledger, workspace, root or ""))
+    theirs = {
+        name for each in facts for digest in flagged & each.authors.keys() for name in each.authors[digest]
+    }
+    return [pair for pair in pairs if theirs.isdisjoint((pair.chosen_id, pair.rejected_id))]
 
 
 def quoted(workspace: Workspace, now: Revoked) -> tuple[Place, ...]:

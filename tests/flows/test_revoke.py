@@ -12,6 +12,7 @@ from signal import SIGKILL
 import pyarrow.parquet as pq
 import pytest
 
+from flows.champions import rollback_champion
 from flows.context import Context
 from flows.experience import (
     collect_into_segment,
@@ -20,18 +21,23 @@ from flows.experience import (
     unsealed_rows,
     validate_dataset,
 )
+from flows.registry import settle
 from flows.revoke import erase, listing, reinstate, revoke
-from flows.rewards import episodes, read_set, replay_set
+from flows.rewards import episodes, heldout, import_preferences, read_set, replay_set, reward, train_reward
 from flows.scoring import require_unflagged
+from flows.service import watch_canary
 from flows.status import status
 from flows.training import register_trained, train_agent
 from tasks.arena.environment import get
-from tasks.core.digest import sha256_file
+from tasks.core.digest import sha256_bytes, sha256_file
 from tasks.core.errors import Conflict, NotFound, Refused, UsageError
-from tasks.lineage.revocation import left_out, open_flags
+from tasks.lineage.revocation import left_out, open_flags, read_learnt
 from tasks.lineage.rows import consumed
+from tasks.promotion.promote import champion
 from tasks.replay.seal import find, restore
 from tests.flows.conftest import ENVIRONMENT, forebay, lay_workspace, loads
+from tests.flows.test_service import LATER
+from tests.flows.test_service import rows as service_rows
 
 SMALL = (
     f"collect.environments.{ENVIRONMENT}=8",
@@ -499,3 +505,96 @@ def test_a_mixed_run_stops_when_a_licence_is_revoked_and_what_it_sampled_can_be_
     revoke(licensed, f"episode:{episode}", "asked to be forgotten")
     assert licensed.workspace.relative(left[0]) in erase(licensed, f"episode:{episode}", "")["files"]
     assert not left[0].exists()
+
+
+def trained_reward(context: Context, preferences: dict, agent: str) -> str:
+    made = train_reward(context, preferences, agent)
+    return f"reward/{made['version']}"
+
+
+def test_a_reward_model_trained_anew_is_clean_and_its_flag_outlives_the_set(chain: Context):
+    more = opened(chain.workspace.root, f"collect.environments.{ENVIRONMENT}=60")
+    collect_into_segment(more, "agent/1", round=5)
+    made = replay_set(chain, seal_dataset(chain, announce=False))
+    before = trained_reward(chain, made, "agent/1")
+    entry = reward(chain, before).payload
+    learnt = read_learnt(chain.workspace, entry["learnt"])
+    assert 0 < len(learnt) < made["pairs"]  # not those that were held out
+    revoke(chain, f"episode:{learnt[0]['chosen_id']}", "asked to be forgotten")
+    group = used(chain, 2)[0]
+    revoke(chain, f"group:{group}", "flags agent/2 and agent/3")
+    assert before in flagged_now(chain)
+    again = trained_reward(chain, made, "agent/1")
+    assert again != before
+    assert again not in flagged_now(chain)
+    authors = {
+        row["episode_id"]: row["behaviour_version"] for row in rows(chain, "episode_id", "behaviour_version")
+    }
+    taught = read_learnt(chain.workspace, reward(chain, again).payload["learnt"])
+    assert {authors[pair["chosen_id"]] for pair in taught} == {"agent/1"}
+    erase(chain, f"episode:{learnt[0]['chosen_id']}", "")
+    assert not (chain.workspace.root / made["path"]).exists()
+    assert before in flagged_now(chain)
+    assert again not in flagged_now(chain)
+    assert heldout(chain, entry)  # of what is left
+
+
+def flagged_now(context: Context) -> set[str]:
+    return {flag.ref for flag in open_flags(context.ledger, context.workspace)}
+
+
+def test_an_import_of_preferences_drops_what_is_revoked_and_says_so(chain: Context, tmp_path: Path):
+    file = tmp_path / "pairs.jsonl"
+    pairs = [{"prompt": f"{i}?", "chosen": f"y{i}", "rejected": f"n{i}"} for i in range(4)]
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    how = {"name": "pairs", "licence": "MIT", "slice": "chat"}
+    report = revoke(chain, "source:forum", "not yet here, and not wanted")
+    assert (report["episodes"], report["files"]) == (0, [])
+    revoke(chain, f"prompt:{sha256_bytes(b'2?')}", "a bad question")
+    with pytest.raises(Refused, match="source:forum is revoked"):
+        import_preferences(chain, file, source="forum", **how)
+    made = import_preferences(chain, file, source="elsewhere", **how)
+    assert (made["pairs"], made["dropped"]["revoked"]) == (3, 1)
+    assert "is revoked" in made["errors"][-1]
+    again = revoke(chain, "source:elsewhere", "known by preferences only")
+    assert again["files"][0]["path"] == made["path"]
+    assert erase(chain, "source:elsewhere", "")["files"] == [made["path"]]
+    assert not (chain.workspace.root / made["path"]).exists()
+
+
+@pytest.fixture
+def crowned(chain: Context) -> Context:
+    """agent/3 in office, after agent/2, which learnt from a group that is revoked."""
+    for new, old in ((2, 1), (3, 2)):
+        payload = {"to": new, "from": old, "decision": None, "reason": "", "by": "ada"}
+        entry = chain.ledger.append("promotion.intent", f"agent/{new}", payload)
+        done = {**payload, "intent_seq": entry.seq}
+        chain.ledger.append("promotion.committed", f"agent/{new}", done)
+    settle(chain)
+    revoke(chain, f"group:{used(chain, 2)[0]}", "asked to be forgotten")
+    return chain
+
+
+def test_nobody_is_rolled_back_unasked_onto_what_learnt_from_revoked_data(crowned: Context):
+    root = crowned.workspace.root
+    done = forebay(root, "rollback", "--json")
+    assert done.returncode == Refused.exit_code
+    assert "agent/2 trained on group" in json.loads(done.stdout)["error"]
+    assert champion(crowned.ledger) == 3
+    done = forebay(root, "rollback", "--flagged")
+    assert done.returncode == 0, done.stderr
+    assert "It is flagged: it trained on group" in done.stdout
+    assert champion(crowned.ledger) == 2
+    entry = crowned.ledger.last("rollback.committed")
+    assert entry is not None
+    assert entry.payload["flag"].startswith("trained on group")
+    assert "flag" not in rollback_champion(crowned, "on to agent/1, which is clean")
+
+
+def test_the_canary_goes_back_onto_a_flagged_agent_and_says_so(crowned: Context):
+    service_rows(crowned, "champion", [0.0] * 60, LATER)
+    service_rows(crowned, "previous", [1.0] * 60, LATER)
+    found = watch_canary(crowned)
+    assert found["rolled_back"]["to"] == 2
+    assert found["rolled_back"]["flag"].startswith("trained on group")
+    assert "agent/2, which is back, is flagged" in found["says"]
