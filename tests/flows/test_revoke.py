@@ -23,6 +23,7 @@ from flows.experience import (
 )
 from flows.registry import settle
 from flows.revoke import erase, listing, reinstate, revoke
+from flows.reward_office import rollback_reward
 from flows.rewards import episodes, heldout, import_preferences, read_set, replay_set, reward, train_reward
 from flows.scoring import require_unflagged
 from flows.service import watch_canary
@@ -537,6 +538,11 @@ def test_a_reward_model_trained_anew_is_clean_and_its_flag_outlives_the_set(chai
     assert before in flagged_now(chain)
     assert again not in flagged_now(chain)
     assert heldout(chain, entry)  # of what is left
+    for new, old in ((before, None), (again, before)):
+        crown(chain, new, old)
+    with pytest.raises(Refused, match=f"{before} learnt from a pair of episode"):
+        rollback_reward(chain, "a test")
+    assert rollback_reward(chain, "a test", flagged=True)["flag"].startswith("learnt from a pair")
 
 
 def flagged_now(context: Context) -> set[str]:
@@ -562,14 +568,19 @@ def test_an_import_of_preferences_drops_what_is_revoked_and_says_so(chain: Conte
     assert not (chain.workspace.root / made["path"]).exists()
 
 
+def crown(context: Context, new: str, old: str | None) -> None:
+    """Put an agent or a reward model in office as the ledger records it; no gate is asked."""
+    to, former = (name and int(name.partition("/")[2]) for name in (new, old))
+    payload = {"to": to, "from": former, "decision": None, "reason": "", "by": "ada"}
+    entry = context.ledger.append("promotion.intent", new, payload)
+    context.ledger.append("promotion.committed", new, {**payload, "intent_seq": entry.seq})
+
+
 @pytest.fixture
 def crowned(chain: Context) -> Context:
     """agent/3 in office, after agent/2, which learnt from a group that is revoked."""
-    for new, old in ((2, 1), (3, 2)):
-        payload = {"to": new, "from": old, "decision": None, "reason": "", "by": "ada"}
-        entry = chain.ledger.append("promotion.intent", f"agent/{new}", payload)
-        done = {**payload, "intent_seq": entry.seq}
-        chain.ledger.append("promotion.committed", f"agent/{new}", done)
+    crown(chain, "agent/2", "agent/1")
+    crown(chain, "agent/3", "agent/2")
     settle(chain)
     revoke(chain, f"group:{used(chain, 2)[0]}", "asked to be forgotten")
     return chain
