@@ -16,7 +16,7 @@ from flows.context import Context
 from flows.registry import enter, restore, settle
 from flows.reproduce import remember
 from flows.reward_office import newest_reward_decision, promote_by_decision
-from flows.scoring import require_unflagged, require_valid_reward
+from flows.scoring import require_consent, require_unflagged, require_valid_reward
 from flows.service import start_canary
 from tasks.core.digest import digest_files
 from tasks.core.errors import ForebayError, NotFound
@@ -190,8 +190,15 @@ def answer_decision(context: Context, line: str) -> dict[str, Any]:
     return result
 
 
-def rollback_champion(context: Context, reason: str) -> dict[str, Any]:
-    """Put the previous champion back, its bytes verified first; `seconds` is how long it took."""
+def rollback_champion(context: Context, reason: str, flagged: bool = False) -> dict[str, Any]:
+    """Put the previous champion back, its bytes verified first; `seconds` is how long it took.
+
+    Args:
+        flagged: also one that learnt from revoked data, where the policy keeps such from office.
+
+    Raises:
+        NotFound: there is none to go back from, or to. Refused: it is flagged.
+    """
     from tasks.promotion.promote import rollback, standing
 
     started = time.perf_counter()
@@ -200,10 +207,17 @@ def rollback_champion(context: Context, reason: str) -> dict[str, Any]:
     now = standing(context.ledger)
     if now.champion is None:
         raise NotFound("There is no champion to roll back from.")
+    flag = ""
     if now.previous is not None:
+        flag = require_consent(context, f"agent/{now.previous}", flagged)
         restore(context, context.registry, now.previous)
     entry = rollback(
-        context.ledger, context.registry, expected_champion=now.champion, reason=reason, by=getpass.getuser()
+        context.ledger,
+        context.registry,
+        expected_champion=now.champion,
+        reason=reason,
+        by=getpass.getuser(),
+        flag=flag,
     )
     return {**_change(context, entry), "seconds": round(time.perf_counter() - started, 3)}
 

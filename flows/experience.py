@@ -56,6 +56,7 @@ def finished_collections(context: Context) -> int:
 
 
 def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -> dict[str, Any]:
+    from flows.hybrid import allowed
     from models.causal_lm import load_policy, load_tokenizer
     from tasks.arena.environment import get
     from tasks.lineage.revocation import revoked
@@ -69,7 +70,7 @@ def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -
     summary = {}
     now = revoked(context.ledger, context.workspace)
     with SegmentWriter(segment, f"collect-{key[:12]}") as writer:
-        for name, groups in settings.environments.items():
+        for name, groups in allowed(settings.environments, now).items():
             env = get(name)
             seed = derive_seed(context.settings.seed, name, round)
             tasks = [

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import getpass
-import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows import keys, progress
 from flows.context import Context
@@ -23,20 +22,28 @@ from tasks.lineage.revocation import (
     REINSTATED,
     REVOKED,
     Descendant,
+    Hit,
     Place,
     Step,
     Target,
     descendants_of,
     find_hit,
-    find_places,
+    find_rows,
     foresee,
     open_flags,
-    pair_revoked,
+    pinned,
+    quoted,
+    read_lists,
     retrain_plan,
     revoked,
     standing_entries,
     write_lists,
 )
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_LOOKS = 8  # for episodes that come in while they are erased
 
 
 def revoke(context: Context, what: str, reason: str, dry_run: bool = False) -> dict[str, Any]:
@@ -52,7 +59,7 @@ def revoke(context: Context, what: str, reason: str, dry_run: bool = False) -> d
     Raises:
         UsageError: no such kind of target, or no reason. NotFound: no row is of it.
     """
-    target = Target.parse(what)
+    target = pinned(context.ledger, Target.parse(what))
     if not reason.strip() and not dry_run:
         raise UsageError("Say why with --reason: who looks at a flagged agent later must know.")
     ledger, workspace = context.ledger, context.workspace
@@ -91,10 +98,10 @@ def reinstate(context: Context, what: str, reason: str) -> dict[str, Any]:
     Raises:
         NotFound: it is not revoked. Refused: its bytes were erased, or are about to be. UsageError: no reason.
     """
-    target = Target.parse(what)
     if not reason.strip():
         raise UsageError("Say why with --reason.")
-    entry = _entry_of(context, target)
+    entry = _entry_of(context, Target.parse(what))
+    target = what if entry is None else entry.payload["what"]
     if entry is None:
         raise NotFound(f"{target} is not revoked; `forebay revoke --list` shows what is.")
 
@@ -121,7 +128,10 @@ def listing(context: Context) -> dict[str, Any]:
     """Return what is revoked, who is flagged for it (champions first), and the plan to retrain."""
     ledger = context.ledger
     now = revoked(ledger, context.workspace)
-    erased = {e.payload["revocation"] for e in ledger.entries(ERASED)}
+    ended = {e.payload["intent"] for e in ledger.entries(ERASED)}
+    begun = ledger.entries(ERASING)
+    going = {e.payload["revocation"] for e in begun if e.seq not in ended}
+    erased = {e.payload["revocation"] for e in begun} - going
     return {
         "revoked": [
             {
@@ -188,48 +198,77 @@ def erase(context: Context, what: str, reason: str) -> dict[str, Any]:
         NotFound: it is not revoked. Conflict: another process erases.
         Unavailable: DVC's remote does not delete; nothing is claimed, run again.
     """
-    target = Target.parse(what)
     with context.exclusive("erasing data"):
         ended = _finish_erasing(context)
-        entry = _entry_of(context, target)
+        entry = _entry_of(context, Target.parse(what))
         if entry is None:
-            raise NotFound(f"{target} is not revoked; `forebay revoke {target} --reason …` comes first.")
-        for done in ended:
-            if done.payload["revocation"] == entry.seq:
-                return _erased(done)
-        places = _places(context, target)
+            raise NotFound(f"{what} is not revoked; `forebay revoke {what} --reason …` comes first.")
+        mine = [done for done in ended if done.payload["revocation"] == entry.seq]
         before = [e for e in context.ledger.entries(ERASED) if e.payload["revocation"] == entry.seq]
-        if not places and before:
-            return _erased(before[-1])
-        intent = _intend(context, entry, target, reason or entry.payload["reason"], places)
-        return _erased(_carry_out(context, intent))
+        groups = _groups_of(context, entry)
+        left = _left(context, entry, groups)
+        if any(left) or not before:
+            intent = _intend(context, entry, reason or entry.payload["reason"], groups, *left)
+            mine += _carry_out(context, intent)
+        return _erased(mine or before[-1:])
 
 
 def _finish_erasing(context: Context) -> list[Entry]:
     ended = {e.payload["intent"] for e in context.ledger.entries(ERASED)}
-    return [_carry_out(context, e) for e in context.ledger.entries(ERASING) if e.seq not in ended]
+    opened = [e for e in context.ledger.entries(ERASING) if e.seq not in ended]
+    return [done for intent in opened for done in _carry_out(context, intent)]
 
 
-def _places(context: Context, target: Target) -> dict[str, list[Place]]:
-    """Return {group: files that hold a row of it}, of all groups that the target hits now."""
-    try:
-        groups = find_hit(context.ledger, context.workspace, target).groups
-    except NotFound:
-        return {}
-    return find_places(context.ledger, context.workspace, groups)
+def _groups_of(context: Context, entry: Entry) -> frozenset[str]:
+    """Return the groups that a revocation takes out: those that it hit, and what came in of its value later."""
+    target = Target.parse(entry.payload["what"])
+    groups = frozenset(read_lists(context.workspace, entry.payload["lists"])["groups"])
+    if target.kind in ("dataset", "shard"):
+        return groups  # what was sealed since was never revoked
+    with suppress(NotFound):
+        groups |= find_hit(context.ledger, context.workspace, target).groups
+    return groups
+
+
+def _left(
+    context: Context, entry: Entry, groups: Iterable[str]
+) -> tuple[dict[Place, pa.Table], tuple[Place, ...]]:
+    """Return what is still to be erased: the files with rows of the groups, and the sets of preferences that quote them."""
+    rows = find_rows(context.ledger, context.workspace, groups)
+    return rows, _quoting(context, entry, groups, rows)
+
+
+def _quoting(
+    context: Context, entry: Entry, groups: Iterable[str], rows: Mapping[Place, pa.Table]
+) -> tuple[Place, ...]:
+    """Return the sets of preferences with a pair of an erased group, or of the value that is revoked."""
+    earlier = [e.payload for e in context.ledger.entries(ERASING) if e.payload["revocation"] == entry.seq]
+    lists = [p["lists"] for p in (entry.payload, *earlier) if "lists" in p]
+    episodes = _episodes(rows).union(*(read_lists(context.workspace, each)["episodes"] for each in lists))
+    hit = Hit(episodes, frozenset(groups), (), ())
+    return quoted(context.workspace, foresee(Target.parse(entry.payload["what"]), hit))
+
+
+def _episodes(rows: Mapping[Place, pa.Table]) -> frozenset[str]:
+    return frozenset(name for table in rows.values() for name in table["episode_id"].to_pylist())
 
 
 def _intend(
-    context: Context, entry: Entry, target: Target, reason: str, places: Mapping[str, Sequence[Place]]
+    context: Context,
+    entry: Entry,
+    reason: str,
+    groups: frozenset[str],
+    rows: Mapping[Place, pa.Table],
+    quoting: Sequence[Place],
 ) -> Entry:
-    """Write what takes the place of the shards, and record what is about to go."""
+    """Write what takes the place of the shards, keep the facts of the rows, and record what is about to go."""
+    from tasks.lineage.erasure import Shards, keep_facts
     from tasks.replay import dvc_store, shards
     from tasks.replay.seal import locked, newest, restore
 
     workspace, ledger = context.workspace, context.ledger
-    groups = frozenset(places)
-    files = {place.path: place for found in places.values() for place in found}
-    names = sorted({place.dataset for place in files.values() if place.dataset and place.sha256})
+    places = {place.path: place for place in rows}
+    names = sorted({place.dataset for place in rows if place.dataset and place.sha256})
     datasets, locators, gone = [], [], []
     for name in names:
         sealed = newest(ledger, name)
@@ -239,7 +278,7 @@ def _intend(
             _drop_strays(context, name)
             last = ledger.last()
             number = 0 if last is None else last.seq
-            hit = [shard for shard in sealed.manifest.shards if shard.path in files]
+            hit = [shard for shard in sealed.manifest.shards if shard.path in places]
             replaces = []
             for at, shard in enumerate(hit):
                 path = shards.folder_of(workspace, name) / f"e{number:05d}-{at:05d}.parquet"
@@ -248,37 +287,59 @@ def _intend(
                 gone.append({"path": shard.path, "sha256": shard.sha256})
                 replaces.append({"old": asdict(shard), "new": new and asdict(new)})
             datasets.append({"name": name, "replaces": replaces})
+    look = Shards(ledger, workspace)
+    # A run's own shard goes whole, and so do the facts of all its rows.
+    kept = {
+        place.sha256: table if place.dataset else look.rows(asdict(place))
+        for place, table in rows.items()
+        if place.sha256
+    }
     known = {file["path"] for file in gone}
-    for place in files.values():
+    for place in places.values():
         if place.path not in known:  # open segments, shards of runs
-            sha256 = place.sha256 or sha256_file(workspace.root / place.path)
-            gone.append({"path": place.path, "sha256": sha256})
-    gone += _quoting(context, target)
+            with suppress(FileNotFoundError):  # a segment that is being sealed: looked for again at the end
+                sha256 = place.sha256 or sha256_file(workspace.root / place.path)
+                gone.append({"path": place.path, "sha256": sha256})
+    gone += [{"path": place.path, "sha256": place.sha256} for place in quoting]
     payload = {
-        "what": str(target),
+        "what": entry.payload["what"],
         "revocation": entry.seq,
         "reason": reason,
         **_by(context),
-        "groups": len(groups),
+        "groups": len({name for table in rows.values() for name in table["group_id"].to_pylist()}),
+        "lists": write_lists(workspace, Hit(_episodes(rows), groups, (), ())),
+        "facts": keep_facts(workspace, kept),
         "datasets": datasets,
         "files": gone,
         "locators": locators,
         "segments": sorted(
-            {(place.path, group) for group, found in places.items() for place in found if not place.sha256}
+            (place.path, group)
+            for place, table in rows.items()
+            if not place.sha256
+            for group in table["group_id"].unique().to_pylist()
         ),
     }
-    return ledger.append(ERASING, str(target), payload)
+    return ledger.append(ERASING, entry.payload["what"], payload)
 
 
-def _carry_out(context: Context, intent: Entry) -> Entry:
-    """Do what an intent says, each step harmless where it was done before, and record the end."""
+def _carry_out(context: Context, intent: Entry, looks: int = _LOOKS) -> list[Entry]:
+    """Do what an intent says, each step harmless where it was done before, look again, and record the end.
+
+    What came in meanwhile, from a seal or an import that was under way, is an intent of its own, recorded before this one
+    has ended: an erasure counts as done when nothing is left.
+
+    Raises:
+        Conflict: episodes of the erased groups keep coming in.
+    """
     from tasks.replay import dvc_store
     from tasks.replay.manifest import Shard
     from tasks.replay.seal import locked, seal_rewritten
-    from tasks.replay.segments import drop_groups
+    from tasks.replay.segments import drop_groups, unsealed_files
 
     workspace, ledger, p = context.workspace, context.ledger, intent.payload
     say = progress.current().say
+    groups = frozenset(read_lists(workspace, p["lists"])["groups"] if "lists" in p else ())
+    groups |= {group for _, group in p["segments"]}
     versions = []
     for each in p["datasets"]:
         replaced: dict[str, Shard | None] = {
@@ -288,16 +349,20 @@ def _carry_out(context: Context, intent: Entry) -> Entry:
             sealed = seal_rewritten(workspace, ledger, each["name"], replaced, intent.seq)
         versions.append(sealed.manifest.subject)
         say(f"    {sealed.manifest.subject} holds what is left: {sealed.manifest.rows} episodes")
-    by_segment: dict[str, set[str]] = {}
-    for path, group in p["segments"]:
-        by_segment.setdefault(path, set()).add(group)
-    for path, groups in by_segment.items():
-        drop_groups(workspace.root / path, groups)
+    for name in sorted({name for name, _ in unsealed_files(workspace)}):
+        with locked(workspace, name):  # no seal reads them
+            for found, path in unsealed_files(workspace):
+                if found == name:
+                    drop_groups(path, groups)
+    segments = {path for path, _ in p["segments"]}
     copies = 0
     for file in p["files"]:
-        if file["path"] in by_segment:
+        if file["path"] in segments:
             continue
-        copies += _unlink(workspace.root / file["path"])
+        path = workspace.root / file["path"]
+        copies += _unlink(path)
+        if path.parent.name == "fresh":
+            _unlink(path.with_suffix(".sha256"))
         for cached in (workspace.state / "decoded").glob(f"{file['sha256']}.*"):
             copies += _unlink(cached)
     shutil.rmtree(
@@ -315,27 +380,40 @@ def _carry_out(context: Context, intent: Entry) -> Entry:
         "copies": copies,
         "versions": versions,
     }
+    entry = next(e for e in ledger.entries(REVOKED) if e.seq == p["revocation"])
+    with _nobody_seals(context):
+        left = _left(context, entry, groups)
+        if not any(left):
+            return [_end(context, intent, payload)]
+    if not looks:
+        raise Conflict(f"Episodes of {p['what']} keep coming in; stop what writes them, then run again.")
+    say("    more of it came in meanwhile")
+    more = _intend(context, entry, p["reason"], groups, *left)
+    return [_end(context, intent, payload), *_carry_out(context, more, looks - 1)]
 
+
+@contextmanager
+def _nobody_seals(context: Context) -> Iterator[None]:
+    """Hold the locks of all datasets, always in the same order."""
+    from tasks.replay.seal import locked
+    from tasks.replay.segments import unsealed_files
+
+    names = {e.payload["name"] for e in context.ledger.entries("dataset.sealed")}
+    names |= {name for name, _ in unsealed_files(context.workspace)}
+    with ExitStack() as stack:
+        for name in sorted(names):
+            stack.enter_context(locked(context.workspace, name))
+        yield
+
+
+def _end(context: Context, intent: Entry, payload: Mapping[str, Any]) -> Entry:
     def check(view: LedgerView) -> None:
         if any(e.payload["intent"] == intent.seq for e in view.entries(ERASED)):
-            raise Conflict(f"{p['what']} was erased by another process.")
+            raise Conflict(f"{payload['what']} was erased by another process.")
 
-    done = ledger.append(ERASED, p["what"], payload, check)
+    done = context.ledger.append(ERASED, payload["what"], payload, check)
     _sign(context, done)
     return done
-
-
-def _quoting(context: Context, target: Target) -> Iterator[dict[str, str]]:
-    """Yield the sets of preferences that quote an erased episode: made again from what is left when they are needed."""
-    now = revoked(context.ledger, context.workspace)
-    for path in sorted(context.workspace.preferences.glob("*.jsonl")):
-        if any(pair_revoked(pair, now) for pair in _pairs(path)):
-            yield {"path": context.workspace.relative(path), "sha256": sha256_file(path)}
-
-
-def _pairs(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open() as stream:
-        yield from map(json.loads, stream)
 
 
 def _drop_strays(context: Context, name: str) -> None:
@@ -356,14 +434,14 @@ def _unlink(path: Path) -> int:
     return 1
 
 
-def _erased(entry: Entry) -> dict[str, Any]:
-    p = entry.payload
+def _erased(done: Sequence[Entry]) -> dict[str, Any]:
+    found = [entry.payload for entry in done]
     return {
-        "erased": p["what"],
-        "entry": entry.seq,
-        "files": [file["path"] for file in p["files"]],
-        "copies": p["copies"],
-        "versions": p["versions"],
+        "erased": found[-1]["what"],
+        "entry": done[-1].seq,
+        "files": [file["path"] for p in found for file in p["files"]],
+        "copies": sum(p["copies"] for p in found),
+        "versions": [version for p in found for version in p["versions"]],
     }
 
 
@@ -371,7 +449,18 @@ def _erased(entry: Entry) -> dict[str, Any]:
 
 
 def _entry_of(context: Context, target: Target) -> Entry | None:
-    found = [e for e in standing_entries(context.ledger) if e.payload["what"] == str(target)]
+    """Return the revocation of a target that holds; a dataset without its version is the one version that is revoked.
+
+    Raises:
+        UsageError: several versions are.
+    """
+    held = standing_entries(context.ledger)
+    found = [e for e in held if e.payload["what"] == str(target)]
+    if not found and target.kind == "dataset" and "/" not in target.name:
+        found = [e for e in held if e.payload["what"].rpartition("/v")[0] == str(target)]
+        if len(found) > 1:
+            versions = ", ".join(e.payload["what"] for e in found)
+            raise UsageError(f"Several versions of {target} are revoked ({versions}); name one.")
     return found[-1] if found else None
 
 

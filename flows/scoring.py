@@ -27,6 +27,7 @@ from tasks.core.errors import Conflict, Corrupt, NotFound, Refused, UsageError
 
 if TYPE_CHECKING:
     from tasks.core.ledger import Ledger, LedgerView
+    from tasks.lineage.revocation import Revoked
     from tasks.replay.schema import Episode
     from tasks.reward.source import Answer, RewardSource
 
@@ -234,17 +235,48 @@ def require_unflagged(context: Context, subject: str) -> int:
     Raises:
         Refused: it did, and how.
     """
-    from tasks.lineage.revocation import descendants_of, revoked
+    from tasks.lineage.revocation import revoked
 
     now = revoked(context.ledger, context.workspace)
-    flags = descendants_of(context.ledger, context.workspace, now)
-    flag = next((flag for flag in flags if flag.ref == subject), None)
-    if flag is not None and context.policy.revocation.block_promotion:
+    why = _flag(context, subject, now)
+    if why and context.policy.revocation.block_promotion:
         raise Refused(
-            f"{subject} {flag.why}; the policy keeps it from office. `forebay revoke --list` says what is revoked and what to "
+            f"{subject} {why}; the policy keeps it from office. `forebay revoke --list` says what is revoked and what to "
             "train anew."
         )
     return now.revision
+
+
+def flag_of(context: Context, subject: str) -> str:
+    """Return how an agent or a reward model learnt from what is revoked now, "" where it did not."""
+    from tasks.lineage.revocation import revoked
+
+    return _flag(context, subject, revoked(context.ledger, context.workspace))
+
+
+def require_consent(context: Context, subject: str, flagged: bool) -> str:
+    """Return the flag of who is to be put back in office by a rollback, "" for none.
+
+    Args:
+        flagged: the person who asks knows of flags, and wants it all the same.
+
+    Raises:
+        Refused: it is flagged, the policy keeps such from office, and nobody has said that they want it.
+    """
+    why = flag_of(context, subject)
+    if why and context.policy.revocation.block_promotion and not flagged:
+        raise Refused(
+            f"{subject} {why}; the policy keeps it from office. Roll back with --flagged if what is in office is worse, and "
+            "train anew by the plan of `forebay revoke --list`."
+        )
+    return why
+
+
+def _flag(context: Context, subject: str, now: Revoked) -> str:
+    from tasks.lineage.revocation import descendants_of
+
+    flags = descendants_of(context.ledger, context.workspace, now)
+    return next((flag.why for flag in flags if flag.ref == subject), "")
 
 
 def _judged_again(context: Context, told: Mapping[str, Any]) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from flows import progress
 from flows.champions import register_agent
 from flows.context import Context
-from flows.hybrid import fresh_source
+from flows.hybrid import allowed, fresh_source
 from flows.logs import flow_run_id
 from flows.scoring import require_valid_reward
 from tasks.core.digest import digest_json, sha256_bytes, write_atomic
-from tasks.core.errors import Conflict, UsageError
+from tasks.core.errors import Conflict, Refused, UsageError
 from tasks.core.ledger import Ledger, LedgerView
 from tasks.core.stages import code_commit, code_digest, lock_digest
 
@@ -66,7 +66,10 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
     if watch.left_out:
         inputs["left_out"] = watch.kept()
     if settings.mixture.schedule != "replay":
-        inputs["collect"] = context.settings.collect.model_dump(mode="json")
+        inputs["collect"] = {
+            **context.settings.collect.model_dump(mode="json"),
+            "environments": watch.environments,
+        }
         if watch.prompts:
             inputs["without_prompts"] = watch.prompts
     encoder = encoder_of(settings)
@@ -115,7 +118,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
             )
             report(step, settings.steps, note)
 
-        result = _trainer(context, agent, key, started.time, watch.prompts)(
+        result = _trainer(context, agent, key, started.time, watch)(
             run_dir=run_dir,
             init_dir=context.weights(agent),
             shards=[ShardRef(s["path"], s["sha256"]) for s in dataset["shards"]],
@@ -154,7 +157,13 @@ class _Revocations:
 
     def __init__(self, context: Context, root: str, init: str) -> None:
         self._context, self._root, self._init = context, root, init
-        self._revision, self.left_out, self.prompts = self._look()
+        self._mixed = context.settings.training.mixture.schedule != "replay"
+        self._revision, self.left_out, self.prompts, self.environments = self._look()
+        if not self.environments and self._mixed:
+            raise Refused(
+                "Everything that fresh groups could be sampled from is revoked by its source or licence; set "
+                "training.mixture.schedule=replay, or other collect.environments."
+            )
         if self.left_out:
             groups = len(self.left_out)
             progress.current().say(f"    {groups} groups are left out: revoked, or sampled by flagged agents")
@@ -181,12 +190,12 @@ class _Revocations:
 
         if revision(ledger) == self._revision:
             return
-        now, left_out, prompts = self._look()
-        if (left_out, prompts) != (self.left_out, self.prompts):
+        now, left_out, *asked = self._look()
+        if (left_out, asked) != (self.left_out, [self.prompts, self.environments]):
             more = len(set(left_out) - set(self.left_out))
             raise Conflict(
                 f"Data of this run was revoked or reinstated while it trained ({more} more groups are to be left out now); "
-                "nothing of it is kept, run `forebay retrain` again."
+                "no agent is made of it, run `forebay retrain` again. What it sampled itself can be revoked and erased too."
             )
         self._revision = now
 
@@ -213,13 +222,21 @@ class _Revocations:
             except Moved:
                 continue
 
-    def _look(self) -> tuple[int, tuple[str, ...], list[str]]:
+    def _look(self) -> tuple[int, tuple[str, ...], list[str], dict[str, int]]:
         from tasks.lineage.revocation import left_out, revoked
 
         ledger, workspace = self._context.ledger, self._context.workspace
         now = revoked(ledger, workspace)
         prompts = sorted(now.values.get("prompt_sha256", ()))
-        return now.revision, left_out(ledger, workspace, self._root, self._init, now), prompts
+        environments = dict(self._context.settings.collect.environments)
+        if self._mixed:
+            environments = allowed(environments, now)
+        return (
+            now.revision,
+            left_out(ledger, workspace, self._root, self._init, now),
+            prompts,
+            environments,
+        )
 
 
 def machine() -> dict[str, str]:
@@ -262,14 +279,15 @@ def check_settings(context: Context) -> None:
 
 
 def _trainer(
-    context: Context, agent: Mapping[str, Any], key: str, started: str, without: Sequence[str]
+    context: Context, agent: Mapping[str, Any], key: str, started: str, watch: _Revocations
 ) -> Callable[..., TrainResult]:
     """Return `train`, with a source of fresh groups where the settings mix them in, or by several processes."""
     from tasks.training.trainer import train
     from tasks.training.worker import train_in_processes
 
     if context.settings.training.mixture.schedule != "replay":
-        return partial(train, fresh=fresh_source(context, agent, key, started, without))
+        fresh = fresh_source(context, agent, key, started, watch.prompts, watch.environments)
+        return partial(train, fresh=fresh)
     processes = context.settings.compute.processes
     return partial(train_in_processes, processes) if processes > 1 else train
 

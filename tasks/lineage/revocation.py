@@ -15,22 +15,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
+from tasks.core.digest import canonical_json, sha256_bytes, sha256_file, write_atomic
 from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
 from tasks.core.ledger import Entry, Ledger
 from tasks.core.workspace import Workspace
+from tasks.lineage.erasure import ERASED as ERASED
+from tasks.lineage.erasure import ERASING as ERASING
+from tasks.lineage.erasure import FACTS, Shards
 from tasks.promotion.promote import Entries, standing
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from tasks.replay.schema import Episode
+    from tasks.reward.source import Preference
 
-REVOKED, REINSTATED, ERASING, ERASED = "data.revoked", "data.reinstated", "data.erasing", "data.erased"
+REVOKED, REINSTATED = "data.revoked", "data.reinstated"
 
 Kind = Literal["episode", "group", "prompt", "source", "licence", "shard", "dataset"]
 _COLUMN: Mapping[Kind, str] = {
@@ -40,9 +43,7 @@ _COLUMN: Mapping[Kind, str] = {
     "source": "source",
     "licence": "licence",
 }
-_FACTS = (*_COLUMN.values(), "behaviour_digest", "reward_digest")
 _OFFICES = ("champion", "previous", "candidate")
-_KEPT_TABLES = 4096  # shards whose facts stay in memory: some hundred bytes an episode
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Place:
-    """A file that holds revoked rows: a sealed shard, one of a run's own, or an open segment (`sha256` is empty).
+    """A file that holds revoked rows: a sealed shard, one of a run's own, a set of preferences, or an open segment
+    (`sha256` is empty).
 
     Attributes:
-        dataset: name of the dataset; "" for a shard of a run.
+        dataset: name of the dataset; "" for a shard of a run, and for preferences.
         rows: revoked rows in it.
     """
 
@@ -138,6 +140,10 @@ class Revoked:
     def prompt(self, sha256: str) -> bool:
         """Tell whether nobody may be asked this prompt any more to learn from the answers."""
         return sha256 in self.values.get("prompt_sha256", ())
+
+    def origin(self, source: str, licence: str) -> bool:
+        """Tell whether nothing of this source, or of this licence, may be learnt from."""
+        return source in self.values.get("source", ()) or licence in self.values.get("licence", ())
 
 
 @dataclass(frozen=True)
@@ -238,13 +244,14 @@ def find_hit(ledger: Entries, workspace: Workspace, target: Target) -> Hit:
     """Return what `target` stands for: sealed rows of all datasets, those of runs, and those that wait to be sealed.
 
     Raises:
-        NotFound: there is no such row, dataset or shard.
+        NotFound: there is no such row, dataset or shard. A source, a licence or the SHA-256 of a prompt may be named
+            before anything of it is here.
     """
     import pyarrow.compute as pc
 
     tables = dict(_everything(ledger, workspace))
     if target.kind in ("dataset", "shard"):
-        wanted = _shards_of(ledger, target)
+        wanted = Shards(ledger, workspace).with_heirs(_shards_of(ledger, target))
         named = [table for place, table in tables.items() if place.sha256 in wanted]
         ids = {name for table in named for name in table["episode_id"].to_pylist()}
         column: str = "episode_id"
@@ -256,16 +263,20 @@ def find_hit(ledger: Entries, workspace: Workspace, target: Target) -> Hit:
         for place, table in tables.items()
         if pc.any(mask := pc.is_in(table[column], values)).as_py()
     }
-    if not found:
+    episodes = frozenset(name for table in found.values() for name in table["episode_id"].to_pylist())
+    quoting = quoted(workspace, foresee(target, Hit(episodes, frozenset(), (), ())))
+    # What is revoked by such a value need not be here yet: it is kept from coming in.
+    if not found and target.kind not in ("source", "licence") and not _is_prompt(target) and not quoting:
         raise NotFound(
             f"No episode here is of {target}; `forebay lineage` and the shards know what there is."
         )
-    places = tuple(
-        Place(place.path, place.sha256, place.dataset, table.num_rows) for place, table in found.items()
+    places = (
+        *(Place(place.path, place.sha256, place.dataset, table.num_rows) for place, table in found.items()),
+        *quoting,
     )
     shards = {place.sha256 for place in places if place.sha256}
     return Hit(
-        frozenset(name for table in found.values() for name in table["episode_id"].to_pylist()),
+        episodes,
         frozenset(name for table in found.values() for name in table["group_id"].to_pylist()),
         tuple(
             entry.payload["root"]
@@ -276,17 +287,27 @@ def find_hit(ledger: Entries, workspace: Workspace, target: Target) -> Hit:
     )
 
 
-def find_places(ledger: Entries, workspace: Workspace, groups: Iterable[str]) -> dict[str, list[Place]]:
-    """Return {group: files that hold a row of it now} of those `groups` that have any."""
+def find_rows(ledger: Entries, workspace: Workspace, groups: Iterable[str]) -> dict[Place, pa.Table]:
+    """Return {file: the facts of the rows of these groups that it holds now}, files with such rows only."""
     import pyarrow.compute as pc
 
     wanted = _array(groups)
-    found: dict[str, list[Place]] = {}
-    for place, table in _everything(ledger, workspace):
-        here = table.filter(pc.is_in(table["group_id"], wanted))
-        for group in here["group_id"].unique().to_pylist():
-            found.setdefault(group, []).append(place)
-    return found
+    return {
+        place: here
+        for place, table in _everything(ledger, workspace)
+        if (here := table.filter(pc.is_in(table["group_id"], wanted))).num_rows
+    }
+
+
+def pinned(ledger: Entries, target: Target) -> Target:
+    """Return the target with a dataset by its version: what is sealed later is not meant.
+
+    Raises:
+        NotFound: there is no such dataset.
+    """
+    if target.kind != "dataset":
+        return target
+    return Target("dataset", _version(ledger, target).subject)
 
 
 def foresee(target: Target, hit: Hit) -> Revoked:
@@ -332,7 +353,7 @@ def without(table: pa.Table, now: Revoked) -> pa.Table:
 
     if not now:
         return table
-    gone = Facts.of(table.select(_FACTS), now).direct
+    gone = Facts.of(table.select(FACTS), now).direct
     return table.filter(pc.invert(pc.is_in(table["group_id"], _array(gone))))
 
 
@@ -370,7 +391,7 @@ class Facts:
 
     @classmethod
     def of(cls, table: pa.Table, now: Revoked) -> Facts:
-        """Read them from a table with the columns `_FACTS`."""
+        """Read them from a table with the columns `FACTS`."""
         import pyarrow.compute as pc
 
         groups = frozenset(table["group_id"].unique().to_pylist())
@@ -408,6 +429,7 @@ class _Walk:
         self._ledger, self._workspace, self._now = ledger, workspace, now
         self._started = {entry.subject: entry.payload for entry in ledger.entries("run.started")}
         self._shards = {e.payload["root"]: e.payload["shards"] for e in ledger.entries("dataset.sealed")}
+        self._look = Shards(ledger, workspace)
         self._facts: dict[str, Facts] = {}
         self._agents: dict[str, str] = {}  # digest of a flagged agent: its name
         self._sources: dict[str, str] = {}
@@ -478,23 +500,30 @@ class _Walk:
         if backbone.get("digest") in self._agents:
             return f"reads the states of {self._agents[backbone['digest']]}"
         made = pairs.get(parents.get("preferences") or "")
-        return self._of_pairs(made, payload["holdout"]) if made is not None else ""
+        if made is None:
+            return ""
+        learnt = payload.get("learnt")  # earlier releases did not say which pairs
+        there = (self._workspace.root / made.payload["path"]).exists()
+        if learnt is None and not there and self._look.erased(made.subject):
+            return f"learnt from the preferences {made.subject[:12]}, which were erased"
+        pairs_of = read_learnt(self._workspace, learnt) if learnt else self._of_set(made, payload["holdout"])
+        return self._of_pairs(pairs_of, made.payload["origin"].get("dataset"))
 
-    def _of_pairs(self, entry: Entry, holdout: float | None) -> str:
+    def _of_set(self, entry: Entry, holdout: float | None) -> list[dict[str, Any]]:
+        """All pairs of a set that may have been trained on."""
         from tasks.reward.preferences import fraction
 
-        path = self._workspace.root / entry.payload["path"]
-        root = entry.payload["origin"].get("dataset")
+        data = _checked(self._workspace.root / entry.payload["path"], entry.subject)
+        pairs = map(json.loads, data.splitlines())
+        return [pair for pair in pairs if holdout is None or fraction(pair["group"]) >= holdout]
+
+    def _of_pairs(self, pairs: Iterable[Mapping[str, Any]], root: str | None) -> str:
         flagged: dict[str, str] = {}
-        for shard in self._shards.get(root, ()) if self._agents else ():
+        for shard in self._shards.get(root or "", ()) if self._agents else ():
             for digest, episodes in self._of_shard(shard).authors.items():
                 if digest in self._agents:
                     flagged |= dict.fromkeys(episodes, self._agents[digest])
-        if not path.exists():
-            return f"learnt from the preferences {entry.subject[:12]}, which were erased"
-        for pair in map(json.loads, _checked(path, entry.subject).splitlines()):
-            if holdout is not None and fraction(pair["group"]) < holdout:
-                continue
+        for pair in pairs:
             why = pair_revoked(pair, self._now)
             if why:
                 return f"learnt from a pair of {why}"
@@ -505,21 +534,80 @@ class _Walk:
 
     def _of_shard(self, shard: Mapping[str, Any]) -> Facts:
         if shard["sha256"] not in self._facts:
-            table = facts_table(self._workspace.root / shard["path"], shard["sha256"])
-            self._facts[shard["sha256"]] = Facts.of(table, self._now)
+            self._facts[shard["sha256"]] = Facts.of(self._look.facts(shard), self._now)
         return self._facts[shard["sha256"]]
 
 
 def pair_revoked(pair: Mapping[str, Any], now: Revoked) -> str | None:
-    """Return what is revoked of a preference (its fields as a mapping), None for nothing."""
+    """Return what is revoked of a preference (its fields, or those that `keep_learnt` keeps), None for nothing."""
     for name in (pair["chosen_id"], pair["rejected_id"]):
         if name and name in now.episodes:
             return f"episode {name}"
     for kind in ("source", "licence"):
         if pair[kind] in now.values.get(kind, ()):
             return f"{kind}:{pair[kind]}"
-    digest = sha256_bytes(pair["prompt"].encode())
+    digest = pair.get("prompt_sha256") or sha256_bytes(pair["prompt"].encode())
     return f"prompt:{digest}" if now.prompt(digest) else None
+
+
+def keep_learnt(workspace: Workspace, pairs: Iterable[Preference]) -> dict[str, Any]:
+    """Keep as evidence which pairs a reward model is trained on, by their ids; return {path, sha256, pairs}."""
+    rows = [
+        {
+            "chosen_id": pair.chosen_id,
+            "rejected_id": pair.rejected_id,
+            "source": pair.source,
+            "licence": pair.licence,
+            "prompt_sha256": sha256_bytes(pair.prompt.encode()),
+        }
+        for pair in pairs
+    ]
+    data = canonical_json(rows)
+    digest = sha256_bytes(data)
+    path = workspace.evidence / "learnt" / f"{digest}.json"
+    write_atomic(path, data)
+    return {"path": workspace.relative(path), "sha256": digest, "pairs": len(rows)}
+
+
+def read_learnt(workspace: Workspace, file: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the pairs that `keep_learnt` kept, bytes checked."""
+    return cast(list[dict[str, Any]], json.loads(_checked(workspace.root / file["path"], file["sha256"])))
+
+
+def learnable(
+    ledger: Entries,
+    workspace: Workspace,
+    pairs: Sequence[Preference],
+    root: str | None,
+    backbone: str | None,
+    now: Revoked,
+) -> list[Preference]:
+    """Return the pairs that a reward model may be trained on: training makes no flagged model out of unflagged parts.
+
+    Args:
+        pairs: such as are not revoked themselves.
+        root: of the dataset that they were made of, None for imported ones.
+        backbone: digest of what the model is built on; where that is flagged, pairs of flagged agents are no loss.
+    """
+    flagged = {d.digest for d in descendants_of(ledger, workspace, now)} if root else set()
+    if not flagged or backbone in flagged:
+        return list(pairs)
+    facts = (Facts.of(table, now) for table in _tables_of(ledger, workspace, root or ""))
+    theirs = {
+        name for each in facts for digest in flagged & each.authors.keys() for name in each.authors[digest]
+    }
+    return [pair for pair in pairs if theirs.isdisjoint((pair.chosen_id, pair.rejected_id))]
+
+
+def quoted(workspace: Workspace, now: Revoked) -> tuple[Place, ...]:
+    """Return the sets of preferences that hold a pair which `now` revokes; `rows` are such pairs."""
+    found = []
+    for path in sorted(workspace.preferences.glob("*.jsonl")):
+        with path.open() as stream:
+            pairs = sum(pair_revoked(pair, now) is not None for pair in map(json.loads, stream))
+        if pairs:
+            found.append(Place(workspace.relative(path), sha256_file(path), "", pairs))
+    return tuple(found)
 
 
 def consumed(workspace: Workspace, payload: Mapping[str, Any]) -> set[str]:
@@ -585,76 +673,66 @@ def retrain_plan(ledger: Ledger, workspace: Workspace, now: Revoked | None = Non
 # --------------------------------------------------------------------------------------------------------- reading
 
 
-def facts_table(path: Path, sha256: str) -> pa.Table:
-    """Return the columns of a shard that revocation looks at; no rows where the shard is not there (erased)."""
-    import pyarrow as pa
-
-    if not path.exists():
-        return pa.table({name: pa.array([], pa.string()) for name in _FACTS})
-    return _read_facts(path, sha256)
-
-
-@lru_cache(_KEPT_TABLES)
-def _read_facts(path: Path, sha256: str) -> pa.Table:
-    # A shard is read whole and hashed elsewhere before it teaches anything; here it is only asked who is in it.
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(path, columns=list(_FACTS))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise Corrupt(
-            f"Shard {path} cannot be read ({' '.join(str(error).split())}); run `forebay verify`."
-        ) from None
-
-
 def _tables_of(ledger: Entries, workspace: Workspace, root: str) -> list[pa.Table]:
     sealed = next((e for e in reversed(ledger.entries("dataset.sealed")) if e.payload["root"] == root), None)
-    shards = sealed.payload["shards"] if sealed else ()
-    return [facts_table(workspace.root / shard["path"], shard["sha256"]) for shard in shards]
+    look = Shards(ledger, workspace)
+    return [look.facts(shard) for shard in (sealed.payload["shards"] if sealed else ())]
 
 
 def _everything(ledger: Entries, workspace: Workspace) -> Iterator[tuple[Place, pa.Table]]:
-    """Every file with episodes: sealed shards, shards of runs, open segments."""
+    """Every file that holds episodes now: sealed shards, shards of runs (also of such that did not end well), segments."""
     import pyarrow as pa
 
     from tasks.replay.segments import read_line, scan, unsealed_files
 
+    look = Shards(ledger, workspace)
     seen: set[str] = set()
-    for entry in ledger.entries("dataset.sealed"):
-        for shard in entry.payload["shards"]:
-            if shard["path"] not in seen:
-                seen.add(shard["path"])
-                table = facts_table(workspace.root / shard["path"], shard["sha256"])
-                yield Place(shard["path"], shard["sha256"], entry.payload["name"], 0), table
-    for entry in ledger.entries("run.finished"):
-        for shard in entry.payload["outputs"].get("fresh", ()):
-            if shard["path"] not in seen:
-                seen.add(shard["path"])
-                table = facts_table(workspace.root / shard["path"], shard["sha256"])
-                yield Place(shard["path"], shard["sha256"], "", 0), table
+    for shard, dataset in _recorded(ledger):
+        if shard["path"] not in seen:
+            seen.add(shard["path"])
+            yield Place(shard["path"], shard["sha256"], dataset, 0), look.rows(shard)
+    for path in sorted(workspace.runs.glob("*/fresh/*.parquet")):
+        name = workspace.relative(path)
+        if name not in seen:  # of a run that failed, was killed, or is at work
+            shard = {"path": name, "sha256": sha256_file(path)}
+            yield Place(name, shard["sha256"], "", 0), look.rows(shard)
     for dataset, path in unsealed_files(workspace):
         rows = [read_line(line) for group in scan(path).groups for line in group]
-        columns = {name: pa.array([row[name] for row in rows], pa.string()) for name in _FACTS}
+        columns = {name: pa.array([row[name] for row in rows], pa.string()) for name in FACTS}
         yield Place(workspace.relative(path), "", dataset, 0), pa.table(columns)
+
+
+def _recorded(ledger: Entries) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """The shards that the ledger knows, each with the name of its dataset ("" for a run's own)."""
+    for entry in ledger.entries("dataset.sealed"):
+        for shard in entry.payload["shards"]:
+            yield shard, entry.payload["name"]
+    for entry in ledger.entries("run.finished"):
+        for shard in entry.payload["outputs"].get("fresh", ()):
+            yield shard, ""
 
 
 def _shards_of(ledger: Entries, target: Target) -> set[str]:
     """Digests of the shards of a dataset version, or of one shard."""
     entries = ledger.entries("dataset.sealed")
     if target.kind == "dataset":
-        for entry in reversed(entries):
-            if target.name in (entry.subject, entry.payload["name"]) or (
-                len(target.name) >= 8 and entry.payload["root"].startswith(target.name)
-            ):
-                return {shard["sha256"] for shard in entry.payload["shards"]}
-        known = ", ".join(entry.subject for entry in entries[-5:]) or "none yet"
-        raise NotFound(f"There is no dataset {target.name}; the newest are: {known}.")
+        return {shard["sha256"] for shard in _version(ledger, target).payload["shards"]}
     shards = [shard for entry in entries for shard in entry.payload["shards"]]
     found = {shard["sha256"] for shard in shards if target.name in (shard["path"], shard["sha256"])}
     if not found:
         raise NotFound(f"No dataset holds a shard {target.name}; `forebay lineage dataset:NAME` lists them.")
     return found
+
+
+def _version(ledger: Entries, target: Target) -> Entry:
+    entries = ledger.entries("dataset.sealed")
+    for entry in reversed(entries):
+        if target.name in (entry.subject, entry.payload["name"]) or (
+            len(target.name) >= 8 and entry.payload["root"].startswith(target.name)
+        ):
+            return entry
+    known = ", ".join(entry.subject for entry in entries[-5:]) or "none yet"
+    raise NotFound(f"There is no dataset {target.name}; the newest are: {known}.")
 
 
 def _collected(table: pa.Table, key: str, value: str) -> dict[str, frozenset[str]]:
@@ -663,6 +741,10 @@ def _collected(table: pa.Table, key: str, value: str) -> dict[str, frozenset[str
     for name, one in zip(pairs[key].to_pylist(), pairs[value].to_pylist(), strict=True):
         found.setdefault(name, set()).add(one)
     return {name: frozenset(ones) for name, ones in found.items()}
+
+
+def _is_prompt(target: Target) -> bool:
+    return target.kind == "prompt" and len(target.name) == 64 and set(target.name) <= set("0123456789abcdef")
 
 
 def _array(values: Iterable[str]) -> pa.Array:

@@ -277,11 +277,13 @@ def rollback(
     by: str,
     to: int | None = None,
     evidence: Mapping[str, str] | None = None,
+    flag: str = "",
 ) -> Entry:
     """Put an earlier champion back in office (by default the predecessor); return the committed entry.
 
     Args:
         evidence: the file {path, sha256} that led to it, where it was not a person.
+        flag: how who comes back learnt from revoked data, where it did; kept in the entry.
 
     Raises:
         Conflict: the champion is not `expected_champion`, or a change is under way.
@@ -315,6 +317,8 @@ def rollback(
     }
     if evidence is not None:
         payload["evidence"] = dict(evidence)
+    if flag:
+        payload["flag"] = flag
     return change(ledger, registry, "rollback", target, payload, check)
 
 

@@ -12,6 +12,7 @@ from signal import SIGKILL
 import pyarrow.parquet as pq
 import pytest
 
+from flows.champions import rollback_champion
 from flows.context import Context
 from flows.experience import (
     collect_into_segment,
@@ -20,17 +21,24 @@ from flows.experience import (
     unsealed_rows,
     validate_dataset,
 )
+from flows.registry import settle
 from flows.revoke import erase, listing, reinstate, revoke
-from flows.rewards import episodes, read_set, replay_set
+from flows.reward_office import rollback_reward
+from flows.rewards import episodes, heldout, import_preferences, read_set, replay_set, reward, train_reward
 from flows.scoring import require_unflagged
+from flows.service import watch_canary
 from flows.status import status
 from flows.training import register_trained, train_agent
-from tasks.core.digest import sha256_file
+from tasks.arena.environment import get
+from tasks.core.digest import sha256_bytes, sha256_file
 from tasks.core.errors import Conflict, NotFound, Refused, UsageError
-from tasks.lineage.revocation import left_out, open_flags
+from tasks.lineage.revocation import left_out, open_flags, read_learnt
 from tasks.lineage.rows import consumed
+from tasks.promotion.promote import champion
 from tasks.replay.seal import find, restore
 from tests.flows.conftest import ENVIRONMENT, forebay, lay_workspace, loads
+from tests.flows.test_service import LATER
+from tests.flows.test_service import rows as service_rows
 
 SMALL = (
     f"collect.environments.{ENVIRONMENT}=8",
@@ -328,3 +336,276 @@ def test_waiting_rows_and_sets_of_preferences_are_erased_too(chain: Context):
     assert seal_dataset(chain, announce=False)["new_rows"] > 0
     files = (path for path in chain.workspace.root.rglob("*.jsonl") if path.is_file())
     assert not any(waiting["response_text"] and quoted in path.read_text() for path in files)
+
+
+def test_after_an_erasure_the_gate_still_knows_what_was_trained_on_and_flags_stay(chain: Context):
+    from flows.evidence import estimate_on_replay, trained_prompts
+
+    group = used(chain, 2)[0]
+    prompts = trained_prompts(chain, 3)
+    revoke(chain, f"group:{group}", "asked to be forgotten")
+    flags = [(flag.ref, flag.why) for flag in open_flags(chain.ledger, chain.workspace)]
+    other = next(g for g in used(chain, 3) if g not in used(chain, 2))
+    revoke(chain, f"group:{other}", "asked too")
+    erase(chain, f"group:{group}", "")
+    erase(chain, f"group:{other}", "")
+    assert trained_prompts(chain, 3) == prompts
+    assert estimate_on_replay(chain, 3, 1, "main")["path"]  # an evaluation of the retrain plan
+    assert estimate_on_replay(chain, 3, 1, "main/v1")["path"]  # erased: it says so
+    assert [(flag.ref, flag.why) for flag in open_flags(chain.ledger, chain.workspace)] == flags
+
+
+def test_agents_that_learnt_from_what_a_flagged_one_sampled_stay_flagged_when_its_shard_is_rewritten(
+    chain: Context,
+):
+    """agent/2 is flagged; another agent, from agent/1, learnt from groups that agent/2 sampled."""
+    table = rows(chain, "group_id", "behaviour_version")
+    theirs = {row["group_id"] for row in table if row["behaviour_version"] == "agent/2"}
+    run = train_agent(opened(chain.workspace.root, "seed=3"), newest(chain), 1)
+    version = register_trained(chain, run, newest(chain), 1)["version"]
+    taught = theirs & set(learnt(chain, run))
+    assert taught
+    bad = min(set(used(chain, 2)) - set(learnt(chain, run)))
+    revoke(chain, f"group:{bad}", "a test")
+    assert f"agent/{version}" in {flag.ref for flag in open_flags(chain.ledger, chain.workspace)}
+    spare = sorted(theirs - set(learnt(chain, run)) - set(used(chain, 3)))[0]
+    revoke(chain, f"group:{spare}", "a test")
+    erase(chain, f"group:{spare}", "")  # its shard, with the groups that taught, is written anew
+    assert f"agent/{version}" in {flag.ref for flag in open_flags(chain.ledger, chain.workspace)}
+    with pytest.raises(Refused, match="sampled"):
+        require_unflagged(chain, f"agent/{version}")
+
+
+def test_a_missing_shard_is_brought_back_before_anybody_says_who_learnt_from_it(chain: Context):
+    revoke(chain, f"group:{used(chain, 2)[0]}", "a test")
+    root, init = newest(chain)["root"], chain.agent("1").payload["digest"]
+    flags, out = (
+        open_flags(chain.ledger, chain.workspace),
+        left_out(chain.ledger, chain.workspace, root, init),
+    )
+    assert len(out) > 1
+    shutil.rmtree(chain.workspace.replay / "main" / "shards")
+    assert left_out(chain.ledger, chain.workspace, root, init) == out
+    assert open_flags(chain.ledger, chain.workspace) == flags
+    assert (chain.workspace.replay / "main" / "shards").is_dir()
+
+
+def test_erasing_a_dataset_takes_only_the_version_that_was_revoked(chain: Context):
+    old = {row["group_id"] for row in rows(chain, "group_id")}
+    report = revoke(chain, "dataset:main", "the customer left")
+    assert report["revoked"] == "dataset:main/v2"
+    collect_into_segment(chain, "agent/3")
+    seal_dataset(chain, announce=False)
+    new = {row["group_id"] for row in rows(chain, "group_id")} - old
+    assert new
+    erase(chain, "dataset:main", "")
+    assert {row["group_id"] for row in rows(chain, "group_id")} == new
+
+
+def test_what_is_sealed_while_it_is_erased_is_erased_too(chain: Context, monkeypatch: pytest.MonkeyPatch):
+    """A seal takes the segment between the intent and its execution, and pushes the bytes."""
+    from flows import revoke as office
+
+    collect_into_segment(chain, "agent/3")
+    waiting = next(iter(unsealed_rows(chain, "main")))
+    group = waiting["group_id"]
+    revoke(chain, f"group:{group}", "asked to be forgotten")
+    carry_out, sealed = office._carry_out, []
+
+    def seal_first(*given):
+        if not sealed:
+            sealed.append(seal_dataset(chain, announce=False))
+        return carry_out(*given)
+
+    monkeypatch.setattr(office, "_carry_out", seal_first)
+    report = erase(chain, f"group:{group}", "")
+    assert report["versions"] == ["main/v4"]
+    assert group not in {row["group_id"] for row in rows(chain, "group_id")}
+    shard = sealed[0]["shards"][-1]
+    assert copies_of(chain, shard["sha256"]) == 0
+    assert listing(chain)["revoked"][0]["erased"]
+
+
+def test_erasing_leaves_sets_that_quote_other_revocations_alone(chain: Context):
+    made = replay_set(chain, newest(chain))
+    pairs = read_set(chain, made)
+    quoted = {name for pair in pairs for name in (pair.chosen_id, pair.rejected_id)}
+    table = rows(chain, "episode_id", "group_id")
+    groups = {row["group_id"] for row in table if row["episode_id"] in quoted}
+    unquoted = next(row["group_id"] for row in table if row["group_id"] not in groups)
+    # One episode of a quoted group that no pair quotes itself, and a group that is not quoted at all.
+    loose = next(
+        row["episode_id"] for row in table if row["group_id"] in groups and row["episode_id"] not in quoted
+    )
+    revoke(chain, f"episode:{pairs[0].chosen_id}", "a test, not erased")
+    revoke(chain, f"group:{unquoted}", "a test")
+    erase(chain, f"group:{unquoted}", "")
+    assert (chain.workspace.root / made["path"]).exists()
+    revoke(chain, f"episode:{loose}", "asked to be forgotten")
+    erase(chain, f"episode:{loose}", "")
+    assert not (chain.workspace.root / made["path"]).exists()
+
+
+MIXED = (
+    "training.mixture.schedule=constant",
+    "training.mixture.fresh=0.5",
+    "training.groups_per_step=4",
+    "collect.environments.largest=8",
+)
+
+
+@pytest.fixture
+def licensed(chain: Context, monkeypatch: pytest.MonkeyPatch) -> Context:
+    """Tasks of `largest` have a licence of their own, and half of what a run learns is sampled fresh."""
+    kind = type(get("largest"))
+    monkeypatch.setattr(kind, "licence", property(lambda self: "CC-BY-NC-4.0"))
+    return opened(chain.workspace.root, *MIXED)
+
+
+def fresh(context: Context, run: dict) -> set[str]:
+    return {
+        row["env"]
+        for shard in run["fresh"]
+        for row in pq.read_table(context.workspace.root / shard["path"], columns=["env"]).to_pylist()
+    }
+
+
+def test_a_run_does_not_ask_environments_of_a_revoked_licence(licensed: Context):
+    before = train_agent(licensed, newest(licensed), 1)
+    assert "largest" in fresh(licensed, before)
+    report = revoke(licensed, "licence:CC-BY-NC-4.0", "withdrawn")
+    assert report["episodes"] > 0  # of the run's own shards
+    run = train_agent(licensed, newest(licensed), 1)
+    assert run["key"] != before["key"]
+    assert fresh(licensed, run) == {ENVIRONMENT}
+    collected = collect_into_segment(licensed, "agent/1", round=9)
+    assert set(collected["environments"]) == {ENVIRONMENT}
+    revoke(licensed, "source:rollout", "nothing that was sampled here")
+    with pytest.raises(Refused, match="revoked by its source or licence"):
+        train_agent(licensed, newest(licensed), 1)
+
+
+def test_a_mixed_run_stops_when_a_licence_is_revoked_and_what_it_sampled_can_be_erased(
+    licensed: Context, monkeypatch: pytest.MonkeyPatch
+):
+    from flows import training
+
+    append, told = training._append_curve, []
+
+    def curve(run_dir: Path, step: int, values: dict) -> None:
+        append(run_dir, step, values)
+        if not told:
+            told.append(revoke(opened(licensed.workspace.root), "licence:CC-BY-NC-4.0", "now"))
+
+    monkeypatch.setattr(training, "_append_curve", curve)
+    with pytest.raises(Conflict, match="revoked or reinstated while it trained"):
+        train_agent(licensed, newest(licensed), 1)
+    left = sorted(licensed.workspace.runs.glob("*/fresh/*.parquet"))
+    assert left
+    episode = pq.read_table(left[0], columns=["episode_id"])["episode_id"][0].as_py()
+    revoke(licensed, f"episode:{episode}", "asked to be forgotten")
+    assert licensed.workspace.relative(left[0]) in erase(licensed, f"episode:{episode}", "")["files"]
+    assert not left[0].exists()
+
+
+def trained_reward(context: Context, preferences: dict, agent: str) -> str:
+    made = train_reward(context, preferences, agent)
+    return f"reward/{made['version']}"
+
+
+def test_a_reward_model_trained_anew_is_clean_and_its_flag_outlives_the_set(chain: Context):
+    more = opened(chain.workspace.root, f"collect.environments.{ENVIRONMENT}=60")
+    collect_into_segment(more, "agent/1", round=5)
+    made = replay_set(chain, seal_dataset(chain, announce=False))
+    before = trained_reward(chain, made, "agent/1")
+    entry = reward(chain, before).payload
+    learnt = read_learnt(chain.workspace, entry["learnt"])
+    assert 0 < len(learnt) < made["pairs"]  # not those that were held out
+    revoke(chain, f"episode:{learnt[0]['chosen_id']}", "asked to be forgotten")
+    group = used(chain, 2)[0]
+    revoke(chain, f"group:{group}", "flags agent/2 and agent/3")
+    assert before in flagged_now(chain)
+    again = trained_reward(chain, made, "agent/1")
+    assert again != before
+    assert again not in flagged_now(chain)
+    authors = {
+        row["episode_id"]: row["behaviour_version"] for row in rows(chain, "episode_id", "behaviour_version")
+    }
+    taught = read_learnt(chain.workspace, reward(chain, again).payload["learnt"])
+    assert {authors[pair["chosen_id"]] for pair in taught} == {"agent/1"}
+    erase(chain, f"episode:{learnt[0]['chosen_id']}", "")
+    assert not (chain.workspace.root / made["path"]).exists()
+    assert before in flagged_now(chain)
+    assert again not in flagged_now(chain)
+    assert heldout(chain, entry)  # of what is left
+    for new, old in ((before, None), (again, before)):
+        crown(chain, new, old)
+    with pytest.raises(Refused, match=f"{before} learnt from a pair of episode"):
+        rollback_reward(chain, "a test")
+    assert rollback_reward(chain, "a test", flagged=True)["flag"].startswith("learnt from a pair")
+
+
+def flagged_now(context: Context) -> set[str]:
+    return {flag.ref for flag in open_flags(context.ledger, context.workspace)}
+
+
+def test_an_import_of_preferences_drops_what_is_revoked_and_says_so(chain: Context, tmp_path: Path):
+    file = tmp_path / "pairs.jsonl"
+    pairs = [{"prompt": f"{i}?", "chosen": f"y{i}", "rejected": f"n{i}"} for i in range(4)]
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    how = {"name": "pairs", "licence": "MIT", "slice": "chat"}
+    report = revoke(chain, "source:forum", "not yet here, and not wanted")
+    assert (report["episodes"], report["files"]) == (0, [])
+    revoke(chain, f"prompt:{sha256_bytes(b'2?')}", "a bad question")
+    with pytest.raises(Refused, match="source:forum is revoked"):
+        import_preferences(chain, file, source="forum", **how)
+    made = import_preferences(chain, file, source="elsewhere", **how)
+    assert (made["pairs"], made["dropped"]["revoked"]) == (3, 1)
+    assert "is revoked" in made["errors"][-1]
+    again = revoke(chain, "source:elsewhere", "known by preferences only")
+    assert again["files"][0]["path"] == made["path"]
+    assert erase(chain, "source:elsewhere", "")["files"] == [made["path"]]
+    assert not (chain.workspace.root / made["path"]).exists()
+
+
+def crown(context: Context, new: str, old: str | None) -> None:
+    """Put an agent or a reward model in office as the ledger records it; no gate is asked."""
+    to, former = (name and int(name.partition("/")[2]) for name in (new, old))
+    payload = {"to": to, "from": former, "decision": None, "reason": "", "by": "ada"}
+    entry = context.ledger.append("promotion.intent", new, payload)
+    context.ledger.append("promotion.committed", new, {**payload, "intent_seq": entry.seq})
+
+
+@pytest.fixture
+def crowned(chain: Context) -> Context:
+    """agent/3 in office, after agent/2, which learnt from a group that is revoked."""
+    crown(chain, "agent/2", "agent/1")
+    crown(chain, "agent/3", "agent/2")
+    settle(chain)
+    revoke(chain, f"group:{used(chain, 2)[0]}", "asked to be forgotten")
+    return chain
+
+
+def test_nobody_is_rolled_back_unasked_onto_what_learnt_from_revoked_data(crowned: Context):
+    root = crowned.workspace.root
+    done = forebay(root, "rollback", "--json")
+    assert done.returncode == Refused.exit_code
+    assert "agent/2 trained on group" in json.loads(done.stdout)["error"]
+    assert champion(crowned.ledger) == 3
+    done = forebay(root, "rollback", "--flagged")
+    assert done.returncode == 0, done.stderr
+    assert "It is flagged: it trained on group" in done.stdout
+    assert champion(crowned.ledger) == 2
+    entry = crowned.ledger.last("rollback.committed")
+    assert entry is not None
+    assert entry.payload["flag"].startswith("trained on group")
+    assert "flag" not in rollback_champion(crowned, "on to agent/1, which is clean")
+
+
+def test_the_canary_goes_back_onto_a_flagged_agent_and_says_so(crowned: Context):
+    service_rows(crowned, "champion", [0.0] * 60, LATER)
+    service_rows(crowned, "previous", [1.0] * 60, LATER)
+    found = watch_canary(crowned)
+    assert found["rolled_back"]["to"] == 2
+    assert found["rolled_back"]["flag"].startswith("trained on group")
+    assert "agent/2, which is back, is flagged" in found["says"]

@@ -10,7 +10,7 @@ import pytest
 
 from flows.context import Context
 from flows.cycle import Cycle, open_cycle, run_stage
-from flows.revoke import listing, revoke, schedule_plan
+from flows.revoke import erase, listing, revoke, schedule_plan
 from flows.run import run_stages
 from flows.status import status
 from tasks.core.errors import Refused
@@ -38,7 +38,8 @@ def test_what_was_revoked_after_the_decision_blocks_the_promotion(root: Path):
 
 
 @pytest.mark.slow
-def test_a_champion_is_replaced_by_the_plan_and_the_new_one_is_clean(root: Path):
+@pytest.mark.parametrize("erased", [False, True])
+def test_a_champion_is_replaced_by_the_plan_and_the_new_one_is_clean(root: Path, erased: bool):
     context = Context.open(root)
     cycle = open_cycle(context)
     assert isinstance(cycle, Cycle)
@@ -46,11 +47,14 @@ def test_a_champion_is_replaced_by_the_plan_and_the_new_one_is_clean(root: Path)
     group = used(context, 2)[0]
     report = revoke(context, f"group:{group}", "asked to be forgotten")
     assert report["descendants"][0]["roles"] == ["champion"]
+    if erased:
+        erase(context, f"group:{group}", "")
     (step,) = listing(context)["plan"]
-    assert (step["agent"], step["start"], step["dataset"]) == ("agent/2", "agent/1", "main/v1")
-    assert step["left_out"] == 1
+    dataset = "main/v2" if erased else "main/v1"
+    assert (step["agent"], step["start"], step["dataset"]) == ("agent/2", "agent/1", dataset)
+    assert step["left_out"] == (0 if erased else 1)
     (line,) = schedule_plan(context, [step])
-    assert "forebay retrain --start agent/1 --dataset main/v1 --collect never" in line
+    assert f"forebay retrain --start agent/1 --dataset {dataset} --collect never" in line
     assert status(context)["flags"][0]["ref"] == "agent/2"
     again = Context.open(root, ["evaluation.rotation=1"])
     cycle = open_cycle(again, "never", step["dataset"], start=step["start"])

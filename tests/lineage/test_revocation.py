@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks.core.digest import canonical_json, sha256_bytes, sha256_file
-from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
+from tasks.core.errors import Corrupt, ForebayError, NotFound, Refused, UsageError
 from tasks.core.ledger import Ledger
 from tasks.core.workspace import Workspace
+from tasks.lineage import erasure
+from tasks.lineage.erasure import Shards, keep_facts
 from tasks.lineage.revocation import (
     Target,
     descendants_of,
@@ -112,6 +114,26 @@ class Rows:
         values = {"version": self.sources, "digest": reward(self.sources), "parents": parents, "holdout": 0.5}
         self.ledger.append("reward.registered", f"reward/{self.sources}", values)
         return self.sources
+
+    def erase(self, group: str) -> None:
+        """Write the newest shard anew without a group, as an erasure does."""
+        old = self.shards[0]
+        path = self.workspace.root / old["path"]
+        gone = [f for f in self.facts if f["group_id"] == group]
+        left = [f for f in self.facts if f["group_id"] != group][: old["rows"] - len(gone)]
+        schema = pa.schema([(c, pa.string()) for c in COLUMNS])
+        new = None
+        if left:
+            aside = path.with_name(f"{path.stem}e.parquet")
+            pq.write_table(pa.Table.from_pylist(left, schema=schema), aside)
+            new = {"path": self.workspace.relative(aside), "sha256": sha256_file(aside), "rows": len(left)}
+        self.facts = [f for f in self.facts if f["group_id"] != group]
+        facts = keep_facts(self.workspace, {old["sha256"]: pa.Table.from_pylist(gone, schema=schema)})
+        path.unlink(missing_ok=True)
+        if new:
+            self.shards[0] = new
+        pair = {"name": "main", "replaces": [{"old": old, "new": new}]}
+        self.ledger.append("data.erasing", f"group:{group}", {"datasets": [pair], "facts": facts})
 
     def crown(self, version: int, over: int | None = None) -> None:
         payload = {"to": version, "from": over, "decision": None, "reason": "", "by": "ada"}
@@ -267,3 +289,54 @@ def test_a_version_whose_bytes_are_being_erased_is_not_used(made: Rows):
     made.ledger.append("data.erasing", "group:a", intent)
     with pytest.raises(Refused, match="main/v1 was erased on purpose"):
         require_not_erased(made.ledger, "main/v1", made.shards)
+
+
+def test_a_shard_that_is_missing_but_was_not_erased_is_missed_aloud(made: Rows):
+    base = made.train(None, None, [])
+    root = made.seal([row("a1", "a", source="forum")])
+    made.seal([row("b1", "b", source="forum")])
+    used = made.train(base, root, ["a"])
+    made.revoke("source:forum")
+    (made.workspace.root / made.shards[0]["path"]).unlink()
+    with pytest.raises(ForebayError):
+        left_out(made.ledger, made.workspace, root)
+    with pytest.raises(ForebayError):
+        made.flagged("source:forum")
+    made.erase("a")
+    assert left_out(made.ledger, made.workspace, root) == ("a",)
+    assert made.flagged("source:forum") == [f"agent/{used}"]
+
+
+def test_facts_of_a_shard_that_was_rewritten_twice_are_still_whole(made: Rows):
+    made.seal([row("a1", "a"), row("b1", "b"), row("c1", "c")])
+    first = made.shards[0]
+    made.erase("a")
+    made.erase("b")
+    facts = Shards(made.ledger, made.workspace).facts(first)
+    assert sorted(facts["episode_id"].to_pylist()) == ["a1", "b1", "c1"]
+    assert Shards(made.ledger, made.workspace).with_heirs([first["sha256"]]) > {first["sha256"]}
+    (evidence,) = {e.payload["facts"]["path"] for e in made.ledger.entries("data.erasing")[:1]}
+    (made.workspace.root / evidence).write_bytes(b"other")
+    erasure._kept.cache_clear()
+    with pytest.raises(Corrupt, match="was changed"):
+        Shards(made.ledger, made.workspace).facts(first)
+
+
+def test_sources_known_from_preferences_only_or_not_at_all_can_be_revoked(made: Rows):
+    made.seal([row("a1", "a")])
+    made.learn([(f"x{n}", f"y{n}") for n in range(9)], source="forum")
+    assert made.flagged("source:forum") == ["reward/1"]
+    for what in ("source:nowhere", "licence:none", f"prompt:{sha256_bytes(b'?')}"):
+        assert made.flagged(what) == []
+    for what in ("prompt:what is it?", "group:nobody"):
+        with pytest.raises(NotFound):
+            made.flagged(what)
+
+
+def test_shards_of_runs_that_did_not_end_well_are_found(made: Rows):
+    path = made.workspace.runs / "0123" / "fresh" / "groups-000000-000001.parquet"
+    path.parent.mkdir(parents=True)
+    schema = pa.schema([(c, pa.string()) for c in COLUMNS])
+    pq.write_table(pa.Table.from_pylist([row("f1", "f")], schema=schema), path)
+    hit = find_hit(made.ledger, made.workspace, Target.parse("episode:f1"))
+    assert [place.path for place in hit.places] == [made.workspace.relative(path)]
