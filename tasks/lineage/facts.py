@@ -105,7 +105,8 @@ def _source(key: str, entries: Mapping[str, list[Entry]], roles: Roles) -> Node:
     p = entry.payload
     facts = _pick(p, "kind", "path", "mlflow", "holdout", "licences", registered=entry.time)
     facts["roles"] = list(roles.get(key, ()))
-    return Node("source", key, p["digest"], facts, _files_under(p["path"], p["files"]))
+    learnt = (_file(p["learnt"]),) if p.get("learnt") else ()  # which pairs; an earlier release kept none
+    return Node("source", key, p["digest"], facts, (*_files_under(p["path"], p["files"]), *learnt))
 
 
 def _preferences(key: str, entries: Mapping[str, list[Entry]], roles: Roles) -> Node:
