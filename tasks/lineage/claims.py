@@ -71,7 +71,10 @@ def gather(ledger: Ledger, workspace: Workspace, found: Lineage) -> Claims:
         if "evidence" in entry.payload:
             owner = f"rollback to {entry.subject} (ledger entry {entry.seq})"
             claims.files.setdefault(File(**entry.payload["evidence"]), owner)
-    for kind in ("data.revoked", "data.erasing"):  # which rows were meant, and what was kept of those that went
+    for kind in (
+        "data.revoked",
+        "data.erasing",
+    ):  # which rows were meant, and what was kept of those that went
         for entry in ledger.entries(kind):
             for name in ("lists", "facts"):
                 if name in entry.payload:

@@ -28,7 +28,6 @@ class Circle(Corrupt):
 _MIN_PREFIX = 4  # digits; with fewer, a digest prefix is more likely a typing error
 _NEWEST = 1000  # names of a kind among which the nearest are looked for
 _AT_ONCE = 200  # nodes that are described together
-_WHOLE = 32  # digits from which on more would not tell things apart: an MD5
 _HEX = set("0123456789abcdef")
 _LOCATORS: Mapping[str, Role] = {"prefect": "prefect", "mlflow": "mlflow", "git": "git", "dvc": "dvc"}
 _NAMED: Mapping[str, Kind] = {
@@ -181,17 +180,20 @@ def resolve(index: Index, ref: str) -> Ref:
     only = _NAMED.get(word) if colon else None
     digits = key if role or only in ("run", "decision", "shard", "dataset") else ref
     if len(digits) >= _MIN_PREFIX and (role or set(digits) <= _HEX):
-        fits = [fit for fit in index.prefixed(digits, role) if only in (None, fit[0])]
-        if len(fits) > 1:
-            raise UsageError(_several(ref, digits, fits))
-        if fits:
-            return fits[0]
+        fits = {fit: digest for fit, digest in index.prefixed(digits, role).items() if only in (None, fit[0])}
+        # A reward model and the reports about it have one digest: the thing itself is meant.
+        named = [fit for fit in fits if fit[0] in ("agent", "source")] if len(set(fits.values())) == 1 else []
+        chosen = named or [*fits]
+        if len(chosen) > 1:
+            raise UsageError(_several(ref, len(set(fits.values())) == 1, chosen))
+        if chosen:
+            return chosen[0]
     raise NotFound(f"Nothing here is called `{ref}`; the nearest names are: {_nearest(index, ref, held)}.")
 
 
-def _several(ref: str, digits: str, fits: Sequence[Ref]) -> str:
+def _several(ref: str, alike: bool, fits: Sequence[Ref]) -> str:
     named = ", ".join(f"{kind} {key[:24]}" for kind, key in fits[:5])
-    told = "they have it in common; ask for one by name" if len(digits) >= _WHOLE else "give more digits"
+    told = "they have it in common; ask for one by name" if alike else "give more digits"
     return f"`{ref}` fits {len(fits)} things ({named}); {told}."
 
 

@@ -325,13 +325,16 @@ class Index:
         query = "SELECT DISTINCT target FROM edge WHERE relation = ? ORDER BY target"
         return [number for (number,) in self._db.execute(query, (RELATIONS.index(relation),))]
 
-    def prefixed(self, digits: str, role: Role | None = None) -> list[Ref]:
-        """Return the nodes that a digest, or another tool's id, with these first characters means."""
-        query = "SELECT DISTINCT kind, key FROM called JOIN node ON node.id = called.node WHERE called.digest BETWEEN ? AND ?"
+    def prefixed(self, digits: str, role: Role | None = None) -> dict[Ref, str]:
+        """Return {node: digest} of the nodes that a digest, or another tool's id, with these first characters means."""
+        query = (
+            "SELECT kind, key, called.digest FROM called JOIN node ON node.id = called.node "
+            "WHERE called.digest BETWEEN ? AND ?"
+        )
         values = [digits, digits + "\uffff"]
         if role:
             query, values = f"{query} AND role = ?", [*values, role]
-        return sorted((kind, key) for kind, key in self._db.execute(query, values))
+        return {(kind, key): digest for kind, key, digest in sorted(self._db.execute(query, values))}
 
     def keys(self, kind: Kind, most: int | None = None) -> list[str]:
         """Return the keys of the nodes of a kind that the ledger speaks of, newest first."""
