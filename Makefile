@@ -44,9 +44,11 @@ docs: setup  ## reference pages: docs/settings.md, docs/objectives.md, docs/comm
 	@$(BIN)/python -m flows.reference objectives > docs/objectives.md
 	@$(BIN)/typer flows.cli utils docs --name forebay --title Commands > docs/commands.md
 
-example: setup  ## docs/decision-example.html from the decision of `make demo`, and its picture (needs Chromium)
+example: setup  ## docs/{decision,audit}-example.html from `make demo`, and their pictures (needs Chromium)
 	@$(BIN)/forebay decision page --output docs/decision-example.html
 	@$(BIN)/python -m benchmarks.screenshot docs/decision-example.html docs/images/decision.png
+	@$(BIN)/forebay audit --output docs/audit-example.html
+	@$(BIN)/python -m benchmarks.screenshot docs/audit-example.html docs/images/audit.png
 
 clean:
 	rm -rf $(VENV) .forebay

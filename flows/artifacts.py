@@ -51,6 +51,8 @@ def publish(context: Context, stage: str, outputs: Mapping[str, Any]) -> None:
     elif stage == "verify":
         rows = list(outputs["problems"]) or [{"problem": "none", "checked": outputs["checked"]}]
         _table("verify", rows, f"Verification: {outputs['checked']} digests")
+    elif stage == "audit":
+        _audit(context, outputs)
 
 
 def _how_to_answer(outputs: Mapping[str, Any]) -> str:
@@ -129,6 +131,20 @@ def _reward_page(context: Context, outputs: Mapping[str, Any]) -> str:
             picture = (context.workspace.root / outputs[name]["path"]).read_bytes()
             lines.append(f"![{name}](data:image/png;base64,{base64.b64encode(picture).decode()})")
     return "\n".join(lines)
+
+
+def _audit(context: Context, made: Mapping[str, Any]) -> None:
+    file = f"`{context.workspace.relative(Path(made['page']))}` in the workspace"
+    where = (
+        f"[The whole page]({made['mlflow']}), also {file}." if made["mlflow"] else f"The whole page: {file}."
+    )
+    flags = [f"- open: {flag}" for flag in made["open"]] or ["- open flags: none"]
+    lines = [f"# {made['verdict']}", f"**{made['headline']}**", "", made["says"], "", *flags, "", where]
+    create_markdown_artifact(key="audit", markdown="\n".join(lines), description=f"Audit: {made['verdict']}")
+    if made["mlflow"]:
+        create_link_artifact(
+            key="audit-page", link=made["mlflow"], link_text="The audit's page", description="In MLflow"
+        )
 
 
 def _decision(context: Context, outputs: Mapping[str, Any]) -> None:

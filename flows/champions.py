@@ -5,23 +5,29 @@ from __future__ import annotations
 import getpass
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from flows import keys, progress
 from flows.context import Context
 from flows.registry import enter, restore, settle
+from flows.reproduce import remember
 from flows.reward_office import newest_reward_decision, promote_by_decision
-from flows.scoring import require_valid_reward
+from flows.scoring import require_consent, require_unflagged, require_valid_reward
 from flows.service import start_canary
 from tasks.core.digest import digest_files
-from tasks.core.errors import NotFound
+from tasks.core.errors import ForebayError, NotFound
 from tasks.core.ledger import Entry
 
 if TYPE_CHECKING:
+    from tasks.lineage.stores import Store
     from tasks.promotion.attest import Answer
+
+Source = Literal["remote", "mlflow"]
+"""Where to read files instead of in the workspace."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -68,7 +74,10 @@ def register_agent(
         "template_digest": template,
         "source": dict(source),
     }
-    return int(enter(context, "agent", registered, payload).payload["version"])
+    version = int(enter(context, "agent", registered, payload).payload["version"])
+    with suppress(ForebayError):  # a branch that is checked out, say: the next one brings this one along
+        remember(context)
+    return version
 
 
 def promote_agent(context: Context, version: str, reason: str) -> dict[str, Any]:
@@ -91,6 +100,7 @@ def _promote(context: Context, made: Entry, reason: str) -> dict[str, Any]:
     dataset = context.agent(made.subject).payload["parents"].get("dataset")
     if dataset:
         require_valid_reward(context, dataset)
+    revision = require_unflagged(context, made.subject)
     context.weights(context.agent(made.subject).payload)  # months may lie between decision and approval
     entry = promote(
         context.ledger,
@@ -102,6 +112,7 @@ def _promote(context: Context, made: Entry, reason: str) -> dict[str, Any]:
         expected_champion=made.payload["champion"]["version"],
         by=getpass.getuser(),
         reason=reason,
+        revision=revision,
     )
     change = _change(context, entry)
     start_canary(context)
@@ -179,8 +190,15 @@ def answer_decision(context: Context, line: str) -> dict[str, Any]:
     return result
 
 
-def rollback_champion(context: Context, reason: str) -> dict[str, Any]:
-    """Put the previous champion back, its bytes verified first; `seconds` is how long it took."""
+def rollback_champion(context: Context, reason: str, flagged: bool = False) -> dict[str, Any]:
+    """Put the previous champion back, its bytes verified first; `seconds` is how long it took.
+
+    Args:
+        flagged: also one that learnt from revoked data, where the policy keeps such from office.
+
+    Raises:
+        NotFound: there is none to go back from, or to. Refused: it is flagged.
+    """
     from tasks.promotion.promote import rollback, standing
 
     started = time.perf_counter()
@@ -189,20 +207,54 @@ def rollback_champion(context: Context, reason: str) -> dict[str, Any]:
     now = standing(context.ledger)
     if now.champion is None:
         raise NotFound("There is no champion to roll back from.")
+    flag = ""
     if now.previous is not None:
+        flag = require_consent(context, f"agent/{now.previous}", flagged)
         restore(context, context.registry, now.previous)
     entry = rollback(
-        context.ledger, context.registry, expected_champion=now.champion, reason=reason, by=getpass.getuser()
+        context.ledger,
+        context.registry,
+        expected_champion=now.champion,
+        reason=reason,
+        by=getpass.getuser(),
+        flag=flag,
     )
     return {**_change(context, entry), "seconds": round(time.perf_counter() - started, 3)}
 
 
-def verify_ref(context: Context, ref: str) -> dict[str, Any]:
-    """Hash every byte behind `ref` again; see `tasks.lineage.verify`."""
-    from tasks.lineage.verify import verify
+def verify_ref(
+    context: Context, ref: str, *, full: bool = False, sources: Sequence[Source] = ()
+) -> dict[str, Any]:
+    """Verify everything behind `ref`; see `tasks.lineage.verify`.
 
+    Args:
+        full: read every byte again. Else a file is taken for unchanged whose stat is that of its last hashing.
+        sources: "remote": shards are read in the DVC remote. "mlflow": agents are read in MLflow's artifact store.
+            The rest is read in the workspace.
+
+    Returns:
+        The report, and its problems a second time in `by_problem`, sorted into their kinds.
+    """
+    from tasks.lineage.verify import DigestCache, verify
+
+    cache = None if full else DigestCache(context.workspace.digests)
     with progress.current().bar("verify") as report:
-        return asdict(verify(context.ledger, context.workspace, ref, report))
+        found = verify(
+            context.ledger, context.workspace, ref, report, cache=cache, stores=_stores(context, sources)
+        )
+    kinds = {word: [asdict(problem) for problem in problems] for word, problems in found.by_kind().items()}
+    return {**asdict(found), "full": full, "sources": list(sources), "by_problem": kinds}
+
+
+def _stores(context: Context, sources: Sequence[Source]) -> list[Store]:
+    from tasks.lineage.stores import RemoteStore, ServedStore
+    from tasks.replay.dvc_store import remote
+
+    made: dict[Source, Callable[[], Store]] = {
+        "remote": lambda: RemoteStore(remote(context.workspace)),
+        "mlflow": lambda: ServedStore(context.registry),
+    }
+    return [made[source]() for source in dict.fromkeys(sources)]
 
 
 def _newest_decision(context: Context, ref: str) -> Entry:

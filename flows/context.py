@@ -63,12 +63,21 @@ class Context:
 
         outside = self.settings.training.outside_code()
         meaningful = self.settings.model_dump(mode="json", exclude=_PLACEMENT)
-        return {
+        pins = {
             "settings": digest_json(meaningful),
             "policy": self.policy.digest(),
             "code": digest_json([code_digest(), outside]) if outside else code_digest(),
             "lock": lock_digest() or "",
         }
+        return {**pins, "revoked data": self.revoked} if self.revoked else pins
+
+    @property
+    def revoked(self) -> str:
+        """The digest of all revocations that hold now, empty where none does: what was found before may not hold."""
+        from tasks.lineage.revocation import standing_entries
+
+        held = [entry.digest for entry in standing_entries(self.ledger)]
+        return digest_json(held) if held else ""
 
     def agent(self, ref: str) -> Entry:
         """Return the registration of `champion`, `candidate`, `previous`, a version number, or agent/N, agent@alias.

@@ -26,7 +26,7 @@ Receipt = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cycle:
-    """A started cycle and what it pinned."""
+    """A started cycle and what it pinned; `begin` is the agent to train from where it is not the champion."""
 
     key: str
     champion: int
@@ -34,6 +34,12 @@ class Cycle:
     collect: bool
     round: int
     receipts: Path
+    begin: int | None = None
+
+    @property
+    def start(self) -> int:
+        """The version that training starts from."""
+        return self.champion if self.begin is None else self.begin
 
     def has(self, stage: str) -> bool:
         """Tell whether `stage` has run in this cycle."""
@@ -80,19 +86,34 @@ def newest_root(context: Context) -> str | None:
 
 
 def open_cycle(
-    context: Context, collect: CollectMode = "missing", dataset: str | None = None, force: bool = False
+    context: Context,
+    collect: CollectMode = "missing",
+    dataset: str | None = None,
+    force: bool = False,
+    start: str | None = None,
 ) -> Cycle | Finished:
-    """Resume the unfinished cycle if it has the same pins, else start one, unless there is nothing new to do."""
+    """Resume the unfinished cycle if it has the same pins, else start one, unless there is nothing new to do.
+
+    Args:
+        start: the agent to train from, where it is not the champion: a retraining after a revocation.
+    """
     ledger, pins = context.ledger, context.pins
+    champion = context.agent("champion").payload
+    init = champion if start is None else context.agent(start).payload
+    begun = {} if init["version"] == champion["version"] else {"start": init["version"]}
     root = sealed_payload(context, dataset)["root"] if dataset else None
     ended = {e.subject for e in ledger.entries("cycle.finished")}
     for entry in reversed(ledger.entries("cycle.started")):
         if entry.subject in ended:
             continue
-        if entry.payload["pins"] == pins and root in (None, entry.payload["dataset"]) and not force:
+        same = entry.payload["pins"] == pins and entry.payload.get("start") == begun.get("start")
+        if same and root in (None, entry.payload["dataset"]) and not force:
             return _cycle(context, entry)
         finish(
-            context, entry.subject, "abandoned", "settings, policy, code or dataset changed before it ended"
+            context,
+            entry.subject,
+            "abandoned",
+            "settings, policy, code, dataset or revocations changed before it ended",
         )
     if root is None and collect != "always" and not waiting_groups(context):
         root = newest_root(context)
@@ -100,10 +121,11 @@ def open_cycle(
     if not wants and root is not None and not force:
         for entry in reversed(ledger.entries("cycle.finished")):
             same = entry.payload.get("pins") == pins and entry.payload.get("dataset") == root
+            same &= entry.payload.get("start") == begun.get("start")
             if same and entry.payload["outcome"] in ("promoted", "held"):
                 return Finished(entry)
-    champion = context.agent("champion").payload
     payload = {
+        **begun,
         "pins": pins,
         "champion": champion["version"],
         "champion_digest": champion["digest"],
@@ -133,7 +155,7 @@ def _cycle(context: Context, entry: Entry) -> Cycle:
     p = entry.payload
     return Cycle(
         entry.subject, p["champion"], p["dataset"], p["collect"], p["round"],
-        context.workspace.root / "data" / "cycle",
+        context.workspace.root / "data" / "cycle", p.get("start"),
     )  # fmt: skip
 
 
@@ -163,7 +185,7 @@ def _validate(context: Context, cycle: Cycle) -> Receipt:
     from flows.experience import validate_dataset
 
     return validate_dataset(
-        context, cycle.receipt("seal")["root"], agent=cycle.champion
+        context, cycle.receipt("seal")["root"], agent=cycle.start
     )  # judged by the next stage
 
 
@@ -171,14 +193,14 @@ def _reward(context: Context, cycle: Cycle) -> Receipt:
     from flows.training import train_and_validate_reward_model
 
     _require_valid(cycle)
-    return train_and_validate_reward_model(context, cycle.receipt("seal"), cycle.champion)
+    return train_and_validate_reward_model(context, cycle.receipt("seal"), cycle.start)
 
 
 def _train(context: Context, cycle: Cycle) -> Receipt:
     from flows.training import train_agent
 
     _require_valid(cycle)
-    return train_agent(context, cycle.receipt("seal"), cycle.champion)
+    return train_agent(context, cycle.receipt("seal"), cycle.start)
 
 
 def _register(context: Context, cycle: Cycle) -> Receipt:
@@ -190,7 +212,7 @@ def _register(context: Context, cycle: Cycle) -> Receipt:
             f"Training stopped before its first good checkpoint ({run['stop_reason']}), so there is no candidate to judge; "
             f"look at the run's metrics, and lower training.learning_rate or collect fresh experience."
         )
-    return register_trained(context, run, cycle.receipt("seal"), cycle.champion)
+    return register_trained(context, run, cycle.receipt("seal"), cycle.start)
 
 
 def _evaluate(context: Context, cycle: Cycle) -> Receipt:

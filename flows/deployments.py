@@ -252,6 +252,32 @@ def emit_drift(workspace: Workspace, office: str, says: Sequence[str]) -> None:
         )
 
 
+def start_run(workspace: Workspace, flow: str, parameters: Mapping[str, Any]) -> str | None:
+    """Let the runner run a flow now; return the name of the run, None where no server or runner serves it.
+
+    Raises:
+        Unavailable: the server runs and does not take it.
+    """
+    url = running_url(workspace, "prefect")
+    if url is None:
+        return None
+    configure(workspace, f"{url}/api")
+    import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        with get_client(sync_client=True) as client:
+            deployment = client.read_deployment_by_name(f"{flow}/{DEPLOYMENT}")
+            values = {"workspace": str(workspace.root), **parameters}
+            return str(client.create_flow_run_from_deployment(deployment.id, parameters=values).name)
+    except ObjectNotFound:
+        return None
+    except httpx.HTTPError as error:
+        reason = " ".join(str(error).split())
+        raise Unavailable(f"The Prefect server did not take the run ({reason}).") from None
+
+
 def load(target: str) -> Flow[..., Any]:
     """Return the flow that "module:function" names."""
     module, _, name = target.partition(":")

@@ -81,6 +81,7 @@ def estimate_on_replay(context: Context, candidate: int, champion: int, ref: str
         ref: name, name/vN or root of the dataset.
     """
     from tasks.evaluation.replay_value import usable
+    from tasks.lineage.revocation import require_not_erased, revoked, without
     from tasks.replay.seal import find, read_rows
 
     sealed = find(context.ledger, ref)
@@ -93,6 +94,9 @@ def estimate_on_replay(context: Context, candidate: int, champion: int, ref: str
         "without": digest_json(sorted(known)),
         "dtype": context.dtype(),
     }
+    now = revoked(context.ledger, context.workspace)
+    if now:
+        inputs["revoked"] = context.revoked
 
     def work(key: str) -> dict[str, Any]:
         about = {
@@ -102,11 +106,14 @@ def estimate_on_replay(context: Context, candidate: int, champion: int, ref: str
             "log": None,
             "problem": "",
         }
-        prompts = read_rows(context.workspace, sealed.manifest, columns=["prompt_sha256"])
-        new = set(prompts["prompt_sha256"].unique().to_pylist()) - known
         try:
+            require_not_erased(context.ledger, sealed.manifest.subject, map(asdict, sealed.manifest.shards))
+            prompts = read_rows(context.workspace, sealed.manifest, columns=["prompt_sha256"])
+            new = set(prompts["prompt_sha256"].unique().to_pylist()) - known
             rows = read_rows(context.workspace, sealed.manifest) if new else None
-            episodes = [] if rows is None else usable(rows, agents[0]["tokenizer_digest"], known)
+            episodes = (
+                [] if rows is None else usable(without(rows, now), agents[0]["tokenizer_digest"], known)
+            )
         except Refused as refused:
             return {"evidence": keep(context, "replay_value", {**about, "problem": str(refused)})}
         if not episodes:
@@ -130,26 +137,26 @@ def trained_prompts(context: Context, version: int) -> set[str]:
     """Return the SHA-256 of every prompt that the agent, or one it was trained from, might have learnt from.
 
     That is all of each run's dataset but what `training.admission.holdout` kept back by hash. Groups that a run left out for
-    their rewards (all alike) count as learnt from: a log chosen by its rewards would be no fair sample.
-    """
-    from pyarrow.parquet import read_table
+    their rewards (all alike) count as learnt from: a log chosen by its rewards would be no fair sample. Of rows that were
+    erased since, the SHA-256 of the prompt was kept.
 
-    from tasks.replay.seal import find, read_rows
+    Raises:
+        NotFound, Unavailable: a shard is missing, was not erased and cannot be brought back. Corrupt: one was changed.
+    """
+    from tasks.lineage.erasure import Shards
+    from tasks.replay.seal import find
     from tasks.training.admission import held_out
 
+    look = Shards(context.ledger, context.workspace, checked=True)
     found: set[str] = set()
     for run in _runs(context, version):
-        table = read_rows(
-            context.workspace,
-            find(context.ledger, run["dataset"]).manifest,
-            columns=["group_id", "prompt_sha256"],
-        )
-        ids = table["group_id"].to_pylist()
-        prompts = zip(table["prompt_sha256"].to_pylist(), held_out(ids, run["holdout"]), strict=True)
-        found |= {prompt for prompt, held in prompts if not held}
+        for shard in find(context.ledger, run["dataset"]).manifest.shards:
+            table = look.facts(asdict(shard))
+            ids = table["group_id"].to_pylist()
+            prompts = zip(table["prompt_sha256"].to_pylist(), held_out(ids, run["holdout"]), strict=True)
+            found |= {prompt for prompt, held in prompts if not held}
         for shard in run["fresh"]:
-            fresh = read_table(context.workspace.root / shard["path"], columns=["prompt_sha256"])
-            found |= set(fresh["prompt_sha256"].to_pylist())
+            found |= set(look.facts(shard)["prompt_sha256"].to_pylist())
     return found
 
 

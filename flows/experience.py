@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flows import progress
 from flows.context import Context
-from tasks.core.digest import sha256_file
+from tasks.core.digest import sha256_bytes, sha256_file
 from tasks.core.errors import UsageError
 from tasks.core.stages import derive_seed, once
 
@@ -54,8 +56,10 @@ def finished_collections(context: Context) -> int:
 
 
 def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -> dict[str, Any]:
+    from flows.hybrid import allowed
     from models.causal_lm import load_policy, load_tokenizer
     from tasks.arena.environment import get
+    from tasks.lineage.revocation import revoked
     from tasks.replay.segments import SegmentWriter, open_folder
     from tasks.rollout.rollout import rollout
 
@@ -64,11 +68,16 @@ def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -
     settings = context.settings.collect
     segment = open_folder(context.workspace, context.settings.replay.dataset)
     summary = {}
+    now = revoked(context.ledger, context.workspace)
     with SegmentWriter(segment, f"collect-{key[:12]}") as writer:
-        for name, groups in settings.environments.items():
+        for name, groups in allowed(settings.environments, now).items():
             env = get(name)
             seed = derive_seed(context.settings.seed, name, round)
-            tasks = env.tasks("train", groups, seed)
+            tasks = [
+                task
+                for task in env.tasks("train", groups, seed)
+                if not now.prompt(sha256_bytes(task.prompt.encode()))
+            ]
             wanted = {task.id for task in tasks}
             rewards: dict[str, list[float]] = {}
             for row in _open_rows(segment):
@@ -138,9 +147,11 @@ def import_experience(
         feedback: name of the feedback that is the reward of a trace.
 
     Returns:
-        {groups, episodes, errors: [sentence]}; good records are kept whatever the errors.
+        {groups, episodes, errors: [sentence]}; good records are kept whatever the errors. What is revoked is left out
+        and said, with revoked: {what: groups}.
     """
     from models.causal_lm import load_policy, load_tokenizer
+    from tasks.lineage.revocation import revoked
     from tasks.replay.importers import Origin, import_chat, import_traces
     from tasks.replay.segments import SegmentWriter, open_folder
     from tasks.rollout.rollout import recompute_logprobs
@@ -170,14 +181,26 @@ def import_experience(
         report = import_traces(_json_list(file), origin, feedback)
     else:
         report = import_traces(context.registry.traces(what), origin, feedback)
+    now = revoked(context.ledger, context.workspace)
+    kept, dropped = [], Counter[str]()
+    for group in report.groups:
+        why = next(filter(None, map(now.reason, group)), None) if now else None
+        if why is None:
+            kept.append(group)
+        else:
+            dropped[why] += 1
     segment = open_folder(context.workspace, context.settings.replay.dataset)
     with SegmentWriter(segment, "import") as out:
-        for group in report.groups:
+        for group in kept:
             out.append(group)
     return {
-        "groups": len(report.groups),
-        "episodes": report.episodes,
-        "errors": [str(error) for error in report.errors],
+        "groups": len(kept),
+        "episodes": sum(map(len, kept)),
+        **({"revoked": dict(dropped)} if dropped else {}),
+        "errors": [
+            *(str(error) for error in report.errors),
+            *(f"{count} groups were left out: {why} is revoked." for why, count in dropped.items()),
+        ],
     }
 
 
@@ -219,10 +242,12 @@ def validate_dataset(context: Context, ref: str | None = None, agent: int | None
     """
     from flows.judging import heldout_tasks
     from tasks.core.digest import digest_json, sha256_bytes
+    from tasks.lineage.revocation import require_not_erased
     from tasks.replay.seal import find
     from tasks.replay.validation import Expected, validate_dataset
 
     sealed = find(context.ledger, ref or context.settings.replay.dataset)
+    require_not_erased(context.ledger, sealed.manifest.subject, map(asdict, sealed.manifest.shards))
     policy = context.agent("champion" if agent is None else str(agent)).payload
     prompts = {
         sha256_bytes(task.prompt.encode()) for tasks in heldout_tasks(context).values() for task in tasks

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.context import Context
-from tasks.core.digest import digest_json, sha256_file, write_atomic, write_file_atomic
+from tasks.core.digest import digest_json, sha256_bytes, sha256_file, write_atomic, write_file_atomic
 from tasks.core.stages import derive_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from tasks.lineage.revocation import Revoked
     from tasks.replay.schema import Episode
     from tasks.training.rounds import FreshSource
     from tasks.training.shards import ShardRef
 
 
-def fresh_source(context: Context, agent: Mapping[str, Any], key: str, created_at: str) -> FreshSource:
+def fresh_source(
+    context: Context,
+    agent: Mapping[str, Any],
+    key: str,
+    created_at: str,
+    without: Collection[str] = (),
+    environments: Mapping[str, int] | None = None,
+) -> FreshSource:
     """Return what collects groups with the model as it stands, as a shard of the run; see `rounds.FreshSource`.
 
     A shard that is there already with the digest beside it is taken as it is: a resumed run learns from the bytes
     that it learnt from before. Anything else is sampled again. The episodes are marked as `agent/<n>+<updates>`:
     written by that agent's successor in the making.
+
+    Args:
+        without: SHA-256 of prompts that are revoked; they are not asked.
+        environments: their weights, where not all of `collect.environments` may be learnt from.
     """
     from models.causal_lm import load_tokenizer
     from tasks.arena.environment import get
@@ -34,6 +46,7 @@ def fresh_source(context: Context, agent: Mapping[str, Any], key: str, created_a
 
     tokenizer = load_tokenizer(context.weights(agent))
     settings, seed = context.settings.collect, context.settings.seed
+    weights = settings.environments if environments is None else environments
     folder = context.workspace.runs / key[:16] / "fresh"
 
     def collect(model: PreTrainedModel, updates: int, before: int, count: int) -> ShardRef:
@@ -47,14 +60,19 @@ def fresh_source(context: Context, agent: Mapping[str, Any], key: str, created_a
                 agent["template_digest"],
             )
             episodes: list[Episode] = []
-            for name, groups in shares(settings.environments, before, before + count).items():
+            for name, groups in shares(weights, before, before + count).items():
                 env = get(name)
                 noise = derive_seed(seed, name, f"fresh {before}")
+                tasks = [
+                    task
+                    for task in env.tasks("train", groups, noise)
+                    if sha256_bytes(task.prompt.encode()) not in without
+                ]
                 for group in rollout(
                     model,
                     tokenizer,
                     env,
-                    env.tasks("train", groups, noise),
+                    tasks,
                     group_size=settings.group_size,
                     temperature=settings.temperature,
                     seed=noise,
@@ -69,6 +87,14 @@ def fresh_source(context: Context, agent: Mapping[str, Any], key: str, created_a
         return ShardRef(context.workspace.relative(path), digest.read_text())
 
     return collect
+
+
+def allowed(weights: Mapping[str, int], now: Revoked) -> dict[str, int]:
+    """Return the environments whose tasks may be learnt from: neither their licence nor rollouts as such are revoked."""
+    from tasks.arena.environment import get
+    from tasks.rollout.rollout import SOURCE
+
+    return {name: weight for name, weight in weights.items() if not now.origin(SOURCE, get(name).licence)}
 
 
 def shares(weights: Mapping[str, int], start: int, stop: int) -> dict[str, int]:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
@@ -94,6 +95,7 @@ def _prepare_stores(context: Context) -> None:
 
 def _register_base(context: Context) -> None:
     from models.causal_lm import ModelError, convert, source_digest, template_digest, tokenizer_digest
+    from models.licences import licence_of
     from tasks.promotion.promote import champion, crown
 
     if champion(context.ledger) is not None:
@@ -108,6 +110,7 @@ def _register_base(context: Context) -> None:
             with progress.current().bar("base model") as report:
                 report(0, 1, f"{context.settings.base_model} to safetensors, once")
                 convert(name, folder)
+        licence = licence_of(name)
     except ModelError as error:
         raise UsageError(f"base_model: {error}") from None
     files = digest_tree(folder)
@@ -117,7 +120,11 @@ def _register_base(context: Context) -> None:
         files,
         origin="base",
         parents={"base": None, "init": None, "dataset": None, "run": None},
-        source={"name": context.settings.base_model, "digest": source},
+        source={
+            "name": context.settings.base_model,
+            "digest": source,
+            "licence": None if licence is None else asdict(licence),
+        },
         metrics={},
         tokenizer=tokenizer_digest(folder),
         template=template_digest(folder),

@@ -159,7 +159,7 @@ def decide_promotion(
     Raises:
         Conflict: another decision took from the same budgets meanwhile.
     """
-    from flows.scoring import expiry
+    from flows.scoring import expiry, standing_fail
     from tasks.evaluation.paired import read_outcomes
     from tasks.promotion.budget import asked_before, spent
     from tasks.promotion.gate import FileRef, Finding, Inputs, decide
@@ -179,8 +179,9 @@ def decide_promotion(
         reward=ref(reward["evidence"]),
         data=Finding(data["verdict"], data["root"], data["evidence"]["sha256"], tuple(data["reasons"])),
         integrity=check_integrity(context, candidate, data["root"]),
+        lineage=check_lineage(context, candidate),
         **further,
-        reward_expired=expiry(context, reward) or "",
+        reward_expired=expiry(context, reward) or standing_fail(context, reward) or "",
     )
     outcomes = read_outcomes(evidence / inputs.outcomes.path, inputs.outcomes.sha256)
 
@@ -300,6 +301,21 @@ def check_integrity(context: Context, candidate: int, root: str) -> Any:
         digest_json({"agent": agent, "data": root, "problems": reasons}),
         reasons,
     )
+
+
+def check_lineage(context: Context, candidate: int) -> Any:
+    """Find out whether the candidate learnt from anything that is revoked now, itself or through others."""
+    from tasks.lineage.revocation import open_flags
+    from tasks.promotion.gate import Finding
+
+    flags = open_flags(context.ledger, context.workspace)
+    subject, agent = f"agent/{candidate}", context.agent(str(candidate)).payload["digest"]
+    reasons = tuple(f"{subject} {flag.why}" for flag in flags if flag.ref == subject) or (
+        "nothing that it learnt from is revoked",
+    )
+    flagged = any(flag.ref == subject for flag in flags)
+    evidence = digest_json({"agent": agent, "revoked": context.revoked, "reasons": reasons})
+    return Finding("FAIL" if flagged else "PASS", agent, evidence, reasons)
 
 
 def _answer(

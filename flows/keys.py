@@ -182,7 +182,8 @@ def remove_key(context: Context, name: str) -> dict[str, Any]:
         key = now.named(name)
         assert key is not None  # remove() has just found it
         write_trust(context.workspace.trust, now)
-        context.ledger.append("key.removed", f"key/{name}", {"name": name, "id": key.id, "role": key.role})
+        payload = {"name": name, "id": key.id, "role": key.role, "removed": at}
+        context.ledger.append("key.removed", f"key/{name}", payload)
     return {"name": name, "role": key.role, "id": key.id, "removed": at}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,3 +24,13 @@ def report_to_prefect() -> Iterator[None]:
         yield
     finally:
         progress.use(before)
+
+
+def flow_run_id() -> str | None:
+    """Return the id of the Prefect run that this code is part of, None where it is part of none."""
+    if "prefect" not in sys.modules:  # then nothing runs under it, and importing it takes seconds
+        return None
+    from prefect.runtime import flow_run
+
+    found = flow_run.id
+    return None if found is None else str(found)

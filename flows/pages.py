@@ -1,4 +1,4 @@
-"""The page of a decision: drawn beside its record, attached to the candidate's MLflow run, found again by both.
+"""Pages of decisions and audits: drawn in the workspace, attached to the agent's MLflow run, found again by both.
 
 A page is derived from the record and its evidence and can be made again at any time (`forebay decision page`), so nothing
 that goes wrong here may stand in the way of a decision.
@@ -6,7 +6,9 @@ that goes wrong here may stand in the way of a decision.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from tasks.core.ledger import Entry
 
 if TYPE_CHECKING:
     from tasks.promotion.page.document import Recorded
+    from tasks.promotion.promote import Office
 
 
 def page_of(context: Context, payload: Mapping[str, Any]) -> Path:
@@ -110,6 +113,90 @@ def keep_page(context: Context, entry: Entry) -> None:
             f"The page of the decision was not made ({error}); the decision stands, "
             f"`forebay decision page {entry.subject}` makes it."
         )
+
+
+def make_audit(
+    context: Context, ref: str, report: Mapping[str, Any] | None, target: Path | None = None
+) -> dict[str, Any]:
+    """Write the page of an audit; one that was verified and stays in the workspace is attached in MLflow as well.
+
+    Args:
+        report: the verification of `ref` (`flows.champions.verify_ref`), None where nothing was verified.
+        target: where to write it; by default .forebay/audits/<name>-<digest>.html.
+
+    Returns:
+        {subject, digest, time, verdict, says, open, page: its path, mlflow: its address there or None, problem: why it is
+        not attached or None}; `open` are the open flags.
+
+    Raises:
+        NotFound, UsageError, Corrupt: as `tasks.lineage.graph.lineage`.
+    """
+    from tasks.core.digest import write_atomic
+    from tasks.lineage.graph import open_index, resolve
+    from tasks.lineage.page.document import build, headline, verdict
+    from tasks.lineage.page.gather import gather
+
+    subject = resolve(open_index(context.ledger, context.workspace), ref)
+    page = target.resolve() if target else context.workspace.audits
+    found = gather(
+        context.ledger,
+        context.workspace,
+        ref,
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        report=report,
+        page=_decision_page(context, subject[1], page if target is None else page.parent),
+    )
+    node = found.lineage.nodes[found.lineage.root]
+    if target is None:
+        page /= f"{_file_name(node.name)}-{(node.digest or subject[1])[:12]}.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(page, build(found).encode())
+    said = verdict(found)
+    made = {
+        "kind": node.kind,
+        "subject": subject[1],
+        "digest": node.digest,
+        "time": found.time,
+        "verdict": said.word,
+        "headline": headline(found),
+        "says": said.says,
+        "open": [flag.says for flag in found.open],
+        "page": str(page),
+        "mlflow": None,
+        "problem": None,
+    }
+    if target is None and report is not None:
+        try:
+            made["mlflow"] = _attach_audit(context, made, page)
+        except Exception as error:  # MLflow's own, or that of the network behind it
+            made["problem"] = str(error)
+    return made
+
+
+def _attach_audit(context: Context, made: Mapping[str, Any], page: Path) -> str | None:
+    offices: Mapping[str, Office] = {"agent": "agent", "source": "reward"}
+    office = offices.get(made["kind"])
+    if office is None:
+        return None
+    flags = f" {len(made['open'])} open flags." if made["open"] else " No open flags."
+    route = context.registry.for_office(office).show_audit(
+        made["digest"], page, time=made["time"], verdict=made["verdict"], says=made["says"] + flags
+    )
+    server = _server(context)
+    return f"{server}/{route}" if server and route else None
+
+
+def _decision_page(context: Context, subject: str, folder: Path) -> str | None:
+    """Return where the page of the newest decision about `subject` lies, seen from `folder`; None where it is not there."""
+    made = context.ledger.last("decision.made", subject)
+    page = page_of(context, made.payload) if made else None
+    return Path(os.path.relpath(page, folder)).as_posix() if page is not None and page.exists() else None
+
+
+def _file_name(name: str) -> str:
+    return (
+        "".join(char if char.isalnum() or char in "-." else "-" for char in name)[:60].strip(".-") or "audit"
+    )
 
 
 def _recorded(context: Context, entry: Entry) -> Recorded:

@@ -64,6 +64,7 @@ def retrain(
     collect: Literal["never", "missing", "always"] = "missing",
     dataset: str | None = None,
     overrides: list[str] | None = None,
+    start: str | None = None,
 ) -> dict[str, Any]:
     """Post-train the champion on a dataset version, judge the candidate, and promote it if the gate passes.
 
@@ -72,12 +73,13 @@ def retrain(
         collect: let the champion make new experience: never, if nothing is sealed yet, or always.
         dataset: Merkle root (or its start) or name/vN of a sealed dataset; the newest by default.
         overrides: settings as section.key=value.
+        start: train from this agent instead of the champion, as a retrain plan after a revocation asks for.
     """
     context = Context.open(Path(workspace), overrides or ())
     with report_to_prefect(), context.exclusive("a cycle"):
         reconcile_registry(context)  # the canary may need the way back
         _canary(context)  # before the champion is pinned, which it may depose
-        planned = plan(context, collect, dataset)
+        planned = plan(context, collect, dataset, start=start)
         if isinstance(planned, dict):
             progress.current().say(f"Nothing to do: {planned['reason']}")
             return planned

@@ -12,7 +12,7 @@ from flows.context import Context
 from flows.judging import record_decision
 from flows.registry import restore, settle
 from flows.rewards import heldout, newest_verdict, open_source, reward
-from flows.scoring import expiry, standing_fail
+from flows.scoring import expiry, require_consent, require_unflagged, standing_fail
 from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def promote_by_decision(context: Context, made: Entry, reason: str) -> dict[str,
     trust = keys.ready(context)
     entry = reward(context, made.subject)
     open_source(context, entry.payload)  # hashes its files: months may lie between decision and office
+    revision = require_unflagged(context, made.subject)
     done = promote(
         context.ledger,
         context.registry.for_office("reward"),
@@ -112,16 +113,20 @@ def promote_by_decision(context: Context, made: Entry, reason: str) -> dict[str,
         expected_champion=made.payload["champion"]["version"] or None,
         by=getpass.getuser(),
         reason=reason,
+        revision=revision,
     )
     keys.sign_head(context, done)
     return {"kind": done.kind, "seq": done.seq, "subject": done.subject, **done.payload}
 
 
-def rollback_reward(context: Context, reason: str) -> dict[str, Any]:
+def rollback_reward(context: Context, reason: str, flagged: bool = False) -> dict[str, Any]:
     """Put the previous reward model back in office.
 
+    Args:
+        flagged: also one that learnt from revoked data, where the policy keeps such from office.
+
     Raises:
-        NotFound: there is none to go back from, or to.
+        NotFound: there is none to go back from, or to. Refused: it is flagged.
     """
     from tasks.promotion.promote import rollback, standing
 
@@ -130,10 +135,11 @@ def rollback_reward(context: Context, reason: str) -> dict[str, Any]:
     now = standing(context.ledger, "reward")
     if now.champion is None:
         raise NotFound("There is no reward model in office to roll back from.")
-    registry, by = context.registry.for_office("reward"), getpass.getuser()
+    registry, by, flag = context.registry.for_office("reward"), getpass.getuser(), ""
     if now.previous is not None:
+        flag = require_consent(context, f"reward/{now.previous}", flagged)
         restore(context, registry, now.previous)
-    done = rollback(context.ledger, registry, expected_champion=now.champion, reason=reason, by=by)
+    done = rollback(context.ledger, registry, expected_champion=now.champion, reason=reason, by=by, flag=flag)
     keys.sign_head(context, done)
     return {"kind": done.kind, "seq": done.seq, **done.payload}
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +35,15 @@ _DIGITS = 8  # of a digest that names a set of preferences
 def import_preferences(
     context: Context, file: Path, *, name: str, source: str, licence: str, slice: str
 ) -> dict[str, Any]:
-    """Keep the preferences of a JSONL file (also .gz); bad lines are named and left out.
+    """Keep the preferences of a JSONL file (also .gz); bad lines, and what is revoked, are named and left out.
 
     Returns:
         The ledger's payload, and `errors`: one sentence for each line that was left out.
 
     Raises:
-        NotFound: there is no such file. UsageError: it holds nothing that can be used.
+        NotFound: there is no such file. UsageError: it holds nothing that can be used. Refused: all of it is revoked.
     """
+    from tasks.lineage.revocation import pair_revoked, revoked
     from tasks.reward.importers import Origin
     from tasks.reward.importers import import_preferences as read
 
@@ -55,9 +57,22 @@ def import_preferences(
         "without_contrast": report.without_contrast,
         "unreadable": len(report.errors),
     }
+    now, out = revoked(context.ledger, context.workspace), Counter[str]()
+    kept = []
+    for pair in report.preferences:
+        why = pair_revoked(asdict(pair), now) if now else None
+        if why is None:
+            kept.append(pair)
+        else:
+            out[why] += 1
+    left = [f"{count} preferences: {why} is revoked." for why, count in sorted(out.items())]
+    if not kept:
+        raise Refused(f"Nothing of {file} may be learnt from. {' '.join(left[:3])}")
+    if out:
+        dropped["revoked"] = sum(out.values())
     origin = {"file": file.name, "sha256": sha256_file(file)}
-    payload = _keep_set(context, IMPORTED, name, report.preferences, {"origin": origin, "dropped": dropped})
-    return {**payload, "errors": list(report.errors)}
+    payload = _keep_set(context, IMPORTED, name, kept, {"origin": origin, "dropped": dropped})
+    return {**payload, "errors": [*report.errors, *left]}
 
 
 def replay_set(context: Context, dataset: Mapping[str, Any], agent: str = "champion") -> dict[str, Any]:
@@ -115,10 +130,13 @@ def preference_set(context: Context, ref: str) -> dict[str, Any]:
 
 
 def read_set(context: Context, payload: Mapping[str, Any]) -> list[Preference]:
-    """Return the preferences of a set, bytes checked."""
+    """Return the preferences of a set that are not revoked, bytes checked."""
+    from tasks.lineage.revocation import pair_revoked, revoked
     from tasks.reward.preferences import read_preferences
 
-    return read_preferences(context.workspace.root / payload["path"], payload["digest"])
+    found = read_preferences(context.workspace.root / payload["path"], payload["digest"])
+    now = revoked(context.ledger, context.workspace)
+    return [pair for pair in found if not now or pair_revoked(asdict(pair), now) is None]
 
 
 def _keep_set(
@@ -163,6 +181,9 @@ def train_reward(
     Raises:
         Refused: too few groups on one side of the split. UsageError: the settings name no such model.
     """
+    from tasks.lineage.revocation import keep_learnt, learnable, revoked
+    from tasks.reward.preferences import split_preferences
+
     settings = context.settings.reward
     model = settings.model
     if isinstance(model, VerifierModel | JudgeModel):
@@ -177,14 +198,23 @@ def train_reward(
         "model": model.model_dump(mode="json"),
         "seed": context.settings.seed,
     }
+    now = revoked(context.ledger, context.workspace)
+    root = preferences["origin"].get("dataset")
+    pairs = learnable(
+        context.ledger, context.workspace, read_set(context, preferences), root, backbone["digest"], now
+    )
+    left = preferences["pairs"] - len(pairs)
+    if left:
+        inputs["revoked"] = {"pairs": left, "at": context.revoked}
 
     def work(key: str) -> dict[str, Any]:
         from models.causal_lm import ModelError
         from tasks.reward.classifier import train_classifier
         from tasks.reward.head import train_head
 
-        train, heldout = split_of(context, preferences, settings.holdout)
-        if not train or not heldout:
+        split = split_preferences(pairs, holdout=settings.holdout)
+        train = split.train
+        if not train or not split.heldout:
             raise Refused(
                 f"The preferences {preferences['name']} have {preferences['groups']} prompts with a better and a "
                 "worse answer: too few to train and validate on; collect or import more, on tasks neither too "
@@ -222,7 +252,13 @@ def train_reward(
         }
         licences = preferences["licences"]
         return register_reward(
-            context, target, source.kind, parents=parents, holdout=settings.holdout, licences=licences
+            context,
+            target,
+            source.kind,
+            parents=parents,
+            holdout=settings.holdout,
+            licences=licences,
+            learnt=keep_learnt(context.workspace, train),
         )
 
     def stands(outputs: Mapping[str, Any]) -> bool:
@@ -242,6 +278,7 @@ def register_reward(
     holdout: float | None = None,
     licences: Sequence[str] = (),
     serving: Mapping[str, Any] | None = None,
+    learnt: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Register a reward source's folder with MLflow and in the ledger; the same files give the same version.
 
@@ -249,6 +286,7 @@ def register_reward(
         parents: {preferences, dataset, backbone}, each None where there is none.
         holdout: share of the preferences' groups that training has not seen.
         serving: how a judge was reached; no part of its identity.
+        learnt: the evidence {path, sha256, pairs} of which pairs it was trained on.
 
     Returns:
         The payload of `reward.registered`.
@@ -276,6 +314,7 @@ def register_reward(
         "holdout": holdout,
         "licences": sorted(licences),
         "serving": dict(serving or {}),
+        **({"learnt": dict(learnt)} if learnt else {}),
     }
     entry = enter(context, "reward", registered, payload)
     show_candidate(context.ledger, registry)
@@ -381,13 +420,26 @@ def open_source(
 
 
 def heldout(context: Context, registered: Mapping[str, Any]) -> tuple[Preference, ...]:
-    """Return the preferences that a trained reward model has not seen; () for a verifier or a judge."""
+    """Return the preferences that a trained reward model has not seen; () for a verifier or a judge.
+
+    Where its set was erased they are those of a set made anew from what is left of the dataset, since a group is on the same
+    side of the split in every set; of an imported set nothing is left.
+    """
+    from flows.cycle import sealed_payload
+    from tasks.lineage.erasure import Shards
+
     digest = registered["parents"]["preferences"]
     if digest is None:
         return ()
     entry = context.ledger.last(IMPORTED, digest) or context.ledger.last(MADE, digest)
     assert entry is not None  # registering comes after it
-    return split_of(context, entry.payload, registered["holdout"])[1]
+    preferences: Mapping[str, Any] = entry.payload
+    gone = not (context.workspace.root / preferences["path"]).exists()
+    if gone and Shards(context.ledger, context.workspace).erased(digest):
+        if entry.kind == IMPORTED:
+            return ()
+        preferences = replay_set(context, sealed_payload(context, preferences["name"]))
+    return split_of(context, preferences, registered["holdout"])[1]
 
 
 def split_of(
@@ -486,11 +538,13 @@ class Decoder:
 
 
 def episodes(context: Context, dataset: Mapping[str, Any]) -> Iterator[Episode]:
-    """Read the rows of a sealed dataset, bytes checked against their digests."""
+    """Read the rows of a sealed dataset that are not revoked, bytes checked against their digests."""
+    from tasks.lineage.revocation import revoked, without
     from tasks.replay.schema import Episode
     from tasks.replay.seal import find, read_rows
 
     table = read_rows(context.workspace, find(context.ledger, dataset["root"]).manifest)
+    table = without(table, revoked(context.ledger, context.workspace))
     for batch in table.to_batches():
         for row in batch.to_pylist():
             yield Episode(**row)

@@ -16,17 +16,25 @@ from tasks.core.stages import STAGES
 
 
 def plan(
-    context: Context, collect: CollectMode, dataset: str | None, force: bool = False
+    context: Context,
+    collect: CollectMode,
+    dataset: str | None,
+    force: bool = False,
+    start: str | None = None,
 ) -> Cycle | dict[str, Any]:
     """Return the cycle to run, or the result of the one that already answered the same question."""
-    found = open_cycle(context, collect, dataset, force)
+    found = open_cycle(context, collect, dataset, force, start)
     if isinstance(found, Finished):
         return {**found.entry.payload, "found": True}
     return found
 
 
 def run_retrain(
-    context: Context, collect: CollectMode, dataset: str | None = None, force: bool = False
+    context: Context,
+    collect: CollectMode,
+    dataset: str | None = None,
+    force: bool = False,
+    start: str | None = None,
 ) -> dict[str, Any]:
     """Run the cycle through Prefect, unless there is nothing to do (then Prefect is not even imported).
 
@@ -38,7 +46,7 @@ def run_retrain(
     ready(context)
     with context.exclusive("a cycle"):
         settle(context)
-        planned = plan(context, collect, dataset, force)
+        planned = plan(context, collect, dataset, force, start)
     if isinstance(planned, dict):
         return planned
     from flows.environment import prefect_api
@@ -49,7 +57,7 @@ def run_retrain(
 
         api.wait()
         root, overrides = str(context.workspace.root), list(context.overrides)
-        result: dict[str, Any] = retrain(root, collect, dataset, overrides)
+        result: dict[str, Any] = retrain(root, collect, dataset, overrides, start)
         return result
 
 
@@ -91,6 +99,7 @@ def close_cycle(context: Context, cycle: Cycle, receipts: Mapping[str, Mapping[s
         "dataset": receipts["seal"]["root"],
         "candidate": receipts["register"]["version"],
         "champion": cycle.champion,
+        **({} if cycle.start == cycle.champion else {"start": cycle.start}),
         "evaluation": {"slices": receipts["evaluate"]["slices"]},
         "decision_record": receipts["decide"]["record"],
         "run": receipts["train"]["key"],

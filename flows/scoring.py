@@ -27,6 +27,7 @@ from tasks.core.errors import Conflict, Corrupt, NotFound, Refused, UsageError
 
 if TYPE_CHECKING:
     from tasks.core.ledger import Ledger, LedgerView
+    from tasks.lineage.revocation import Revoked
     from tasks.replay.schema import Episode
     from tasks.reward.source import Answer, RewardSource
 
@@ -79,7 +80,7 @@ def score_dataset(context: Context, ref: str, dataset: str, into: str) -> dict[s
     source = open_source(context, registered, tasks_for(context, registered, waiting))
     models = registered_digests(context)
     if waiting:
-        _claim(context, into, entry.subject, registered["digest"])
+        _claim(context, into, entry.subject, registered["digest"], sealed.root)
     before: list[float] = []
     after: list[float] = []
     with (
@@ -222,6 +223,62 @@ def standing_fail(context: Context, told: Mapping[str, Any]) -> str | None:
     return None
 
 
+def require_unflagged(context: Context, subject: str) -> int:
+    """Veto: what learnt from revoked data, itself or through others, is not put in office where the policy says so.
+
+    Args:
+        subject: agent/3 or reward/2.
+
+    Returns:
+        The ledger entry of the newest revocation that was looked at, for the promotion's compare-and-set.
+
+    Raises:
+        Refused: it did, and how.
+    """
+    from tasks.lineage.revocation import revoked
+
+    now = revoked(context.ledger, context.workspace)
+    why = _flag(context, subject, now)
+    if why and context.policy.revocation.block_promotion:
+        raise Refused(
+            f"{subject} {why}; the policy keeps it from office. `forebay revoke --list` says what is revoked and what to "
+            "train anew."
+        )
+    return now.revision
+
+
+def flag_of(context: Context, subject: str) -> str:
+    """Return how an agent or a reward model learnt from what is revoked now, "" where it did not."""
+    from tasks.lineage.revocation import revoked
+
+    return _flag(context, subject, revoked(context.ledger, context.workspace))
+
+
+def require_consent(context: Context, subject: str, flagged: bool) -> str:
+    """Return the flag of who is to be put back in office by a rollback, "" for none.
+
+    Args:
+        flagged: the person who asks knows of flags, and wants it all the same.
+
+    Raises:
+        Refused: it is flagged, the policy keeps such from office, and nobody has said that they want it.
+    """
+    why = flag_of(context, subject)
+    if why and context.policy.revocation.block_promotion and not flagged:
+        raise Refused(
+            f"{subject} {why}; the policy keeps it from office. Roll back with --flagged if what is in office is worse, and "
+            "train anew by the plan of `forebay revoke --list`."
+        )
+    return why
+
+
+def _flag(context: Context, subject: str, now: Revoked) -> str:
+    from tasks.lineage.revocation import descendants_of
+
+    flags = descendants_of(context.ledger, context.workspace, now)
+    return next((flag.why for flag in flags if flag.ref == subject), "")
+
+
 def _judged_again(context: Context, told: Mapping[str, Any]) -> tuple[str, str]:
     """Return (verdict, its sentences) of a recorded validation, by its report and the present policy."""
     from tasks.promotion.evidence.item import read_json
@@ -270,12 +327,12 @@ def _require_no_other(ledger: Ledger | LedgerView, into: str, digest: str) -> No
         raise Conflict(f"The dataset {into} holds rewards of {', '.join(others)}; choose another --into.")
 
 
-def _claim(context: Context, into: str, name: str, digest: str) -> None:
+def _claim(context: Context, into: str, name: str, digest: str, root: str) -> None:
     """Record before the first write that `into` is this source's: of two that begin at once, one is refused."""
     context.ledger.append(
         SCORING,
         f"dataset:{into}",
-        {"reward": name, "digest": digest},
+        {"reward": name, "digest": digest, "root": root},
         lambda view: _require_no_other(view, into, digest),
     )
 

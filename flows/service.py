@@ -102,7 +102,11 @@ def watch_canary(context: Context) -> dict[str, Any]:
     traffic, left_out = _traffic(context, p)
     about = {"promotion": p["promotion"], "since": p["since"], "new": p["new"], "old": p["old"]}
     record, judged = make_record(traffic, Rule(**p["rule"]), {**about, "left_out": left_out})
-    result = {"running": True, "agent": started.subject, "against": f"agent/{p['old']['version']}"}
+    result: dict[str, Any] = {
+        "running": True,
+        "agent": started.subject,
+        "against": f"agent/{p['old']['version']}",
+    }
     result |= {**asdict(judged), "left_out": left_out, "rolled_back": None}
     groups = digest_json(record["groups"])
     last = context.ledger.last("canary.looked", started.subject)
@@ -115,7 +119,9 @@ def watch_canary(context: Context) -> dict[str, Any]:
     assert last is not None
     result["record"] = last.payload["record"]
     if judged.verdict == "HARM" and p["on_harm"] == "rollback":
-        result["rolled_back"] = _roll_back(context, started, judged, last.payload["record"])
+        done = result["rolled_back"] = _roll_back(context, started, judged, last.payload["record"])
+        if "flag" in done:
+            result["says"] += f"; agent/{done['to']}, which is back, is flagged: it {done['flag']}"
     if judged.verdict == "PROVEN":
         _end(context, started, judged, last.payload["record"])
     return result
@@ -144,12 +150,17 @@ def canary_status(context: Context) -> dict[str, Any] | None:
 
 
 def _roll_back(context: Context, started: Entry, judged: Judged, record: Mapping[str, str]) -> dict[str, Any]:
+    from flows.scoring import flag_of
     from tasks.promotion.promote import rollback
 
     keys.ready(context)
     new, old = (started.payload[role]["version"] for role in ("new", "old"))
     context.weights(context.agent(str(old)).payload)  # never back to files that were changed
     restore(context, context.registry, old)
+    try:  # a flag is no harm in service, as this champion is shown to do: it is said, and keeps nobody from going back
+        flag = flag_of(context, f"agent/{old}")
+    except ForebayError as error:
+        flag = f"may have learnt from revoked data, which cannot be told now: {error}"
     entry = rollback(
         context.ledger,
         context.registry,
@@ -158,6 +169,7 @@ def _roll_back(context: Context, started: Entry, judged: Judged, record: Mapping
         reason=f"canary: {judged.says}",
         by="canary",
         evidence=record,
+        flag=flag,
     )
     keys.sign_head(context, entry)
     _end(context, started, judged, record)

@@ -186,30 +186,84 @@ def _number(value: float | None, signed: bool = False) -> str:
 
 
 def verify_view(report: Mapping[str, Any]) -> RenderableType:
-    """Draw the result of a verification."""
-    unsigned = []
+    """Draw the result of a verification: what differs, then what could not be looked at, then what is no fault."""
+    parts: list[RenderableType] = []
+    if report["problems"]:
+        table = _table("problem", "what", "belongs to", "expected", "found", title="differences")
+        for kind in report["by_problem"].values():
+            for item in kind:
+                table.add_row(
+                    Text(item["problem"], style="bold red"),
+                    item["path"],
+                    item["owner"],
+                    item["expected"][:12],
+                    (item["found"] or "")[:12],
+                )
+        parts.append(table)
+    if report["unreachable"]:
+        table = _table("unreachable", "belongs to", "why", title="not verified")
+        for item in report["unreachable"]:
+            table.add_row(Text(item["path"], style="yellow"), item["owner"], item["reason"])
+        parts.append(table)
+    if report["erased"]:
+        table = _table("erased on purpose", "belonged to", "digest", "why", "entry:n", title="no fault")
+        for item in report["erased"]:
+            table.add_row(
+                item["path"], item["owner"], item["sha256"][:12], item["reason"], str(item["entry"])
+            )
+        parts.append(table)
+    line = _verified(report)
+    parts.append(Text(line, style="green") if report["ok"] else Text(line, style="dim"))
     if report["unsigned"]:
         n = len(report["unsigned"])
         since = (
-            "before this workspace had keys" if report["signatures"] else "; `forebay keys init` makes keys"
+            " before this workspace had keys" if report["signatures"] else "; `forebay keys init` makes keys"
         )
-        unsigned = [
-            Text(f"unsigned: {n} {'entry' if n == 1 else 'entries'} {since}".replace(" ;", ";"), style="dim")
-        ]
+        parts.append(Text(f"unsigned: {n} {'entry' if n == 1 else 'entries'}{since}", style="dim"))
+    parts += (Text(f"note: {note}", style="dim") for note in report["notes"])
+    return Group(*parts)
+
+
+def _verified(report: Mapping[str, Any]) -> str:
+    """Say what was checked, and how much of it was read."""
+    signed = f", {report['signatures']} signatures hold" if report["signatures"] else ""
+    read = f"{report['bytes'] / 1e6:,.0f} MB read"
+    if report["cached"]:
+        read += (
+            f" from {report['read']} files, {report['cached']} unchanged ones not read (--full reads them)"
+        )
     if report["ok"]:
-        signed = f" {report['signatures']} signatures hold," if report["signatures"] else ""
-        line = f"verified: {report['checked']} digests agree,{signed} {report['bytes'] / 1e6:,.0f} MB read again."
-        return Group(Text(line, style="green"), *unsigned)
-    table = _table("problem", "what", "belongs to", "expected", "found", title="differences")
-    for item in report["problems"]:
-        table.add_row(
-            Text(item["problem"], style="bold red"),
-            item["path"],
-            item["owner"],
-            item["expected"][:12],
-            (item["found"] or "")[:12],
-        )
-    return Group(table, *unsigned)
+        return f"verified: {report['checked']} digests agree{signed}, {read}."
+    counts = [f"{len(found)} {word}" for word, found in report["by_problem"].items() if found]
+    counts += [f"{len(report['unreachable'])} unreachable"] if report["unreachable"] else []
+    return f"not verified: {', '.join(counts)}, of {report['checked']} digests, {read}."
+
+
+def audit_view(made: Mapping[str, Any]) -> RenderableType:
+    """Say what an audit came to, and where its page is."""
+    colours = {"VERIFIED": "green", "DIFFERS": "red"}
+    flags = [Text(f"open: {flag}", style="yellow") for flag in made["open"]] or [
+        Text("open flags: none", style="dim")
+    ]
+    where = [Text(made["page"])] + ([Text(made["mlflow"])] if made["mlflow"] else [])
+    if made["problem"]:
+        where.append(Text(f"Not attached in MLflow: {made['problem']}", style="yellow"))
+    told = Text.assemble(
+        (made["verdict"], f"bold {colours.get(made['verdict'], 'yellow')}"), f" {made['says']}"
+    )
+    return Group(Text(made["headline"], style="bold"), told, *flags, *where)
+
+
+def export_view(report: Mapping[str, Any]) -> RenderableType:
+    """Draw the result of the check of an export."""
+    if report["ok"]:
+        line = f"checked: {report['signatures']} signatures hold, {report['digests']} digests agree."
+        gone = [f"\nerased on purpose: {item['subject']}" for item in report["erased"]]
+        return Text(line + "".join(gone), style="green")
+    table = _table("attestation", "what", "what is wrong", title="does not fit")
+    for item in report["misfits"]:
+        table.add_row(item["attestation"], item["subject"] or "", item["says"])
+    return table
 
 
 def scores_table(evaluation: Mapping[str, Any]) -> RenderableType:

@@ -43,6 +43,7 @@ def status(context: Context) -> dict[str, Any]:
         "servers": state(context.workspace),
         "running": active_runs(context.workspace),
         "stale": _stale(context, last, dataset),
+        "flags": _flags(context),
     }
 
 
@@ -110,6 +111,17 @@ def _stale(context: Context, last: Any, dataset: Any) -> list[str]:
                 f"{' and '.join(changed)} changed since the last cycle; `forebay retrain` would run again"
             )
     return found
+
+
+def _flags(context: Context) -> list[dict[str, Any]]:
+    """Return who learnt from data that is revoked: champions first. Costs one look at the ledger where nothing is."""
+    from tasks.lineage.revocation import revision
+
+    if not revision(context.ledger):
+        return []
+    from tasks.lineage.revocation import open_flags
+
+    return [flag.plain() for flag in open_flags(context.ledger, context.workspace)]
 
 
 def _open_intent(context: Context) -> bool:
@@ -182,6 +194,11 @@ def status_table(value: dict[str, Any]) -> RenderableType:
     table.add_row("servers", describe(value["servers"]))
     for run in value["running"]:
         table.add_row("running", f"{run['name']}: {run['state']}, started by {run['created_by']}")
+    for flag in value["flags"]:
+        roles = f" ({', '.join(flag['roles'])})" if flag["roles"] else ""
+        table.add_row("flag", Text(f"{flag['ref']}{roles} {flag['why']}", style="red"))
+    if value["flags"]:
+        table.add_row("", "`forebay revoke --list` says what to train anew")
     for line in value["stale"] or ["nothing"]:
         table.add_row("stale", Text(line, style="yellow" if value["stale"] else "dim"))
     return table

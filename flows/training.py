@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 from flows import progress
 from flows.champions import register_agent
 from flows.context import Context
-from flows.hybrid import fresh_source
+from flows.hybrid import allowed, fresh_source
+from flows.logs import flow_run_id
 from flows.scoring import require_valid_reward
-from tasks.core.digest import digest_json
-from tasks.core.errors import UsageError
-from tasks.core.ledger import Ledger
+from tasks.core.digest import digest_json, sha256_bytes, write_atomic
+from tasks.core.errors import Conflict, Refused, UsageError
+from tasks.core.ledger import Ledger, LedgerView
 from tasks.core.stages import code_commit, code_digest, lock_digest
 
 if TYPE_CHECKING:
+    from tasks.promotion.promote import Entries
     from tasks.promotion.registry import DatasetRef
     from tasks.training.trainer import TrainResult
 
@@ -38,10 +40,13 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
     """
     from torch import get_num_threads
 
+    from tasks.lineage.revocation import require_not_erased
+    from tasks.lineage.rows import keep_consumed
     from tasks.training.shards import ShardRef
     from tasks.training.trainer import encoder_of
 
     check_settings(context)
+    require_not_erased(context.ledger, f"{dataset['name']}/v{dataset['version']}", dataset["shards"])
     require_valid_reward(context, dataset["root"])
     device, dtype = context.device(), context.dtype()
     agent = context.agent(str(champion)).payload
@@ -57,8 +62,16 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
         "outside_code": settings.outside_code(),
         "lock": lock_digest(),
     }
+    watch = _Revocations(context, dataset["root"], agent["digest"])
+    if watch.left_out:
+        inputs["left_out"] = watch.kept()
     if settings.mixture.schedule != "replay":
-        inputs["collect"] = context.settings.collect.model_dump(mode="json")
+        inputs["collect"] = {
+            **context.settings.collect.model_dump(mode="json"),
+            "environments": watch.environments,
+        }
+        if watch.prompts:
+            inputs["without_prompts"] = watch.prompts
     encoder = encoder_of(settings)
     if encoder is not None:
         inputs["encoder"] = encoder.digest()
@@ -70,7 +83,16 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
     started = ledger.last("run.started", key) or ledger.append(
         "run.started",
         key,
-        {"key": key, **inputs, "commit": code_commit(), "device": device, "threads": get_num_threads()},
+        {
+            "key": key,
+            **inputs,
+            "commit": code_commit(),
+            "device": device,
+            "threads": get_num_threads(),
+            "processes": context.settings.compute.processes,
+            "machine": machine(),
+            "prefect": flow_run_id(),
+        },
     )
     tracked = context.registry.run(
         context.settings.replay.dataset,
@@ -88,6 +110,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
         report(0, settings.steps, "loading")
 
         def on_metrics(step: int, values: Mapping[str, float]) -> None:
+            watch.require_same(ledger)
             run.log(values, step)
             _append_curve(run_dir, step, values)
             note = (
@@ -95,7 +118,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
             )
             report(step, settings.steps, note)
 
-        result = _trainer(context, agent, key, started.time)(
+        result = _trainer(context, agent, key, started.time, watch)(
             run_dir=run_dir,
             init_dir=context.weights(agent),
             shards=[ShardRef(s["path"], s["sha256"]) for s in dataset["shards"]],
@@ -105,6 +128,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
             device=device,
             dtype=dtype,
             oldest_behaviour=inputs["oldest_behaviour"],
+            left_out=watch.left_out,
             cache=context.workspace.state / "decoded",
             on_metrics=on_metrics,
         )
@@ -114,7 +138,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
             "files": dict(result.files),
             "steps": result.steps,
             "stop_reason": result.stop_reason,
-            "groups": list(result.groups_consumed),
+            "groups": keep_consumed(context.workspace, run_dir, result.groups_consumed),
             "fresh": [{"path": shard.path, "sha256": shard.sha256} for shard in result.fresh],
             "metrics": dict(result.metrics),
             "mlflow_run": run.run_id,
@@ -124,8 +148,102 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
             },
         }
     # After the block: MLflow has every metric and the end of the run before the ledger says that it is finished.
-    ledger.append("run.finished", key, {"key": key, "outputs": outputs})
+    watch.finish(key, {"key": key, "outputs": outputs})
     return {"key": key, **outputs}
+
+
+class _Revocations:
+    """What a run leaves out because it is revoked, and the promise that this is still so when it ends."""
+
+    def __init__(self, context: Context, root: str, init: str) -> None:
+        self._context, self._root, self._init = context, root, init
+        self._mixed = context.settings.training.mixture.schedule != "replay"
+        self._revision, self.left_out, self.prompts, self.environments = self._look()
+        if not self.environments and self._mixed:
+            raise Refused(
+                "Everything that fresh groups could be sampled from is revoked by its source or licence; set "
+                "training.mixture.schedule=replay, or other collect.environments."
+            )
+        if self.left_out:
+            groups = len(self.left_out)
+            progress.current().say(f"    {groups} groups are left out: revoked, or sampled by flagged agents")
+
+    def kept(self) -> dict[str, Any]:
+        """Keep the ids as evidence; return {path, sha256, count}."""
+        data = "".join(f"{name}\n" for name in self.left_out).encode()
+        digest = sha256_bytes(data)
+        path = self._context.workspace.evidence / "left_out" / f"{digest}.txt"
+        write_atomic(path, data)
+        return {
+            "path": self._context.workspace.relative(path),
+            "sha256": digest,
+            "count": len(self.left_out),
+        }
+
+    def require_same(self, ledger: Entries) -> None:
+        """Stop a run that learns from what has been revoked meanwhile.
+
+        Raises:
+            Conflict: the same run would leave out other groups now.
+        """
+        from tasks.lineage.revocation import revision
+
+        if revision(ledger) == self._revision:
+            return
+        now, left_out, *asked = self._look()
+        if (left_out, asked) != (self.left_out, [self.prompts, self.environments]):
+            more = len(set(left_out) - set(self.left_out))
+            raise Conflict(
+                f"Data of this run was revoked or reinstated while it trained ({more} more groups are to be left out now); "
+                "no agent is made of it, run `forebay retrain` again. What it sampled itself can be revoked and erased too."
+            )
+        self._revision = now
+
+    def finish(self, key: str, payload: Mapping[str, Any]) -> None:
+        """Record the end of the run, unless something was revoked: looked at again under the ledger's lock.
+
+        Raises:
+            Conflict: as `require_same`.
+        """
+        from tasks.lineage.revocation import revision
+
+        class Moved(Exception):
+            pass
+
+        def check(view: LedgerView) -> None:
+            if revision(view) != self._revision:
+                raise Moved
+
+        while True:
+            self.require_same(self._context.ledger)
+            try:
+                self._context.ledger.append("run.finished", key, payload, check)
+                return
+            except Moved:
+                continue
+
+    def _look(self) -> tuple[int, tuple[str, ...], list[str], dict[str, int]]:
+        from tasks.lineage.revocation import left_out, revoked
+
+        ledger, workspace = self._context.ledger, self._context.workspace
+        now = revoked(ledger, workspace)
+        prompts = sorted(now.values.get("prompt_sha256", ()))
+        environments = dict(self._context.settings.collect.environments)
+        if self._mixed:
+            environments = allowed(environments, now)
+        return (
+            now.revision,
+            left_out(ledger, workspace, self._root, self._init, now),
+            prompts,
+            environments,
+        )
+
+
+def machine() -> dict[str, str]:
+    """Return what decides how numbers are rounded here beside the code: instructions of the processor, and PyTorch."""
+    import torch
+
+    return {"processor": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
 
 
 def _processor_seconds() -> float:
@@ -161,14 +279,15 @@ def check_settings(context: Context) -> None:
 
 
 def _trainer(
-    context: Context, agent: Mapping[str, Any], key: str, started: str
+    context: Context, agent: Mapping[str, Any], key: str, started: str, watch: _Revocations
 ) -> Callable[..., TrainResult]:
     """Return `train`, with a source of fresh groups where the settings mix them in, or by several processes."""
     from tasks.training.trainer import train
     from tasks.training.worker import train_in_processes
 
     if context.settings.training.mixture.schedule != "replay":
-        return partial(train, fresh=fresh_source(context, agent, key, started))
+        fresh = fresh_source(context, agent, key, started, watch.prompts, watch.environments)
+        return partial(train, fresh=fresh)
     processes = context.settings.compute.processes
     return partial(train_in_processes, processes) if processes > 1 else train
 
@@ -264,12 +383,6 @@ def training_curves(context: Context, key: str) -> bytes:
 
 def read_curve(context: Context, key: str) -> list[dict[str, float]]:
     """Return the metrics of a run, one mapping per step; of a step done twice (after a kill) the last."""
-    path = context.workspace.runs / key[:16] / "metrics.jsonl"
-    rows = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the last line of a process that was killed
-        rows[row["step"]] = row
-    return [rows[step] for step in sorted(rows)]
+    from tasks.training import curve
+
+    return curve.read_curve(context.workspace.runs / key[:16])

@@ -79,6 +79,8 @@ def validate_registered(
         "evaluation": digest_json(sorted(evaluation)),
         "policy": rule.model_dump(mode="json"),
     }
+    if context.revoked:
+        inputs["revoked"] = context.revoked
 
     def work(key: str) -> dict[str, Any]:
         from tasks.reward.validation import Material, Training, validate_source

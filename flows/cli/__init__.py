@@ -15,7 +15,10 @@ import flows.cli.workspace
 import flows.cli.schedule
 import flows.cli.promote
 import flows.cli.keys
+import flows.cli.lineage
 import flows.cli.audit
+import flows.cli.revoke
+import flows.cli.export
 import flows.cli.steps
 import flows.cli.evaluate
 import flows.cli.reward  # noqa: F401

@@ -27,6 +27,10 @@ decision_app = typer.Typer(help="Read and recompute gate decisions.", no_args_is
 app.add_typer(decision_app, name="decision", rich_help_panel="Promote")
 evaluate_app = typer.Typer(help="Judge an agent on logged answers.", no_args_is_help=True)
 app.add_typer(evaluate_app, name="evaluate", rich_help_panel="Promote")
+lineage_app = typer.Typer(
+    help="Where an agent or a dataset came from, and what followed from it.", no_args_is_help=True
+)
+app.add_typer(lineage_app, name="lineage", rich_help_panel="Audit")
 keys_app = typer.Typer(help="Make signing keys and choose whom to trust.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys", rich_help_panel="Promote")
 reward_app = typer.Typer(

@@ -55,19 +55,23 @@ def rollback(
     reason: Annotated[
         str, typer.Option(help="Why; kept in the ledger.", prompt=False)
     ] = "rolled back on the command line",
+    flagged: Annotated[
+        bool, typer.Option("--flagged", help="Also one that learnt from revoked data; the ledger keeps it.")
+    ] = False,
     workspace: Where = HERE,
     as_json: Json = False,
 ) -> None:
     """Put the previous champion back, with a record."""
     from flows.champions import rollback_champion
 
-    result = rollback_champion(open_context(workspace), reason)
+    result = rollback_champion(open_context(workspace), reason, flagged)
     if as_json:
         print_json(result)
     else:
         out.print(
             f"agent/{result['to']} is the champion again (was agent/{result['from']}), "
-            f"after {result['seconds']:.1f} s.",
+            f"after {result['seconds']:.1f} s."
+            + (f" It is flagged: it {result['flag']}." if "flag" in result else ""),
             highlight=False,
         )
 

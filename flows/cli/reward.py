@@ -216,6 +216,9 @@ def promote(
 @reward_app.command()
 def rollback(
     reason: Annotated[str, typer.Option(help="Why; kept in the ledger.")] = "rolled back on the command line",
+    flagged: Annotated[
+        bool, typer.Option("--flagged", help="Also one that learnt from revoked data; the ledger keeps it.")
+    ] = False,
     workspace: Where = HERE,
     as_json: Json = False,
 ) -> None:
@@ -225,11 +228,14 @@ def rollback(
     """
     from flows.reward_office import rollback_reward
 
-    result = rollback_reward(open_context(workspace), reason)
+    result = rollback_reward(open_context(workspace), reason, flagged)
     if as_json:
         print_json(result)
     else:
-        out.print(f"reward/{result['to']} is in office again (was reward/{result['from']}).", highlight=False)
+        flag = f" It is flagged: it {result['flag']}." if "flag" in result else ""
+        out.print(
+            f"reward/{result['to']} is in office again (was reward/{result['from']}).{flag}", highlight=False
+        )
 
 
 @reward_app.command()

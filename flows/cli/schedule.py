@@ -38,6 +38,12 @@ def retrain(
     dataset: Annotated[
         str | None, typer.Option(help="Pin a dataset version: main/v3 or the start of its root.")
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            help="Train from this agent, not the champion: what a plan after `forebay revoke` says."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Run again although nothing changed.")] = False,
     workspace: Where = HERE,
     overrides: Set = None,
@@ -52,7 +58,7 @@ def retrain(
 
     watch(as_json)
     context = open_context(workspace, overrides)
-    result = run_retrain(context, collect.value, dataset, force)
+    result = run_retrain(context, collect.value, dataset, force, start)
     if as_json:
         print_json(result)
     else:

@@ -19,7 +19,10 @@ from tasks.core.keys import PrivateKey, Role, Trust, TrustedKey
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT = "https://in-toto.io/Statement/v1"
-Predicate = Literal["gate-decision", "approval", "rejection", "promotion", "rollback", "ledger-head"]
+Predicate = Literal[
+    "gate-decision", "approval", "rejection", "promotion", "rollback", "ledger-head", "provenance", "export", "recipe",
+]  # fmt: skip
+SLSA_PROVENANCE = "https://slsa.dev/provenance/v1"
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ def pae(payload_type: str, payload: bytes) -> bytes:
 
 
 def predicate_type(kind: Predicate) -> str:
-    """Return the type URI of one of Forebay's predicates."""
-    return f"https://forebay/{kind}/v1"
+    """Return the type URI of a predicate: Forebay's own, but SLSA's for how something was made."""
+    return SLSA_PROVENANCE if kind == "provenance" else f"https://forebay/{kind}/v1"
 
 
 def sign(

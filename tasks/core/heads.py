@@ -35,6 +35,7 @@ class HeadProblem:
         seq: the entry it is about.
         says: what is wrong, in words.
         expected, found: the digest that was signed, and the one the ledger has.
+        name: the file of the head; empty where it is the one that is kept elsewhere.
     """
 
     problem: Literal["missing", "changed", "forged", "wrong key"]
@@ -42,6 +43,7 @@ class HeadProblem:
     says: str
     expected: str = ""
     found: str | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,14 @@ def write_head(
     return path
 
 
+def signed_seqs(folder: Path) -> list[int]:
+    """Return the numbers of the entries with a signed head, in order."""
+    return [int(path.stem) for path in _files(folder)]
+
+
 def newest_seq(folder: Path) -> int:
     """Return the number of the newest entry with a signed head, 0 where there is none."""
-    return max((int(path.stem) for path in _files(folder)), default=0)
+    return max(signed_seqs(folder), default=0)
 
 
 def require_newest(ledger: Ledger, folder: Path, trust: Trust, kept: Kept | None = None) -> None:
@@ -144,7 +151,8 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _check(ledger: Ledger, path: Path, trust: Trust) -> HeadProblem | None:
-    return _check_bytes(ledger, path.name, path.read_bytes(), trust)
+    problem = _check_bytes(ledger, path.name, path.read_bytes(), trust)
+    return None if problem is None else replace(problem, name=path.name)
 
 
 def _check_bytes(ledger: Ledger, name: str, envelope: bytes, trust: Trust) -> HeadProblem | None:

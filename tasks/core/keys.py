@@ -204,9 +204,14 @@ def read_trust(path: Path) -> Trust:
 
 def write_trust(path: Path, trust: Trust) -> None:
     """Write `keys.yaml` whole."""
+    write_atomic(path, trust_bytes(trust))
+
+
+def trust_bytes(trust: Trust) -> bytes:
+    """Return what `write_trust` writes."""
     keys = [key.model_dump(mode="json", exclude_none=True) for key in trust.keys]
     text = yaml.safe_dump({"version": 1, "keys": keys}, sort_keys=False, width=200)
-    write_atomic(path, (_HEADER + text).encode())
+    return (_HEADER + text).encode()
 
 
 def create_key(path: Path) -> PrivateKey:

@@ -16,7 +16,7 @@ STAGES = ("collect", "seal", "validate", "reward", "train", "register", "evaluat
 """Order of the stages; `flows/run.py` and `dvc.yaml` both follow it, and a test holds them to it."""
 
 _PROJECT = Path(__file__).resolve().parents[2]
-_PAGES = Path("tasks", "promotion", "page")
+_PAGES = (Path("tasks", "pages"), Path("tasks", "promotion", "page"), Path("tasks", "lineage", "page"))
 _JOINS = ("evidence", "experience", "hybrid", "judging", "rewards", "scoring", "training", "validation")
 
 
@@ -24,16 +24,22 @@ _JOINS = ("evidence", "experience", "hybrid", "judging", "rewards", "scoring", "
 def code_digest() -> str:
     """Return the digest of the code that computes results: `tasks/`, `models/`, and what joins the stations in `flows/`.
 
-    The rest of `flows/` and the pages of decisions order and show the work, so another help text retrains nothing.
+    The rest of `flows/` and the pages order and show the work, so another help text retrains nothing.
     """
+    return digest_code(_PROJECT)
+
+
+def digest_code(project: Path) -> str:
+    """Return what `code_digest` would be of the code in the folder `project`; nothing of it is run."""
     stations = (
         p
         for name in ("tasks", "models")
-        for p in (_PROJECT / name).rglob("*.py")
-        if not p.is_relative_to(_PROJECT / _PAGES)
+        for p in (project / name).rglob("*.py")
+        if not any(p.is_relative_to(project / page) for page in _PAGES)
     )
-    files = sorted([*stations, *(_PROJECT / "flows" / f"{name}.py" for name in _JOINS)])
-    return digest_json({p.relative_to(_PROJECT).as_posix(): sha256_file(p) for p in files})
+    joins = (project / "flows" / f"{name}.py" for name in _JOINS)
+    files = sorted([*stations, *(p for p in joins if p.exists())])
+    return digest_json({p.relative_to(project).as_posix(): sha256_file(p) for p in files})
 
 
 @lru_cache

@@ -100,6 +100,16 @@ class Workspace:
         return self.state / "evidence"
 
     @property
+    def audits(self) -> Path:
+        """Pages of audits, one a thing that was audited; the newest takes the place of the one before."""
+        return self.state / "audits"
+
+    @property
+    def digests(self) -> Path:
+        """What `verify` knows of files by their stat; may be deleted at any time."""
+        return self.state / "digests.db"
+
+    @property
     def locks(self) -> Path:
         """Lock files."""
         return self.state / "locks"

@@ -1,15 +1,17 @@
-"""A lineage to look at: a tree for the terminal, plain values for programs. Equal lineages look equal."""
+"""A lineage to look at: trees and tables for the terminal, plain values for programs. Equal lineages look equal."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from tasks.lineage.graph import Edge, Kind, Lineage, Node, Ref, Relation
+from tasks.lineage.types import Edge, Kind, Lineage, Node, Ref, Relation
 
 SCHEMA = "forebay.lineage/1"
 GENERATIONS = 3  # older ones are deeper than a terminal is wide; the JSON has them all
@@ -19,6 +21,7 @@ _DIGITS = 12
 _OLDER: frozenset[Relation] = frozenset(
     {"started from", "continues", "sampled from", "scored from", "compared with"}
 )
+_ABOUT: frozenset[Relation] = frozenset({"judged by", "in office"})  # drawn below the agent either way
 _STYLES: Mapping[str, str] = {
     "agent": "bold cyan",
     "source": "bold cyan",
@@ -29,6 +32,22 @@ _STYLES: Mapping[str, str] = {
     "FAIL": "bold red",
     "INCONCLUSIVE": "bold yellow",
 }
+INVERSE: Mapping[Relation, str] = {
+    "trained by": "made", "converted from": "became", "descends from": "base of", "run by code": "ran",
+    "with packages": "used by", "trained on": "taught", "collected": "collected by", "started from": "start of",
+    "holds": "held by", "rewritten from": "rewritten as", "contains": "within", "checked by": "checks", "continues": "continued by",
+    "sampled from": "sampled into", "scored from": "scored into", "rewarded by": "rewarded", "gathered in": "gathered",
+    "comes from": "source of", "licensed under": "licence of", "learnt from": "taught", "reads states of": "read by",
+    "made from": "made into", "judges": "judged by", "judged by": "about", "in office": "of", "asks": "asked by", "compares": "was compared in",
+    "under policy": "rules", "rests on": "supports", "compared with": "was compared in",
+}  # fmt: skip
+"""How a relation reads from its target to its source."""
+_ORDER: tuple[Kind, ...] = (
+    "agent", "source", "dataset", "run", "preferences", "reward", "evaluation", "decision", "promotion", "validation",
+    "shard", "base", "outside", "episode", "group", "prompt", "environment", "origin", "licence", "tasks", "policy",
+    "code", "lock",
+)  # fmt: skip
+_ROLES = ("champion", "previous", "candidate")
 _TITLES: Mapping[Kind, str] = {
     "base": "base model",
     "run": "run",
@@ -39,6 +58,12 @@ _TITLES: Mapping[Kind, str] = {
     "evaluation": "paired evaluation of",
     "decision": "decision",
     "outside": "outside policy",
+    "group": "group",
+    "episode": "episode",
+    "prompt": "prompt",
+    "environment": "environment",
+    "origin": "source",
+    "licence": "licence",
 }
 
 
@@ -60,46 +85,92 @@ def to_json(lineage: Lineage) -> dict[str, Any]:
     }
 
 
-def to_tree(lineage: Lineage, generations: int = GENERATIONS) -> Tree:
+def to_tree(lineage: Lineage, generations: int = GENERATIONS, back: bool = False) -> Tree:
     """Return the tree that `forebay lineage` prints.
 
     Each node is drawn once, where it is nearest to the root; elsewhere it is named, with "see above" or "see
     below".
 
     Args:
-        generations: how many steps back to earlier agents and dataset versions are drawn.
+        generations: how many steps to earlier (or later) agents and dataset versions are drawn.
+        back: against the edges, from the root to what follows from it.
     """
-    left = {lineage.root: generations}  # how many steps back may still be drawn below a node
+    leaving: dict[Ref, list[Edge]] = defaultdict(list)
+
+    def turned(edge: Edge) -> bool:
+        return back and edge.relation not in _ABOUT
+
+    for edge in lineage.edges:
+        leaving[edge.target if turned(edge) else edge.source].append(edge)
+
+    def far(edge: Edge) -> Ref:
+        return edge.source if turned(edge) else edge.target
+
+    left = {lineage.root: generations}  # how many steps may still be drawn below a node
     place: dict[Ref, Edge] = {}  # the edge under which a node is drawn
-    for edge in lineage.edges:  # nearest first, so the source has been placed if it is drawn at all
-        if left.get(edge.source, -1) >= 0 and edge.target not in left:
-            left[edge.target] = left[edge.source] - (edge.relation in _OLDER)
-            place[edge.target] = edge
+    waiting = [lineage.root]
+    for here in waiting:  # nearest first
+        for edge in leaving[here] if left[here] >= 0 else ():
+            if far(edge) not in left:
+                left[far(edge)] = left[here] - (edge.relation in _OLDER)
+                place[far(edge)] = edge
+                waiting.append(far(edge))
     drawn: set[Ref] = set()
 
     def grow(branch: Tree, ref: Ref) -> None:
         drawn.add(ref)
-        edges = lineage.following[ref] if left[ref] >= 0 else ()
-        shards = [edge.target for edge in edges if edge.relation == "holds"]
+        edges = leaving[ref] if left[ref] >= 0 else ()
+        shards = [far(edge) for edge in edges if edge.relation == "holds" and not back]
         unnamed = shards[_SHARDS:] if len(shards) > _SHARDS + 1 else []
         hidden = set(unnamed)
         for edge in edges:
-            if edge.target in hidden:
-                if edge.target == unnamed[0]:
+            if far(edge) in hidden:
+                if far(edge) == unnamed[0]:
                     branch.add(_more_shards([lineage.nodes[shard] for shard in unnamed]))
                 continue
-            label = Text(f"{edge.relation} ", style="dim") if edge.relation != "holds" else Text()
-            node = lineage.nodes[edge.target]
-            if place.get(edge.target) is edge:
-                cut = "  … earlier: ask for it by name" if left[edge.target] < 0 else ""
-                grow(branch.add(label + _line(node) + Text(cut, style="dim italic")), edge.target)
+            words = INVERSE[edge.relation] if turned(edge) else edge.relation
+            label = Text(f"{words} ", style="dim") if edge.relation != "holds" else Text()
+            node = lineage.nodes[far(edge)]
+            if place.get(far(edge)) is edge:
+                cut = (
+                    f"  … {'later' if back else 'earlier'}: ask for it by name" if left[far(edge)] < 0 else ""
+                )
+                grow(branch.add(label + _line(node) + Text(cut, style="dim italic")), far(edge))
             else:
-                where = "above" if edge.target in drawn else "below"
+                where = "above" if far(edge) in drawn else "below"
                 branch.add(label + _name(node) + Text(f"  see {where}", style="dim italic"))
 
     tree = Tree(_line(lineage.nodes[lineage.root]), guide_style="dim")
     grow(tree, lineage.root)
     return tree
+
+
+def to_table(lineage: Lineage) -> Table:
+    """Return one row a node: agents first, those in office before the others, then data, runs and what was decided."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("kind", "name", "digest", "says", "when"):
+        table.add_column(name, no_wrap=name != "says", overflow="fold")
+    for node in sorted(lineage.nodes.values(), key=_rank):
+        says = _SAYS[node.kind](node.facts) if node.kind in _SAYS and node.known and node.facts else ""
+        when = next((str(node.facts[k])[:16].replace("T", " ") for k in _TIMES if node.facts.get(k)), "")
+        style = _STYLES.get(node.name, _STYLES.get(node.kind, ""))
+        table.add_row(
+            _TITLES.get(node.kind, node.kind).removesuffix(" of"),
+            Text(node.name, style=style),
+            Text((node.digest or "")[:_DIGITS], style="yellow"),
+            says if node.known else Text("not in the ledger", style="bold red"),
+            when,
+        )
+    return table
+
+
+_TIMES = ("registered", "sealed", "finished", "time")
+
+
+def _rank(node: Node) -> tuple[int, int, int, str]:
+    roles = [_ROLES.index(role) for role in node.facts.get("roles", ()) if role in _ROLES]
+    digits = node.name.rpartition("/")[2].removeprefix("v")
+    return _ORDER.index(node.kind), min(roles, default=9), int(digits) if digits.isdecimal() else 0, node.name
 
 
 def _id(ref: Ref) -> str:
@@ -164,6 +235,13 @@ def _promotion(facts: Mapping[str, Any]) -> str:
     return f"{over}by {facts['by']} · {_day(facts)} · ledger entry {facts['seq']}"
 
 
+def _rows(facts: Mapping[str, Any]) -> str:
+    if "groups" not in facts:
+        return ""
+    where = ", ".join(facts["datasets"])
+    return f"{facts['groups']:,} groups in {where} · {', '.join(facts['sources'])} · {', '.join(facts['licences'])}"
+
+
 def _day(facts: Mapping[str, Any]) -> str:
     return str(facts["time"])[:16].replace("T", " ")
 
@@ -173,7 +251,12 @@ _SAYS: Mapping[Kind, Callable[[Mapping[str, Any]], str]] = {
     "run": _run,
     "code": lambda facts: "with changes that were not committed" if facts["changed"] else "",
     "dataset": _dataset,
-    "shard": lambda facts: f"{facts['rows']:,} rows",
+    "shard": lambda facts: f"{facts['rows']:,} rows" if "rows" in facts else "collected by the run",
+    "episode": _rows,
+    "group": _rows,
+    "prompt": _rows,
+    "origin": _rows,
+    "licence": _rows,
     "validation": lambda facts: f"{facts['checks']} checks",
     "reward": _reward,
     "source": lambda facts: " · ".join([*facts["roles"], facts["kind"]]),

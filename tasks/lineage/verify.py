@@ -1,93 +1,38 @@
 """Verification: everything behind an agent or a dataset is hashed again. Not even the ledger is trusted.
 
 Signatures are checked too: of the ledger's heads, of the decisions behind the agent, of people's answers to them.
-What was recorded before the workspace had keys is unsigned, which is told and is no fault.
+What was recorded before the workspace had keys is unsigned, which is told and is no fault. So is what was erased on
+purpose; what a store that does not answer holds is unreachable, which is neither verified nor a fault of the bytes.
+
+Each difference is reported at the object that differs. What only follows from it is left out: a damaged ledger entry is
+not followed, and a key that `keys.yaml` has lost is taken from the ledger.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Literal
 
-from tasks.core.digest import digest_files, digest_json, digest_tree, sha256_bytes, sha256_file
-from tasks.core.errors import Corrupt, ForebayError, NotFound, UsageError
-from tasks.core.heads import check_heads
-from tasks.core.keys import Trust, read_trust
+import sqlalchemy as sa
+
+from tasks.core.digest import digest_files
+from tasks.core.errors import Corrupt, ForebayError
+from tasks.core.heads import signed_seqs
 from tasks.core.ledger import Entry, Ledger
 from tasks.core.workspace import Workspace
-from tasks.lineage.graph import File, Kind, Lineage, Node, lineage
-from tasks.promotion.attest import Changed, Unsigned, check_answer, check_decision, read_signature
-from tasks.promotion.canary import Recomputer
-from tasks.promotion.kept_heads import kept_head
-from tasks.replay.manifest import Manifest, dataset_root
+from tasks.lineage.chain import Chain, inspect_chain, written_anew
+from tasks.lineage.claims import Claims, Tree, gather, misjudged, owner_of
+from tasks.lineage.graph import Circle, lineage
+from tasks.lineage.hashing import DigestCache, Progress, Reading, hash_files, hash_streams
+from tasks.lineage.index import Index
+from tasks.lineage.report import Erased, Problem, Unreachable, VerifyReport
+from tasks.lineage.signatures import find_trust, verify_heads, verify_signatures
+from tasks.lineage.stores import Store
+from tasks.lineage.types import File
 
-Progress = Callable[[int, int, str], None]
-"""progress(files done, files in all, note)"""
-
-_THREADS = 8  # hashing lets go of the interpreter; more threads only make a disk seek
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something that is not what its digest says.
-
-    Attributes:
-        problem: "missing", "changed", "unreadable", or "added": in an agent's folder, but never registered. Of a
-            signature: "unsigned" though the workspace had keys, "forged", or by a "wrong key".
-        path: relative to the workspace, or "ledger".
-        owner: what it belongs to: "agent/3", "dataset main/v2", ….
-        expected: the SHA-256 it must have; empty where there is none.
-        found: the SHA-256 it has (for "unreadable" the system's reason); None where it is missing.
-    """
-
-    problem: Literal["missing", "changed", "unreadable", "added", "unsigned", "forged", "wrong key"]
-    path: str
-    owner: str
-    expected: str
-    found: str | None
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """What a verification found.
-
-    Attributes:
-        ref: what was asked for.
-        ok: nothing differs.
-        checked: how many digests were computed and compared, ledger entries included.
-        bytes: how much was read again from files.
-        entries: how long the ledger's chain is, as far as it holds.
-        head: the digest of the ledger's last entry, empty where the chain is broken. Whoever keeps it
-            elsewhere can tell later whether entries were cut off.
-        problems: what differs, sorted by path.
-        signatures: how many were verified: heads of the ledger, decisions, approvals and rejections.
-        unsigned: what was recorded before the workspace had keys.
-    """
-
-    ref: str
-    ok: bool
-    checked: int
-    bytes: int
-    entries: int
-    head: str
-    problems: tuple[Problem, ...]
-    signatures: int = 0
-    unsigned: tuple[str, ...] = ()
-
-    @property
-    def missing(self) -> tuple[Problem, ...]:
-        """The files that are not there."""
-        return tuple(problem for problem in self.problems if problem.problem == "missing")
-
-    @property
-    def changed(self) -> tuple[Problem, ...]:
-        """The files and entries whose bytes differ."""
-        return tuple(problem for problem in self.problems if problem.problem == "changed")
+__all__ = ["DigestCache", "Erased", "Problem", "Progress", "Unreachable", "VerifyReport", "verify"]
 
 
 def verify(
@@ -95,267 +40,219 @@ def verify(
     workspace: Workspace,
     ref: str,
     progress: Progress = lambda done, total, note: None,
+    *,
+    cache: DigestCache | None = None,
+    stores: Sequence[Store] = (),
 ) -> VerifyReport:
-    """Hash again the ledger's chain and every file behind `ref`, and compute again every digest over digests.
+    """Hash the ledger's chain and every file behind `ref`, and compute again every digest over digests.
+
+    Args:
+        cache: files that it knows by their stat are not read. None: every byte is read again; what acts on the result
+            (the gate, a promotion) must not trust a cache.
+        stores: what they hold is read there instead of in the workspace.
 
     Raises:
         NotFound, UsageError: `ref` names nothing, or several things; see `lineage`.
+        Corrupt: the ledger is gone, or no database any more. Unavailable: it cannot be read now.
     """
-    problems: list[Problem] = []
-    entries, head = 0, ""
+    require_ledger(ledger)
+    chain = inspect_chain(ledger)
+    problems, notes = list(chain.problems()), list(chain.notes)
+    if chain.past_reading:
+        notes.append(f"Nothing behind {ref} was looked at: the ledger is past reading.")
+        return _report(ref, chain, problems, notes=notes)
+    trusted = find_trust(ledger.without(chain.damaged), workspace)
+    problems += trusted.problems
+    notes += trusted.notes
+    heads, anew, believed = 0, None, ledger.without(chain.damaged)
+    if trusted.trust is not None:
+        heads, contradicted, found_wrong = verify_heads(ledger, workspace, trusted.trust)
+        problems += found_wrong
+        odd = [problem.seq for problem in contradicted if problem.problem == "changed"]
+        anew = written_anew(chain, signed_seqs(workspace.heads), odd)
+        believed = ledger.without(chain.damaged, anew)
+    doubted = bool(chain.faults) or anew is not None
+    if doubted:
+        notes.append(
+            "What cannot be believed in the ledger was not followed; verify again when it is restored."
+        )
     try:
-        entries, head = ledger.verify_chain(), ledger.head()
-    except Corrupt as error:
-        problems.append(Problem("changed", "ledger", str(error), "", None))
-    trust, adopted = _trust(ledger, workspace, problems)
-    signatures, heads = (
-        check_heads(ledger, workspace.heads, trust, kept_head(workspace)) if trust else (0, [])
-    )
-    problems += (Problem(h.problem, "ledger", h.says, h.expected, h.found) for h in heads)
-    if trust and not signatures:
-        problems.append(Problem("missing", workspace.relative(workspace.heads), "signed heads", "", None))
-    try:
-        found = lineage(ledger, workspace, ref)
-    except (ForebayError, ValueError):
+        found = lineage(
+            believed, workspace, ref, Index.derive(believed)
+        )  # no index that lies about is trusted
+    except Circle as error:
+        problems.append(Problem("cycle", "ledger", str(error), "", None))
+        notes.append(f"Nothing behind {ref} was looked at: the ledger leads in a circle.")
+        return _report(ref, chain, problems, signatures=heads, notes=notes)
+    except (ForebayError, ValueError, KeyError, TypeError):
         if not problems:
             raise
-        return VerifyReport(ref, False, 0, 0, entries, head, tuple(problems))  # the ledger is past reading
-    claims, checks = _claims(workspace, found)
-    for entry in ledger.entries("rollback.committed"):  # what deposed a champion without a person
-        if "evidence" in entry.payload:
-            owner = f"rollback to {entry.subject} (ledger entry {entry.seq})"
-            claims.setdefault(File(**entry.payload["evidence"]), owner)
-    looks = _looks(ledger)
-    for file, owner in looks.items():
-        claims.setdefault(file, owner)
-    size = 0
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        jobs = {pool.submit(_hash, workspace.root, file, owner): file for file, owner in claims.items()}
-        for done, job in enumerate(as_completed(jobs), start=1):
-            problem, length = job.result()
-            size += length
-            problems += [problem] if problem else []
-            progress(done, len(jobs), f"{size / 1e6:,.0f} MB read")
-    problems += _misjudged(workspace, looks)
-    problems += (check for check in checks if check.expected != check.found)
-    problems += (
-        Problem("missing", "ledger", f"the entry of {_owner(node)}", node.digest or "", None)
-        for node in found.nodes.values()
-        if not node.known
-    )
-    problems += _added(workspace, found)
-    signed, wrong, unsigned = _signed(ledger, workspace, found, trust, adopted)
+        notes.append(f"Nothing behind {ref} was looked at: the ledger does not lead there.")
+        return _report(ref, chain, problems, signatures=heads, notes=notes)
+    claims = gather(believed, workspace, found)
+    for store in stores:
+        problems += store.prepare(found)
+    readings = _read(workspace, claims, cache, stores, progress)
+    erasures = _erasures(ledger, believed)
+    wrong, unreachable, erased = _compare(claims, readings, erasures)
     problems += wrong
-    problems.sort(key=lambda problem: (problem.path, problem.owner, problem.problem))
+    problems += misjudged(workspace, claims.looks)
+    problems += (check for check in claims.checks if check.expected != check.found)
+    if not doubted:
+        problems += (
+            Problem("missing", "ledger", f"the entry of {owner_of(node)}", node.digest or "", None)
+            for node in found.nodes.values()
+            if not node.known
+        )
+    signed, wrong, unsigned = verify_signatures(believed, workspace, found, trusted)
+    problems += wrong
+    return _report(
+        ref,
+        chain,
+        problems,
+        checked=len(claims.files) + len(claims.trees) + len(claims.checks),
+        readings=readings.values(),
+        signatures=heads + signed,
+        unsigned=unsigned,
+        unreachable=unreachable,
+        erased=erased,
+        notes=notes,
+    )
+
+
+def require_ledger(ledger: Ledger) -> None:
+    """Make sure that there is a database to read: opening one that is gone would make an empty one.
+
+    Raises:
+        Corrupt: the file is gone, empty, cut off, or no SQLite database.
+    """
+    url = sa.make_url(ledger.url)
+    if url.get_backend_name() != "sqlite" or not url.database:
+        return
+    path = Path(url.database)
+    advice = "restore it from a backup; nothing was changed"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            start = stream.read(100)
+    except OSError as error:
+        raise Corrupt(f"The ledger {path} cannot be read ({error.strerror}); {advice}.") from None
+    if not start.startswith(b"SQLite format 3\0") or len(start) < 100:
+        what = "is empty" if not size else "is not a SQLite database"
+        raise Corrupt(f"The ledger {path} {what}; {advice}.")
+    page = int.from_bytes(start[16:18], "big")
+    if size < int.from_bytes(start[28:32], "big") * (65536 if page == 1 else page):
+        raise Corrupt(f"The ledger {path} is cut off after {size:,} bytes; {advice}.")
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            known = database.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'ledger'")
+            if known.fetchone() is None:
+                raise Corrupt(f"The database {path} holds no ledger; {advice}.")
+    except sqlite3.OperationalError:
+        return  # locked, or a crash to recover from: whoever reads it now waits, or recovers
+    except sqlite3.DatabaseError as error:
+        raise Corrupt(f"The ledger {path} is damaged ({error}); {advice}.") from None
+
+
+def _read(
+    workspace: Workspace,
+    claims: Claims,
+    cache: DigestCache | None,
+    stores: Sequence[Store],
+    progress: Progress,
+) -> dict[str, Reading]:
+    """Hash every file once: from the first store that holds it, else from the workspace."""
+    waiting = claims.paths()
+    readings: dict[str, Reading] = {}
+    total, done = len(waiting), 0
+    for store in stores:
+        here = [path for path in waiting if store.holds(path)]
+        waiting = [path for path in waiting if not store.holds(path)]
+        readings |= hash_streams(here, store.open, _shifted(progress, done, total))
+        done += len(here)
+    return readings | hash_files(workspace.root, waiting, cache, _shifted(progress, done, total))
+
+
+def _shifted(progress: Progress, done: int, total: int) -> Progress:
+    return lambda more, _, note: progress(done + more, total, note)
+
+
+def _erasures(ledger: Ledger, believed: Ledger) -> dict[File, Entry]:
+    """Return the files that the ledger says were erased, and the entry that says so.
+
+    Entries that are not believed count as well: the ledger is at fault then, not the file that is rightly gone.
+    """
+    try:
+        entries = ledger.entries("data.erased")
+    except Corrupt:
+        entries = believed.entries("data.erased")
+    return {File(file["path"], file["sha256"]): e for e in entries for file in e.payload["files"]}
+
+
+def _compare(
+    claims: Claims, readings: Mapping[str, Reading], erasures: Mapping[File, Entry]
+) -> tuple[list[Problem], list[Unreachable], list[Erased]]:
+    """Return what differs, what could not be looked at, and what is gone on purpose."""
+    problems, unreachable, erased = [], [], []
+    for file, owner in claims.files.items():
+        reading, entry = readings[file.path], erasures.get(file)
+        if reading.fault == "unreachable":
+            unreachable.append(Unreachable(file.path, owner, reading.reason))
+        elif reading.fault == "missing" and entry is not None:
+            erased.append(Erased(file.path, owner, file.sha256, entry.payload["reason"], entry.seq))
+        elif reading.fault is not None:
+            problems.append(Problem(reading.fault, file.path, owner, file.sha256, reading.reason or None))
+        elif reading.sha256 != file.sha256:
+            problems.append(Problem("changed", file.path, owner, file.sha256, reading.sha256))
+        elif entry is not None:
+            says = f"{owner}, erased by ledger entry {entry.seq}"
+            problems.append(Problem("erased but present", file.path, says, file.sha256, reading.sha256))
+    problems += (
+        Problem("added", path, owner, "", readings[path].sha256) for path, owner in claims.added.items()
+    )
+    problems += _wrong_trees(claims.trees, readings)
+    return problems, unreachable, erased
+
+
+def _wrong_trees(trees: Iterable[Tree], readings: Mapping[str, Reading]) -> Iterator[Problem]:
+    for tree in trees:
+        files = {path.removeprefix(f"{tree.path}/"): readings[path].sha256 or "" for path in tree.files}
+        if not files:
+            yield Problem("missing", tree.path, tree.owner, tree.sha256, None)
+        elif (digest := digest_files(files)) != tree.sha256:
+            yield Problem("changed", tree.path, tree.owner, tree.sha256, digest)
+
+
+def _report(
+    ref: str,
+    chain: Chain,
+    problems: Iterable[Problem],
+    *,
+    checked: int = 0,
+    readings: Iterable[Reading] = (),
+    signatures: int = 0,
+    unsigned: Iterable[str] = (),
+    unreachable: Iterable[Unreachable] = (),
+    erased: Iterable[Erased] = (),
+    notes: Iterable[str] = (),
+) -> VerifyReport:
+    found = tuple(sorted(set(problems), key=lambda p: (p.path, p.owner, p.problem)))
+    away = tuple(sorted(unreachable, key=lambda u: (u.path, u.owner)))
+    looked = list(readings)
+    cached = sum(reading.cached for reading in looked)
     return VerifyReport(
         ref=ref,
-        ok=not problems,
-        checked=entries + len(claims) + len(checks),
-        bytes=size,
-        entries=entries,
-        head=head,
-        problems=tuple(problems),
-        signatures=signatures + signed,
+        ok=not found and not away,
+        checked=chain.entries + checked,
+        bytes=sum(reading.bytes for reading in looked),
+        entries=chain.entries,
+        head=chain.head,
+        problems=found,
+        signatures=signatures,
         unsigned=tuple(unsigned),
+        unreachable=away,
+        erased=tuple(sorted(erased, key=lambda e: e.path)),
+        notes=tuple(notes),
+        read=sum(reading.sha256 is not None for reading in looked) - cached,
+        cached=cached,
     )
-
-
-def _trust(ledger: Ledger, workspace: Workspace, problems: list[Problem]) -> tuple[Trust | None, int | None]:
-    """Return the trusted keys and the entry with which the workspace adopted keys, None where it has none."""
-    try:
-        first = next(iter(ledger.entries("key.trusted")), None)
-        adopted = None if first is None else first.seq
-    except ValueError:  # a row that is past reading; the chain has named it
-        adopted = 0
-    if not workspace.trust.exists():
-        if adopted is not None:
-            problems.append(Problem("missing", workspace.trust.name, "the trusted keys", "", None))
-        return None, adopted
-    try:
-        return read_trust(workspace.trust), adopted
-    except UsageError as error:
-        problems.append(Problem("unreadable", workspace.trust.name, "the trusted keys", "", str(error)))
-        return None, adopted
-
-
-def _signed(
-    ledger: Ledger, workspace: Workspace, found: Lineage, trust: Trust | None, adopted: int | None
-) -> tuple[int, list[Problem], list[str]]:
-    """Check the signatures of the decisions in `found` and of the answers to them."""
-    wanted = {key for kind, key in found.nodes if kind == "decision"}
-    entries = {e.payload["decision"]: e for e in ledger.entries("decision.made")}  # the newest of each
-    answers = [*ledger.entries("approval.granted"), *ledger.entries("approval.rejected")]
-    behind = [entries[key] for key in sorted(wanted & entries.keys())]
-    behind += [entry for entry in answers if entry.payload["decision"] in wanted]
-    good, problems, unsigned = 0, [], []
-    for entry in sorted(behind, key=lambda e: e.seq):
-        owner = f"{entry.kind.replace('.', ' ')} of {entry.subject} (ledger entry {entry.seq})"
-        path = entry.payload["record"]["path"] if entry.kind == "decision.made" else "ledger"
-        if adopted is None or (entry.seq < adopted and "signature" not in entry.payload):
-            unsigned.append(owner)
-        elif trust is None:
-            continue  # named already: without keys.yaml nothing can be told
-        elif (problem := _check_signature(workspace, entry, trust, path, owner)) is not None:
-            problems.append(problem)
-        else:
-            good += 1
-    return good, problems, unsigned
-
-
-def _check_signature(
-    workspace: Workspace, entry: Entry, trust: Trust, path: str, owner: str
-) -> Problem | None:
-    try:
-        if entry.kind == "decision.made":
-            envelope = read_signature(workspace.root, entry)
-            check_decision(entry, envelope, trust, at=entry.seq)
-        else:
-            check_answer(entry, trust, at=entry.seq)
-    except (NotFound, Changed):
-        return None  # hashing the file has named it
-    except Unsigned:
-        return Problem("unsigned", path, owner, "", None)
-    except Corrupt as error:
-        return Problem("forged", path, f"{owner}: {error}", "", None)
-    except ForebayError as error:
-        return Problem("wrong key", path, f"{owner}: {error}", "", None)
-    return None
-
-
-def _claims(workspace: Workspace, found: Lineage) -> tuple[dict[File, str], list[Problem]]:
-    """Return each file to hash and what it belongs to, and digests over digests (problems if they differ)."""
-    holder = {edge.target: found.nodes[edge.source] for edge in found.edges if edge.relation == "holds"}
-    claims: dict[File, str] = {}
-    checks: list[Problem] = []
-    for ref, node in found.nodes.items():
-        for file in node.files:
-            claims.setdefault(file, _owner(holder.get(ref, node)))
-    for node in found.nodes.values():
-        inside = _INSIDE[node.kind](workspace, node) if node.known and node.kind in _INSIDE else ()
-        for item in inside:
-            if isinstance(item, File):
-                claims.setdefault(item, _owner(node))
-            else:
-                checks.append(item)
-    return claims, checks
-
-
-def _folder(workspace: Workspace, node: Node) -> Iterator[Problem]:
-    """The digest of an agent or a checkpoint follows from the digests of its files."""
-    folder = node.facts["path"]
-    inside = (
-        file for file in node.files if file.path.startswith(f"{folder}/")
-    )  # a run has fresh shards beside it
-    files = {file.path.removeprefix(f"{folder}/"): file.sha256 for file in inside}
-    expected = node.facts["digest"] if node.kind == "run" else node.digest
-    yield Problem("changed", folder, _owner(node), expected or "", digest_files(files))
-
-
-def _manifest(workspace: Workspace, node: Node) -> Iterator[File | Problem]:
-    """The root of a dataset version follows from the shards that its manifest lists; they are its files."""
-    data = _intact(workspace, node.files[0])
-    if data is None:
-        return
-    manifest = Manifest.from_dict(json.loads(data))
-    yield Problem(
-        "changed",
-        node.files[0].path,
-        f"root of {_owner(node)}",
-        node.digest or "",
-        dataset_root(manifest.shards),
-    )
-    for shard in manifest.shards:
-        yield File(shard.path, shard.sha256)
-
-
-def _reward_model(workspace: Workspace, node: Node) -> Iterator[Problem]:
-    """The digest of a reward model follows from the files in its folder."""
-    folder = node.facts.get("path")
-    if folder is None:
-        return
-    found = digest_files(digest_tree(workspace.root / folder)) if (workspace.root / folder).is_dir() else None
-    problem: Literal["missing", "changed"] = "changed" if found else "missing"
-    yield Problem(problem, folder, _owner(node), node.digest or "", found)
-
-
-def _record(workspace: Workspace, node: Node) -> Iterator[File | Problem]:
-    """A decision record holds the whole policy, and names the evidence files it rests on."""
-    data = _intact(workspace, node.files[0])
-    if data is None:
-        return
-    record = json.loads(data)
-    policy = digest_json(record["policy"])
-    yield Problem("changed", node.files[0].path, f"policy of {_owner(node)}", record["policy_digest"], policy)
-    for file in record["inputs"].values():
-        if isinstance(file, dict) and "path" in file:  # the others are findings and budgets
-            yield File(workspace.relative(workspace.evidence / file["path"]), file["sha256"])
-
-
-_INSIDE: dict[Kind, Callable[[Workspace, Node], Iterable[File | Problem]]] = {
-    "agent": _folder,
-    "run": _folder,
-    "dataset": _manifest,
-    "decision": _record,
-    "reward": _reward_model,
-    "source": _folder,
-}
-
-
-def _intact(workspace: Workspace, file: File) -> bytes | None:
-    """Return the bytes of `file`, or None where they are not what they must be (hashing it reports that)."""
-    try:
-        data = (workspace.root / file.path).read_bytes()
-    except OSError:
-        return None
-    return data if sha256_bytes(data) == file.sha256 else None
-
-
-def _hash(root: Path, file: File, owner: str) -> tuple[Problem | None, int]:
-    """Return the problem with `file`, if there is one, and how many bytes were read."""
-    path = root / file.path
-    try:
-        digest, length = sha256_file(path), path.stat().st_size
-    except FileNotFoundError:
-        return Problem("missing", file.path, owner, file.sha256, None), 0
-    except OSError as error:
-        return Problem("unreadable", file.path, owner, file.sha256, error.strerror), 0
-    return (
-        None if digest == file.sha256 else Problem("changed", file.path, owner, file.sha256, digest)
-    ), length
-
-
-def _looks(ledger: Ledger) -> dict[File, str]:
-    """Return the records of all canaries' looks: what they say keeps a champion in office, or deposed it."""
-    entries = [*ledger.entries("canary.looked"), *ledger.entries("canary.ended")]
-    return {
-        File(**e.payload["record"]): f"canary of {e.subject} (ledger entry {e.seq})"
-        for e in reversed(entries)
-    }
-
-
-def _misjudged(workspace: Workspace, looks: dict[File, str]) -> Iterator[Problem]:
-    """Every intact record of a look is judged again: its groups must lead to what it says."""
-    canaries = Recomputer()
-    for file, owner in reversed(looks.items()):  # from the first look on
-        if _intact(workspace, file) is None:
-            continue  # hashing the file has named it
-        try:
-            canaries.check(workspace.root / file.path, file.sha256)
-        except (Corrupt, ValueError, KeyError, TypeError):
-            yield Problem("changed", file.path, f"result of the {owner}", file.sha256, None)
-
-
-def _added(workspace: Workspace, found: Lineage) -> Iterator[Problem]:
-    """A file that appears in an agent's folder can change the agent: libraries load what they find there."""
-    for node in found.nodes.values():
-        if node.kind not in ("agent", "source") or not node.known:
-            continue
-        registered = {file.path for file in node.files}
-        for path in sorted((workspace.root / node.facts["path"]).rglob("*")):
-            name = path.relative_to(workspace.root).as_posix()
-            if path.is_file() and name not in registered:
-                yield Problem("added", name, _owner(node), "", sha256_file(path))
-
-
-def _owner(node: Node) -> str:
-    return node.name if node.kind in ("agent", "source") else f"{node.kind} {node.name}"

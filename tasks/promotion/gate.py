@@ -30,7 +30,7 @@ from tasks.promotion.evidence.training import divergence_evidence, resources_evi
 from tasks.promotion.policy import Policy
 from tasks.reward.checks import judge_report, reasons
 
-SCHEMA = "forebay.decision/3"
+SCHEMA = "forebay.decision/4"
 _FILES = ("outcomes", "reward", "serving", "replay_value", "proxy", "run")
 
 
@@ -58,6 +58,7 @@ class Inputs:
     run: FileRef | None = None
     spent: Spent = field(default_factory=Spent)
     reward_expired: str = ""  # why the reward model's verdict holds no more; the gate has no clock of its own
+    lineage: Finding | None = None  # whether the candidate learnt from what is revoked
 
     def question(self, policy: Policy) -> str:
         """Return the digest of all evidence and the policy, whatever was spent before."""
@@ -142,6 +143,7 @@ def decide(evidence: Path, inputs: Inputs, policy: Policy) -> Decision:
     items = [
         _finding("integrity", inputs.integrity, policy.integrity.required),
         _finding("data", inputs.data, policy.data.required),
+        *lineage_evidence(inputs.lineage, policy),
         reward_evidence(reward, inputs.reward, policy, inputs.reward_expired),
         *budgets,
         quality_evidence(outcomes, inputs.outcomes, policy),
@@ -198,7 +200,7 @@ def reward_evidence(
     if verdict == "PASS":
         said = (accuracy.says, f"All {len(counted)} checks pass.")
     if expired:
-        verdict, said = "FAIL", (f"The verdict has expired: {expired}.", *said)
+        verdict, said = "FAIL", (f"The verdict no longer holds: {expired}.", *said)
     return Evidence(
         "reward model",
         verdict,
@@ -213,6 +215,11 @@ def reward_evidence(
         accuracy.limit,
         "share",
     )
+
+
+def lineage_evidence(finding: Finding | None, policy: Policy) -> list[Evidence]:
+    """Weigh whether the candidate learnt from revoked data; nothing where nobody looked: promotion looks again."""
+    return [] if finding is None else [_finding("lineage", finding, policy.revocation.block_promotion)]
 
 
 class Recorded(Protocol):
@@ -258,6 +265,7 @@ def read_decision(path: Path) -> Decision:
         Inputs(
             data=_read_finding(inputs["data"]),
             integrity=_read_finding(inputs["integrity"]),
+            lineage=_read_finding(inputs["lineage"]),
             spent=Spent(**inputs["spent"]),
             reward_expired=inputs["reward_expired"],
             **{name: inputs[name] and FileRef(**inputs[name]) for name in _FILES},

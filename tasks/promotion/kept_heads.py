@@ -36,3 +36,8 @@ def kept_head(workspace: Workspace) -> Kept | None:
         return None
     data = git_pointer.read(workspace.root, git_pointer.HEADS, known[-1])
     return Kept(Path(known[-1]).name, data, "git's branch forebay/heads")
+
+
+def kept_names(workspace: Workspace) -> set[str]:
+    """Return the names of the signed heads that git has."""
+    return {Path(name).name for name in git_pointer.names(workspace.root, git_pointer.HEADS)}

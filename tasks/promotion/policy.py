@@ -293,6 +293,14 @@ class Registry(Section):
     )
 
 
+class Revocation(Section):
+    """What becomes of agents that learnt from data which was revoked later."""
+
+    block_promotion: bool = Field(
+        default=True, description="a candidate that learnt from revoked data, itself or through others, fails"
+    )
+
+
 class Policy(Section):
     """A whole policy file; every field has a default. `digest()` identifies it by content."""
 
@@ -314,6 +322,7 @@ class Policy(Section):
     integrity: Check = Check()
     canary: Canary = Canary()
     registry: Registry = Registry()
+    revocation: Revocation = Revocation()
     approval: Literal["none", "required"] = "none"
 
 

@@ -27,6 +27,7 @@ Office = Literal["agent", "reward"]
 OFFICES: tuple[Office, ...] = ("agent", "reward")
 _CHANGES = ("promotion", "rollback")
 _WORDS: Mapping[Answer, str] = {"approval": "approval.granted", "rejection": "approval.rejected"}
+_REVOCATIONS = ("data.revoked", "data.reinstated")
 _NOBODY = (0, "")  # version and digest of the champion in a decision about a vacant office
 _ATTEMPTS = 20  # of aligning the aliases while others keep changing the ledger
 
@@ -191,6 +192,7 @@ def promote(
     expected_champion: int | None,
     by: str,
     reason: str = "",
+    revision: int | None = None,
 ) -> Entry:
     """Make `version` champion in place of `expected_champion`; return the committed entry.
 
@@ -200,10 +202,12 @@ def promote(
         trust: the keys that may sign, as of now.
         expected_champion: whom the decision compared it with; None: the office was vacant.
         by: who asks, as the caller knows them.
+        revision: the newest revocation or reinstatement of data (its ledger entry, 0 for none) as the caller knew it when
+            looking whether the agent learnt from revoked data; None: nobody looked.
 
     Raises:
-        Conflict: the champion is another one by now (it is named), a change is under way, or the decision was
-        used. Refused: the decision did not pass, is about other agents, is not signed by a trusted service key,
+        Conflict: the champion is another one by now (it is named), a change is under way, data was revoked since
+        `revision`, or the decision was used. Refused: the decision did not pass, is about other agents, is not signed by a trusted service key,
         was rejected, or lacks the approval its policy requires. Corrupt: its signature is not of this decision.
         NotFound: the decision or the version does not exist. Unavailable: the registry cannot be reached;
         `reconcile` finishes what has begun.
@@ -229,6 +233,12 @@ def promote(
             raise Conflict(
                 f"{office}/{version} was compared with {over}, but {why}; "
                 "evaluate it against the champion again."
+            )
+        moved = [e for kind in _REVOCATIONS if (e := view.last(kind)) and e.seq > (revision or 0)]
+        if revision is not None and moved:
+            raise Conflict(
+                f"{moved[0].payload['what']} was revoked or reinstated meanwhile (ledger entry {moved[0].seq}); promote again: "
+                f"it is looked at whether {office}/{version} learnt from it."
             )
         used = [e for e in view.entries("promotion.intent") if e.payload["decision"] == decision]
         if used:
@@ -267,11 +277,13 @@ def rollback(
     by: str,
     to: int | None = None,
     evidence: Mapping[str, str] | None = None,
+    flag: str = "",
 ) -> Entry:
     """Put an earlier champion back in office (by default the predecessor); return the committed entry.
 
     Args:
         evidence: the file {path, sha256} that led to it, where it was not a person.
+        flag: how who comes back learnt from revoked data, where it did; kept in the entry.
 
     Raises:
         Conflict: the champion is not `expected_champion`, or a change is under way.
@@ -305,6 +317,8 @@ def rollback(
     }
     if evidence is not None:
         payload["evidence"] = dict(evidence)
+    if flag:
+        payload["flag"] = flag
     return change(ledger, registry, "rollback", target, payload, check)
 
 

@@ -24,7 +24,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 DIGEST_TAG = "forebay.digest"
 KEY_TAG = "forebay.key"
 _DECISIONS = "decision"  # folder of a run's artifacts
-_OURS = "Gate:"  # how a description that Forebay wrote begins
+_AUDITS = "audit"
+_GATE, _AUDIT = "Gate:", "Audit:"
+_OURS = (_GATE, _AUDIT)  # how the paragraphs of a description begin that Forebay wrote
 _MODELS = "models:/"
 _MODEL_ID = re.compile(r"m-[0-9a-f]+")
 _FLUSH_SECONDS = 5.0
@@ -299,12 +301,48 @@ class Registry:
         from mlflow.exceptions import MlflowException
 
         try:
-            source = self._client.get_model_version(self.office, str(version)).source or ""
-            if source.startswith(_MODELS):
-                source = self._client.get_logged_model(source.removeprefix(_MODELS)).artifact_location
+            source = self._place(version)
         except MlflowException:
             return None
         return self._held_digest(source)
+
+    def open_file(self, version: int, name: str) -> BinaryIO:
+        """Open a file of a version as MLflow's artifact store has it; what a server keeps is downloaded for it.
+
+        Args:
+            name: relative to the folder of the agent.
+
+        Raises:
+            FileNotFoundError: MLflow has no such version, or the version no such file.
+            Unavailable: MLflow or its artifact store does not answer.
+        """
+        from mlflow.artifacts import download_artifacts
+        from mlflow.exceptions import MlflowException
+
+        self._require_store()
+        try:
+            source = self._place(version)
+            place = urlsplit(source)
+            if place.scheme in ("", "file"):
+                folder = Path(url2pathname(place.path))
+                if not folder.exists() and not self._artifacts.exists():
+                    raise Unavailable(f"MLflow's artifact store {self._artifacts} is not there.")
+                return (folder / "model" / name).open("rb")
+            with TemporaryDirectory() as aside:  # an open file outlives its name
+                got = download_artifacts(
+                    artifact_uri=f"{source}/model/{name}", dst_path=aside, tracking_uri=self.uri
+                )
+                return Path(got).open("rb")
+        except FileNotFoundError:
+            raise
+        except (MlflowException, OSError) as error:
+            absent = getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST"
+            if absent or self._lacks(version, name):
+                raise FileNotFoundError(name) from error
+            says = " ".join(str(error).split())
+            raise Unavailable(
+                f"MLflow at {self.uri} could not give {self.office}/{version}: {says}"
+            ) from error
 
     def trace(self) -> dict[str, str]:
         """Return what MLflow knows of the last change of the registered model: when, and sometimes who."""
@@ -334,30 +372,65 @@ class Registry:
         found = self.find(digest)
         if found is None:
             return None
-        if found.run_id is not None:
-            with TemporaryDirectory() as folder:
-                named = Path(folder) / f"{decision}.html"
-                shutil.copyfile(page, named)
-                self._client.log_artifact(found.run_id, str(named), _DECISIONS)
-        route = self.decision_route(digest, decision)
+        route = self._keep_page(found, page, f"{_DECISIONS}/{decision}.html")
         self.tag(found.version, {"forebay.verdict": verdict, "forebay.decision": decision})
-        link = f" [The decision]({route})" if route else ""
-        written = self._client.get_model_version(self.office, str(found.version)).description
-        if not written or written.startswith(_OURS):
-            text = f"{_OURS} **{verdict}**. {says}{link}"
-            self._client.update_model_version(self.office, str(found.version), text)
+        self._describe(found.version, _GATE, f"**{verdict}**. {says}", "The decision", route)
         return route
 
     def decision_route(self, digest: str, decision: str) -> str | None:
         """Return the route of a kept page in MLflow's UI, None where nothing is kept."""
         found = self.find(digest)
-        if found is None or found.run_id is None:
+        return None if found is None else self._route(found, f"{_DECISIONS}/{decision}.html")
+
+    def show_audit(self, digest: str, page: Path, *, time: str, verdict: str, says: str) -> str | None:
+        """Keep the page of an audit with the run that made a version, and say its result at the version; safe to repeat.
+
+        A newer page of the same name takes the place of the one before. A description that somebody wrote stays.
+
+        Returns:
+            As `show_decision`; the page's name in MLflow is audit/<name of the file>.
+        """
+        found = self.find(digest)
+        if found is None:
             return None
-        name = f"{_DECISIONS}/{decision}.html"
-        if all(file.path != name for file in self._client.list_artifacts(found.run_id, _DECISIONS)):
+        route = self._keep_page(found, page, f"{_AUDITS}/{page.name}")
+        self.tag(
+            found.version,
+            {"forebay.audit": f"{verdict} {time}", **({"forebay.audit.page": route} if route else {})},
+        )
+        self._describe(found.version, _AUDIT, f"**{verdict}**, {time}. {says}", "The audit", route)
+        return route
+
+    def _keep_page(self, found: Registered, page: Path, name: str) -> str | None:
+        """Copy a page to `name` among the artifacts of a version's run; return its route, None where there is no run."""
+        if found.run_id is None:
+            return None
+        folder, _, file = name.rpartition("/")
+        with TemporaryDirectory() as place:
+            named = Path(place) / file
+            shutil.copyfile(page, named)
+            self._client.log_artifact(found.run_id, str(named), folder)
+        return self._route(found, name)
+
+    def _route(self, found: Registered, name: str) -> str | None:
+        """Return the route of an artifact of a version's run in MLflow's UI, None where it is not there."""
+        if found.run_id is None:
+            return None
+        kept = self._client.list_artifacts(found.run_id, name.rpartition("/")[0])
+        if all(file.path != name for file in kept):
             return None
         experiment = self._client.get_run(found.run_id).info.experiment_id
         return f"#/experiments/{experiment}/runs/{found.run_id}/artifacts/{name}"
+
+    def _describe(self, version: int, opening: str, says: str, link: str, route: str | None) -> None:
+        """Write one paragraph of a version's description; our others stay, and so does all that somebody else wrote."""
+        written = self._client.get_model_version(self.office, str(version)).description or ""
+        if written and not written.startswith(_OURS):
+            return
+        ours = {part.partition(" ")[0]: part for part in written.split("\n\n") if part}
+        ours[opening] = f"{opening} {says}" + (f" [{link}]({route})" if route else "")
+        text = "\n\n".join(ours[name] for name in _OURS if name in ours)
+        self._client.update_model_version(self.office, str(version), text)
 
     def digest(self, version: int) -> str | None:
         """Return the digest of a version's files, None where there is no such version."""
@@ -406,11 +479,40 @@ class Registry:
     @cached_property
     def _client(self) -> MlflowClient:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         if not self._is_database:
             _answering(self.uri)
         from mlflow import MlflowClient
 
         return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+
+    def _place(self, version: int) -> str:
+        """Return where the files of a version are, as MLflow has it."""
+        source: str = self._client.get_model_version(self.office, str(version)).source or ""
+        if source.startswith(_MODELS):
+            source = self._client.get_logged_model(source.removeprefix(_MODELS)).artifact_location
+        return source
+
+    def _lacks(self, version: int, name: str) -> bool:
+        """Tell whether the artifact store answers, and has no such file: a failed download does not say why."""
+        from mlflow.artifacts import list_artifacts
+        from mlflow.exceptions import MlflowException
+
+        path = f"model/{name}"
+        try:
+            folder = f"{self._place(version)}/{path.rpartition('/')[0]}"
+            found = list_artifacts(artifact_uri=folder, tracking_uri=self.uri)
+        except (MlflowException, OSError):
+            return False
+        return all(Path(item.path).name != Path(name).name for item in found)
+
+    def _require_store(self) -> None:
+        """Refuse at once where the store is gone: MLflow would make an empty one, or try a server for minutes."""
+        if not self._is_database:
+            _answering(self.uri)
+        path = self.uri.removeprefix("sqlite:///")
+        if path != self.uri and not Path(path).exists():
+            raise Unavailable(f"MLflow's store {path} is not there; `forebay reconcile` makes it again.")
 
     @property
     def _is_database(self) -> bool:

@@ -7,6 +7,7 @@ workspace.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -14,11 +15,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import yaml
 
-from tasks.core.errors import Unavailable, UsageError
+from tasks.core.errors import Corrupt, Unavailable, UsageError
 from tasks.core.locks import file_lock
 from tasks.core.workspace import STATE, Workspace
 
@@ -37,6 +38,63 @@ class Pointer:
     path: str
     md5: str
     remote: str
+
+
+class Remote:
+    """Reads single objects of the remote, and brings none of them into the cache or the workspace.
+
+    Args:
+        url: how people know it.
+        objects: DVC's object store there.
+    """
+
+    def __init__(self, url: str, objects: Any) -> None:
+        self.url = url
+        self._objects = objects
+
+    def listing(self, md5: str) -> dict[str, str]:
+        """Return {path in the folder: MD5} of a version of a tracked folder; `md5` is its pointer's.
+
+        Raises:
+            FileNotFoundError: the remote does not hold the listing. Corrupt: it is not the one that was pushed.
+            Unavailable: the remote cannot be reached.
+        """
+        with self.open(md5) as stream:
+            data = stream.read()
+        if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5.removesuffix(".dir"):
+            raise Corrupt(f"The listing {md5} in the remote {self.url} was changed.")
+        try:
+            return {str(item["relpath"]): str(item["md5"]) for item in json.loads(data)}
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise Corrupt(f"The listing {md5} in the remote {self.url} is not one that DVC writes.") from None
+
+    def open(self, md5: str) -> BinaryIO:
+        """Open an object by its MD5.
+
+        Raises:
+            FileNotFoundError: the remote does not hold it. Unavailable: the remote cannot be reached.
+        """
+        store = self._objects
+        try:
+            stream: BinaryIO = store.fs.open(store.oid_to_path(md5), "rb")
+            return stream
+        except FileNotFoundError:
+            if not store.fs.exists(store.path):
+                raise Unavailable(f"The DVC remote {self.url} is not there.") from None
+            raise
+        except Exception as error:  # each kind of store has exceptions of its own
+            says = " ".join(str(error).split()) or type(error).__name__
+            raise Unavailable(f"The DVC remote {self.url} cannot be read: {says}") from error
+
+
+def remote(workspace: Workspace) -> Remote:
+    """Return the workspace's remote, to read from.
+
+    Raises:
+        Unavailable: DVC cannot tell which that is.
+    """
+    with _repo(workspace, "find the remote") as repo:
+        return Remote(str(repo.config["remote"][_REMOTE]["url"]), repo.cloud.get_remote_odb(_REMOTE))
 
 
 def init(workspace: Workspace, remote: str | None = None) -> None:
@@ -74,6 +132,40 @@ def add(workspace: Workspace, folder: Path, files: Sequence[Path]) -> Pointer:
         repo.add([str(path) for path in files] if _pointer_file(folder).exists() else [str(folder)])
         out = yaml.safe_load(_pointer_file(folder).read_text())["outs"][0]
         return Pointer(workspace.relative(folder), out["md5"], str(repo.config["remote"][_REMOTE]["url"]))
+
+
+def track_anew(workspace: Workspace, folder: Path) -> Pointer:
+    """Make the pointer of `folder` say what is in it now, files that are gone included; return it.
+
+    Raises:
+        Unavailable: DVC failed; what it said is quoted.
+    """
+    with _repo(workspace, "track the folder anew") as repo:
+        repo.add([str(folder)])
+        out = yaml.safe_load(_pointer_file(folder).read_text())["outs"][0]
+        return Pointer(workspace.relative(folder), out["md5"], str(repo.config["remote"][_REMOTE]["url"]))
+
+
+def locator(path: Path) -> str:
+    """Return by which name DVC's cache and remote know the bytes of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "md5").hexdigest()
+
+
+def erase(workspace: Workspace, locators: Sequence[str]) -> int:
+    """Delete bytes from cache and remote for good; return how many copies there were. Harmless where there is none.
+
+    Raises:
+        Unavailable: the remote cannot be reached or does not allow it; run again.
+    """
+    gone = 0
+    with _repo(workspace, "erase from cache and remote") as repo:
+        for store in (repo.cache.local, repo.cloud.get_remote_odb(_REMOTE)):
+            for name in locators:
+                if store.exists(name):
+                    store.delete(name)
+                    gone += 1
+    return gone
 
 
 def push(workspace: Workspace, folder: Path) -> None:

@@ -71,8 +71,18 @@ def names(root: Path, branch: str) -> list[str]:
 
 
 def read(root: Path, branch: str, name: str) -> bytes:
-    """Return the bytes of a file of a branch, as text in UTF-8."""
-    return _git(root, "cat-file", "blob", f"{branch}:{name}", strip=False).encode()
+    """Return the bytes of a file of a branch."""
+    done = subprocess.run(
+        ["git", "-C", str(root), "cat-file", "blob", f"{branch}:{name}"],
+        env=_inherited(),
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise Unavailable(
+            f"`git cat-file` failed in {root}: {done.stderr.decode(errors='replace').strip() or 'no reason given'}"
+        )
+    return done.stdout
 
 
 def set_aside(root: Path, branch: str) -> str | None:
@@ -137,24 +147,26 @@ def _git(
     *words: str,
     stdin: str | None = None,
     env: Mapping[str, str] | None = None,
-    strip: bool = True,
 ) -> str:
     done = _run(root, *words, stdin=stdin, env=env)
     if done.returncode != 0:
         raise Unavailable(f"`git {words[0]}` failed in {root}: {done.stderr.strip() or 'no reason given'}")
-    return done.stdout.strip() if strip else done.stdout
+    return done.stdout.strip()
 
 
 def _run(
     root: Path, *words: str, stdin: str | None = None, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    # GIT_DIR and the like are set inside a user's hook; they would lead to another repository or index.
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     return subprocess.run(
         ["git", "-C", str(root), "-c", "core.fsync=committed,loose-object", *words],
         input=stdin,
-        env={**inherited, **(env or {})},
+        env={**_inherited(), **(env or {})},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def _inherited() -> dict[str, str]:
+    # GIT_DIR and the like are set inside a user's hook; they would lead to another repository or index.
+    return {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}

@@ -83,6 +83,35 @@ class Manifest:
         )
 
     @classmethod
+    def rewrite(
+        cls,
+        parent: Manifest,
+        replaced: Mapping[str, Shard | None],
+        behaviour: Iterable[Behaviour],
+    ) -> Self:
+        """Return the version after `parent` in which shards have been replaced (by SHA-256; None: by nothing).
+
+        Args:
+            behaviour: the policies that the rows which are left were sampled from.
+        """
+        kept = (replaced.get(shard.sha256, shard) for shard in parent.shards)
+        shards = tuple(shard for shard in kept if shard is not None)
+        return cls(
+            schema_version=SCHEMA_VERSION,
+            name=parent.name,
+            version=parent.version + 1,
+            root=dataset_root(shards),
+            parent=parent.root,
+            shards=shards,
+            rows=sum(shard.rows for shard in shards),
+            groups=sum(shard.groups for shard in shards),
+            total_bytes=sum(shard.bytes for shard in shards),
+            new_rows=0,
+            behaviour=tuple(sorted(set(behaviour))),
+            created_at=parent.created_at,
+        )
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build a manifest from the values of a manifest file or ledger payload; other keys are ignored."""
         known = {name: values[name] for name in cls.__dataclass_fields__}

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tasks.core.digest import sha256_bytes, write_atomic
@@ -72,7 +73,7 @@ def seal(workspace: Workspace, ledger: Ledger, settings: Replay) -> SealedDatase
         Conflict: another machine sealed the same version.
     """
     name = settings.dataset
-    with _locked(workspace, name):
+    with locked(workspace, name):
         parent = newest(ledger, name)
         sealed = _finish(workspace, ledger, settings, parent)
         parent = sealed or parent
@@ -121,12 +122,62 @@ def find(ledger: Ledger, reference: str) -> SealedDataset:
     raise NotFound(f"There is no sealed dataset {reference}; the newest are: {known}.")
 
 
+def manifest_path(workspace: Workspace, name: str, version: int) -> Path:
+    """Return where the manifest of version `version` of dataset `name` lies."""
+    return workspace.replay / name / "manifests" / f"v{version:05d}.json"
+
+
 def known_groups(workspace: Workspace, ledger: Ledger, name: str) -> set[str]:
     """Return the ids of all groups that are on disk, sealed or waiting: a resumed collection skips them."""
     parent = newest(ledger, name)
     if parent is not None:
         index.catch_up(workspace, parent.manifest)
     return segments.waiting_groups(workspace, name) | index.sealed_groups(workspace, name)
+
+
+def seal_rewritten(
+    workspace: Workspace, ledger: Ledger, name: str, replaced: Mapping[str, Shard | None], erasing: int
+) -> SealedDataset:
+    """Seal the newest version of a dataset anew with shards replaced, old ones gone; the lock of the dataset is held.
+
+    The files of the replaced shards are removed from the workspace, so that DVC's pointer does not name them any more. Called
+    again after a crash it finds the version that it had sealed.
+
+    Args:
+        replaced: {SHA-256 of a shard: what takes its place, None for nothing}.
+        erasing: ledger entry of the intent to erase; the new version names it.
+    """
+    done = [
+        e for e in ledger.entries(SEALED) if e.payload.get("erasing") == erasing and e.payload["name"] == name
+    ]
+    if done:
+        return SealedDataset.from_payload(done[-1].payload)
+    parent = newest(ledger, name)
+    assert parent is not None  # a shard of it is to be replaced
+    gone = [shard for shard in parent.manifest.shards if shard.sha256 in replaced]
+    left = [replaced.get(shard.sha256, shard) for shard in parent.manifest.shards]
+    behaviour = shards.behaviours(workspace, [shard for shard in left if shard is not None])
+    manifest = Manifest.rewrite(parent.manifest, replaced, behaviour)
+    for shard in gone:
+        (workspace.root / shard.path).unlink(missing_ok=True)
+    write_atomic(_manifest_path(workspace, manifest), manifest.to_bytes())
+    folder = shards.folder_of(workspace, name)
+    pointer = dvc_store.track_anew(workspace, folder)
+    dvc_store.push(workspace, folder)
+    commit = _commit(
+        workspace,
+        manifest,
+        f"Seal {manifest.subject}: {len(gone)} shards replaced, data was erased on purpose",
+    )
+    place = workspace.relative(_manifest_path(workspace, manifest))
+    sealed = SealedDataset(manifest, place, sha256_bytes(manifest.to_bytes()), commit)
+    replaces = [
+        {"path": shard.path, "sha256": shard.sha256, "by": (new := replaced[shard.sha256]) and asdict(new)}
+        for shard in gone
+    ]
+    # No row is new: what is left was counted when it was sealed first.
+    _record(ledger, sealed, pointer, (), {"erasing": erasing, "replaces": replaces})
+    return sealed
 
 
 def restore(workspace: Workspace, manifest: Manifest) -> None:
@@ -138,14 +189,15 @@ def restore(workspace: Workspace, manifest: Manifest) -> None:
         Unavailable: the remote cannot be reached or does not hold them.
         Corrupt: what came back is not what was sealed.
     """
-    with _locked(workspace, manifest.name):
+    with locked(workspace, manifest.name):
         damaged = [workspace.root / shard.path for shard in shards.damaged(workspace, manifest.shards)]
         if damaged:
             dvc_store.pull(workspace, shards.folder_of(workspace, manifest.name), damaged)
             shards.verify(workspace, manifest.shards)
 
 
-def _locked(workspace: Workspace, name: str) -> AbstractContextManager[None]:
+def locked(workspace: Workspace, name: str) -> AbstractContextManager[None]:
+    """Let nobody else on this machine change the dataset `name`."""
     return file_lock(workspace.locks / f"seal-{name}.lock", what=f"the dataset {name}")
 
 
@@ -190,7 +242,7 @@ def _seal_folder(
         torn_bytes=torn_bytes,
     )
     with clock("ledger"):
-        _record(ledger, sealed, pointer)
+        _record(ledger, sealed, pointer, shards.contents(workspace, new))
     with clock("index"):
         _drop(folder)
         index.catch_up(workspace, manifest)
@@ -243,15 +295,21 @@ def _store(workspace: Workspace, settings: Replay, new: Sequence[Shard]) -> dvc_
     return pointer
 
 
-def _commit(workspace: Workspace, manifest: Manifest) -> str:
+def _commit(workspace: Workspace, manifest: Manifest, title: str = "") -> str:
     """Commit manifest and pointers to the data branch; return the commit id."""
     pointers = dvc_store.files_to_commit(workspace, shards.folder_of(workspace, manifest.name))
-    title = f"Seal {manifest.subject}: {manifest.new_rows} new rows, {manifest.rows} in all"
+    title = title or f"Seal {manifest.subject}: {manifest.new_rows} new rows, {manifest.rows} in all"
     files = [_manifest_path(workspace, manifest), *pointers]
     return git_pointer.commit(workspace.root, files, f"{title}\n\nroot {manifest.root}", manifest.created_at)
 
 
-def _record(ledger: Ledger, sealed: SealedDataset, pointer: dvc_store.Pointer) -> None:
+def _record(
+    ledger: Ledger,
+    sealed: SealedDataset,
+    pointer: dvc_store.Pointer,
+    contents: Sequence[Mapping[str, Any]],
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     def check(view: LedgerView) -> None:
         if view.last(SEALED, sealed.manifest.subject) is not None:
             raise Conflict(
@@ -264,8 +322,10 @@ def _record(ledger: Ledger, sealed: SealedDataset, pointer: dvc_store.Pointer) -
         "manifest_sha256": sealed.manifest_sha256,
         "git_commit": sealed.git_commit,
         "dvc": asdict(pointer),
+        "contents": list(contents),  # of the new rows
         "dropped": len(sealed.dropped),
         "torn_bytes": sealed.torn_bytes,
+        **more,
     }
     ledger.append(SEALED, sealed.manifest.subject, payload, check)
 
@@ -276,7 +336,7 @@ def _drop(folder: Path) -> None:
 
 
 def _manifest_path(workspace: Workspace, manifest: Manifest) -> Path:
-    return workspace.replay / manifest.name / "manifests" / f"v{manifest.version:05d}.json"
+    return manifest_path(workspace, manifest.name, manifest.version)
 
 
 def _next(parent: SealedDataset | None) -> int:

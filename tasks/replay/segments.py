@@ -18,7 +18,7 @@ import re
 import shutil
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -270,6 +270,38 @@ def read_plan(folder: Path) -> dict[str, Any]:
     """Return the settings that were frozen with the segments in `folder`."""
     plan: dict[str, Any] = json.loads((folder / _PLAN).read_bytes())
     return plan
+
+
+def unsealed_files(workspace: Workspace) -> list[tuple[str, Path]]:
+    """Return (dataset, segment) of every segment that is not sealed yet, of all datasets; damaged ones set aside too."""
+    folders = sorted(path for path in workspace.segments.glob("*") if path.is_dir())
+    return [
+        (folder.name, path)
+        for folder in folders
+        for path in [*_files(workspace, folder.name), *sorted(folder.glob("damaged/*.jsonl"))]
+    ]
+
+
+def drop_groups(path: Path, groups: Set[str]) -> bool:
+    """Take whole groups out of a segment, which nobody writes to meanwhile; tell whether it held one of them.
+
+    The file is replaced by one of another name, so that its writer, if there is one, begins a new segment. What cannot be read
+    of it (a torn tail, damaged lines) goes too.
+    """
+    try:
+        found = scan(path)
+    except FileNotFoundError:
+        return False
+    if not any(group[0].group_id in groups for group in found.groups):
+        return False
+    with _exclusive(path) as stream:
+        found = scan(path)
+        kept = [line for group in found.groups if group[0].group_id not in groups for line in group]
+        good = b"".join(os.pread(stream, line.length, line.offset) for line in kept)
+        if good:
+            write_atomic(path.with_name(f"{path.stem}.kept{path.suffix}"), good)
+        path.unlink()
+    return True
 
 
 def _files(workspace: Workspace, dataset: str) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import ExitStack
 from functools import partial
 from itertools import groupby
@@ -52,6 +52,27 @@ def write(
     return shards
 
 
+def rewrite(workspace: Workspace, shard: Shard, groups: Set[str], path: Path) -> Shard | None:
+    """Write the rows of `shard` without some groups to `path`; return the new shard, None where nothing is left.
+
+    Raises:
+        Corrupt: the shard is missing or differs from its digest.
+        Unavailable: the disk is full; nothing is half-written.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    verify(workspace, [shard])
+    table = pq.read_table(workspace.root / shard.path)
+    left = table.filter(pc.invert(pc.is_in(table["group_id"], pa.array(sorted(groups), pa.string()))))
+    if not left.num_rows:
+        return None
+    write_file_atomic(path, partial(_write_parquet, left))
+    counted = pc.count_distinct(left["group_id"]).as_py()
+    return Shard(workspace.relative(path), sha256_file(path), left.num_rows, counted, path.stat().st_size)
+
+
 def behaviours(workspace: Workspace, shards: Sequence[Shard]) -> set[Behaviour]:
     """Return the policies that the episodes of `shards` were sampled from."""
     import pyarrow.parquet as pq
@@ -62,6 +83,21 @@ def behaviours(workspace: Workspace, shards: Sequence[Shard]) -> set[Behaviour]:
         pairs = table.group_by(table.column_names).aggregate([]).to_pylist()
         found |= {Behaviour(pair["behaviour_version"], pair["behaviour_digest"]) for pair in pairs}
     return found
+
+
+def contents(workspace: Workspace, shards: Sequence[Shard]) -> list[dict[str, str | int]]:
+    """Return what `shards` are made of: {env, env_version, source, licence, rows, groups} for each combination."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = ["env", "env_version", "source", "licence"]
+    table = pa.concat_tables(
+        pq.read_table(workspace.root / shard.path, columns=[*kinds, "group_id"]) for shard in shards
+    )
+    found = table.group_by(kinds).aggregate([("group_id", "count"), ("group_id", "count_distinct")])
+    found = found.rename_columns([*kinds, "rows", "groups"]).sort_by([(kind, "ascending") for kind in kinds])
+    parts: list[dict[str, str | int]] = found.to_pylist()
+    return parts
 
 
 def damaged(workspace: Workspace, shards: Sequence[Shard]) -> dict[Shard, str]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+SOURCE = "rollout"  # of every episode that is sampled here
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def rollout(
                     finish_reason=draft.finish_reason,
                     prompt_sha256=sha256_bytes(task.prompt.encode()),
                     response_text=_decode(tokenizer, draft.ids),
-                    source="rollout",
+                    source=SOURCE,
                     licence=env.licence,
                     created_at=created_at,
                 )

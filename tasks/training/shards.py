@@ -4,7 +4,7 @@ kept in memory is a few numbers a group; the tokens stay in mapped files."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -168,6 +168,7 @@ def read_replay(
     cache: Path | None = None,
     *,
     mask_truncated: bool = False,
+    left_out: Set[str] = frozenset(),
 ) -> Replay:
     """Open shards whose bytes have the digests given, and refuse rows that this policy or objective cannot
     learn from.
@@ -184,6 +185,7 @@ def read_replay(
             free again when the replay is not used any more.
         mask_truncated: of answers that were cut off at their limit no token is trained; their reward still counts
             in their group.
+        left_out: groups that nothing may learn from (revoked): they are passed over before anything is asked of them.
 
     Raises:
         NotFound: a shard is missing.
@@ -198,13 +200,20 @@ def read_replay(
     if cache is None:
         with tempfile.TemporaryDirectory(prefix="forebay-replay-") as folder:  # mapped files outlive it
             return read_replay(
-                shards, root, policy, needs, oldest_behaviour, Path(folder), mask_truncated=mask_truncated
+                shards,
+                root,
+                policy,
+                needs,
+                oldest_behaviour,
+                Path(folder),
+                mask_truncated=mask_truncated,
+                left_out=left_out,
             )
     paths = [decoded.decode(shard, root, cache) for shard in shards]
     decoded.prune(cache, shards)
     blocks = [block for path in paths for block in decoded.blocks(path)]
     facts = (batch for path in paths for batch in decoded.facts(path))
-    return _index(blocks, facts, policy, needs, oldest_behaviour, mask_truncated)
+    return _index(blocks, facts, policy, needs, oldest_behaviour, mask_truncated, left_out)
 
 
 _ROW = np.dtype(
@@ -230,16 +239,21 @@ def _index(
     needs: frozenset[str],
     oldest_behaviour: int,
     mask_truncated: bool,
+    left_out: Set[str] = frozenset(),
 ) -> Replay:
     """Check the rows block by block and sort those that are kept into groups."""
     rows = np.empty(sum(block.size for block in blocks), _ROW)
     filled, names = 0, 0
     ids: list[pa.Array] = []
+    gone = pa.array(sorted(left_out), pa.string())
     broken: dict[tuple[str, str], np.ndarray] = {}  # rows that break a rule: all of them, those with logprobs
     for number, batch in enumerate(facts):
         # An environment that failed says nothing about the answer, and its reward of 0 would.
         fresh = (batch["version"] == FOREIGN) | (batch["version"] >= oldest_behaviour)
-        keep = np.flatnonzero(fresh & (batch["failed"] == 0))
+        keep = fresh & (batch["failed"] == 0)
+        if left_out:
+            keep &= ~np.asarray(pc.is_in(batch["group_id"], gone))
+        keep = np.flatnonzero(keep)
         kept = {
             name: column.take(pa.array(keep)) if isinstance(column, pa.Array) else column[keep]
             for name, column in batch.items()
@@ -260,6 +274,11 @@ def _index(
         filled, names = filled + len(keep), names + len(encoded.dictionary)
         ids.append(encoded.dictionary)
     rows = rows[:filled]
+    if left_out and not len(rows):
+        raise Refused(
+            "Every group that could be learnt from is revoked, or was sampled by an agent that learnt from revoked data; "
+            "collect new experience with an agent that is not flagged, or train from a flagged one."
+        )
     # If all are missing, the check says so.
     known_only = "behaviour_logprobs" in needs and not np.all(rows["missing"])
     if known_only and np.any(rows["missing"]):

@@ -93,6 +93,7 @@ def train(
     device: str,
     dtype: str,
     oldest_behaviour: int = 0,
+    left_out: Sequence[str] = (),
     fresh: FreshSource | None = None,
     cache: Path | None = None,
     on_metrics: OnMetrics = lambda step, metrics: None,
@@ -112,6 +113,7 @@ def train(
             Weights and optimizer moments are float32 always.
         oldest_behaviour: registry version below which an agent's episodes are too stale to learn from; they are
             passed over.
+        left_out: ids of groups that nothing may learn from (revoked); part of what the run is.
         fresh: samples groups from the policy in training; needed by every mixture but replay.
         cache: folder of decoded shards, see `read_replay`.
         on_metrics: called after each update with its number (from 1) and its metrics (`accumulate_gradients`,
@@ -142,6 +144,7 @@ def train(
             "seed": seed,
             "dtype": str(autocast),
             "oldest_behaviour": oldest_behaviour,
+            **({"left_out": sorted(left_out)} if left_out else {}),
         }
     )
     if settings.mixture.schedule != "replay" and fresh is None:
@@ -160,6 +163,7 @@ def train(
                 oldest_behaviour,
                 cache,
                 mask_truncated=settings.overlong.mask,
+                left_out=frozenset(left_out),
             )
             table, report = admitted(replay, settings, policies, run_dir / f"divergence-{inputs[:16]}.f64")
             sampler = Sampler(table, settings.sampling, seed)

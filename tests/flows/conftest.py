@@ -19,12 +19,13 @@ import yaml
 
 from flows.champions import register_agent
 from flows.context import Context
-from flows.cycle import Cycle, open_cycle
+from flows.cycle import Cycle, open_cycle, run_stage
 from flows.init import init_workspace
 from flows.run import run_stages
 from flows.settings import Settings
 from tasks.arena.environment import get
 from tasks.core.digest import digest_tree
+from tasks.core.stages import STAGES
 from tests.tiny import make_tiny_model, teach
 
 ENVIRONMENT = "reasoning_gym/gcd"
@@ -74,6 +75,18 @@ def cycled(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Context
     ended = run_stages(context, cycle)
     assert ended["outcome"] == "promoted", ended
     return context
+
+
+@pytest.fixture(scope="session")
+def decided(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A workspace in which a candidate passed the gate and waits for its promotion; copy it."""
+    context = lay_workspace(tmp_path_factory.mktemp("decided") / "ws", tiny_base)
+    cycle = open_cycle(context)
+    assert isinstance(cycle, Cycle)
+    for stage in STAGES[:-1]:
+        run_stage(context, cycle, stage)
+    assert cycle.receipt("decide")["verdict"] == "PASS"
+    return context.workspace.root
 
 
 def register_rival(context: Context) -> dict:

@@ -22,6 +22,7 @@ def retrain(
     collect: Literal["never", "missing", "always"] = "missing",
     dataset: str | None = None,
     overrides: list[str] | None = None,
+    start: str | None = None,
 ) -> None:
     """Note what it was called with."""
     note(workspace, "retrain", {"collect": collect, "dataset": dataset, "overrides": overrides})

@@ -8,24 +8,11 @@ from pathlib import Path
 import pytest
 
 from flows.context import Context
-from flows.cycle import Cycle, open_cycle, run_stage
+from flows.cycle import Cycle
 from flows.judging import decide_promotion, heldout_tasks, replay_decision
 from flows.status import status
 from tasks.arena.environment import get
-from tasks.core.stages import STAGES
-from tests.flows.conftest import ENVIRONMENT, POLICY, lay_workspace
-
-
-@pytest.fixture(scope="module")
-def decided(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    """A workspace in which a candidate passed the gate and waits for its promotion."""
-    context = lay_workspace(tmp_path_factory.mktemp("decided") / "ws", tiny_base)
-    cycle = open_cycle(context)
-    assert isinstance(cycle, Cycle)
-    for stage in STAGES[:-1]:
-        run_stage(context, cycle, stage)
-    assert cycle.receipt("decide")["verdict"] == "PASS"
-    return context.workspace.root
+from tests.flows.conftest import ENVIRONMENT, POLICY
 
 
 def decide_again(root: Path, policy: str) -> tuple[Context, dict]:

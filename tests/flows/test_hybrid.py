@@ -10,9 +10,12 @@ import pytest
 from flows.context import Context
 from flows.cycle import Cycle, open_cycle, run_stage
 from flows.hybrid import shares
+from flows.revoke import revoke
 from flows.training import read_curve
 from tasks.core.digest import sha256_file
 from tasks.core.errors import UsageError
+from tasks.lineage.page.gather import gather
+from tasks.lineage.standards.material import gather as material
 from tasks.lineage.verify import verify
 from tests.flows.conftest import lay_workspace
 
@@ -48,6 +51,13 @@ def test_fresh_groups_are_real_episodes_named_in_the_record_and_verified(tmp_pat
         assert table.num_rows == (last - first + 1) * 8
         assert set(table["behaviour_version"].to_pylist()) == {f"agent/1+{step}"}
     assert verify(context.ledger, context.workspace, "agent@candidate").ok
+
+    group = pq.read_table(root / trained["fresh"][0]["path"])["group_id"][0].as_py()
+    revoke(context, f"group:{group}", "asked to be forgotten")
+    (flag,) = gather(context.ledger, context.workspace, "agent@candidate", time="2026-01-01T00:00:00").open
+    assert f"agent/2 trained on group {group}, revoked by group:{group}" in flag.says
+    (told,) = material(context.ledger, context.workspace, "agent@candidate").open_flags()
+    assert told in flag.says
 
     victim = root / trained["fresh"][2]["path"]
     data = bytearray(victim.read_bytes())

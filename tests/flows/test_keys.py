@@ -111,7 +111,7 @@ def test_a_rejection_on_the_command_line_blocks_the_promotion(context: Context):
     assert done.returncode == 0, done.stderr
     assert "agent/2 is rejected by kim" in done.stdout
     says(forebay(root, "promote", "agent/2"), 5, "rejected by `kim`", "answers too long")
-    assert "rejected by kim" in forebay(root, "lineage", "agent/2").stdout
+    assert "rejected by kim" in forebay(root, "lineage", "show", "agent/2").stdout
 
 
 def test_somebody_elses_public_key_is_taken_in_and_removed_again(context: Context, tmp_path: Path):

@@ -43,6 +43,9 @@ def test_retrain_through_prefect_then_nothing_to_do(context: Context):
     first = loads(forebay(root, "retrain", "--json"))
     assert first["outcome"] == "promoted"
     assert_consistent(context)
+    flow_run = context.ledger.last("run.started").payload["prefect"]
+    shown = loads(forebay(root, "lineage", "show", f"prefect:{flow_run}", "--json"))
+    assert shown["root"] == f"run:{first['run']}"
     started = time.monotonic()
     again = loads(forebay(root, "retrain", "--json"))
     seconds = time.monotonic() - started

@@ -231,10 +231,10 @@ def test_what_a_verifier_said_outlives_a_second_scoring(laid: Context, head: dic
 
 
 def test_a_dataset_belongs_to_the_source_that_began_it(laid: Context, head: dict):
-    _claim(laid, "begun", "reward/1", head["digest"])
+    _claim(laid, "begun", "reward/1", head["digest"], "0" * 64)
     with pytest.raises(Conflict, match=r"rewards of reward/1"):
-        _claim(laid, "begun", "reward/7", "7" * 64)
-    _claim(laid, "begun", "reward/1", head["digest"])  # the same goes on
+        _claim(laid, "begun", "reward/7", "7" * 64, "0" * 64)
+    _claim(laid, "begun", "reward/1", head["digest"], "0" * 64)  # the same goes on
 
 
 def test_a_dataset_of_two_sources_rests_on_nobody(laid: Context, scored: dict, monkeypatch):

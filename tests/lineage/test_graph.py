@@ -7,7 +7,8 @@ import pytest
 
 from tasks.core.digest import sha256_bytes
 from tasks.core.errors import Corrupt, NotFound, UsageError
-from tasks.lineage.graph import Lineage, lineage
+from tasks.lineage.graph import lineage
+from tasks.lineage.types import Lineage
 from tests.lineage.world import PaperWorld, World
 
 COUNTED = {"agent", "run", "dataset", "shard", "decision"}
@@ -31,7 +32,7 @@ def test_champion_reaches_everything_it_follows_from(world):
     kinds = [kind for kind, _ in found.nodes]
     assert {kind: kinds.count(kind) for kind in sorted(set(kinds))} == {
         "agent": 3, "base": 1, "code": 1, "dataset": 2, "decision": 2, "evaluation": 2, "lock": 1,
-        "policy": 1, "promotion": 3, "reward": 2, "run": 2, "shard": 4, "validation": 2,
+        "policy": 1, "promotion": 3, "reward": 2, "run": 2, "shard": 4, "tasks": 1, "validation": 2,
     }  # fmt: skip
     assert names(found) == world.ancestors("agent/3") | {"agent/3"}
     assert "agent/4" not in names(found)
@@ -106,7 +107,7 @@ def test_digest_prefixes(world):
     for digest, root in (
         (world.agents[2]["digest"], ("agent", "agent/2")),
         (manifest.root, ("dataset", "main/v3")),
-        (manifest.shards[0].sha256, ("dataset", "main/v1")),  # the version that brought the shard in
+        (manifest.shards[0].sha256, ("shard", manifest.shards[0].path)),
         (run, ("run", run)),
         (decision, ("decision", decision)),
         (evaluation, ("evaluation", evaluation)),
@@ -134,7 +135,7 @@ def test_ambiguous_prefix_asks_for_more_digits(tmp_path):
     world = PaperWorld(tmp_path)
     world.base()
     for seed in ("abcd1", "abcd2"):
-        world.append("run.started", seed + "0" * 59, {})
+        world.append("preferences.made", seed + "0" * 59, {"origin": {}})
     with pytest.raises(UsageError, match="fits 2 things"):
         lineage(world.publish(), world.workspace, "abcd")
 

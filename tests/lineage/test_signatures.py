@@ -6,52 +6,24 @@ The forger of these tests can write every file and every row, but has no private
 from __future__ import annotations
 
 import json
-import sqlite3
 
 import pytest
 
 from tasks.core.heads import write_head
 from tasks.core.keys import Trust, trusted, write_trust
-from tasks.core.ledger import GENESIS, _digest
 from tasks.lineage.verify import VerifyReport, verify
 from tasks.promotion.attest import answer_payload, sign_decision, signature_of, write_signature
 from tasks.promotion.canary import Group, Rule, Traffic, make_record, write_record
+from tests.lineage.signed import SignedWorld, adopt_keys, put_back, rows
 from tests.lineage.world import World
 from tests.promotion.support import EVE, LEE, SERVICE, TRUST
-
-SIGNED = ("promotion.committed", "decision.made")
-
-
-class SignedWorld(World):
-    """The same history with keys: every decision signed and approved, every head signed."""
-
-    def append(self, kind, subject, payload):
-        if kind == "decision.made":
-            record = self.workspace.root / payload["record"]["path"]
-            data = sign_decision(payload, SERVICE)
-            path = self.workspace.relative(write_signature(record, data))
-            payload = {**payload, "signature": signature_of(path, data, SERVICE)}
-        seq = super().append(kind, subject, payload)
-        entry = self.ledger.last()
-        assert entry is not None
-        if kind in SIGNED:
-            write_head(self.ledger, self.workspace.heads, entry, SERVICE, TRUST)
-        if kind == "decision.made":
-            self.ledger.append(
-                "approval.granted",
-                subject,
-                answer_payload("approval", payload["decision"], "good", LEE, TRUST),
-            )
-        return seq
 
 
 @pytest.fixture
 def world(tmp_path):
     """agent/1 -> agent/2 -> agent/3, the champion."""
     world = SignedWorld(tmp_path / "workspace")
-    write_trust(world.workspace.trust, TRUST)
-    for key in TRUST.keys:
-        world.ledger.append("key.trusted", f"key/{key.name}", {"name": key.name, "id": key.id})
+    adopt_keys(world)
     world.crown(world.base())
     world.generation(1)
     world.generation(2)
@@ -66,26 +38,6 @@ def found(world) -> set[tuple[str, str]]:
     report = check(world)
     assert report.ok is not bool(report.problems)
     return {(problem.problem, problem.path) for problem in report.problems}
-
-
-def rows(world) -> list[dict]:
-    with sqlite3.connect(world.workspace.state / "ledger.db") as raw:
-        raw.row_factory = sqlite3.Row
-        return [dict(row) for row in raw.execute("SELECT * FROM ledger ORDER BY seq")]
-
-
-def put_back(world, rows: list[dict], *, rechain: bool) -> None:
-    """Write these rows as the whole ledger; with `rechain`, numbered and hashed anew as an honest one would be."""
-    prev = GENESIS
-    with sqlite3.connect(world.workspace.state / "ledger.db") as raw:
-        raw.execute("DELETE FROM ledger")
-        for seq, row in enumerate(rows, start=1):
-            if rechain:
-                row = {**row, "seq": seq, "prev": prev}
-                row["digest"] = prev = _digest(row)
-            raw.execute(
-                "INSERT INTO ledger VALUES (:seq, :time, :kind, :subject, :payload, :prev, :digest)", row
-            )
 
 
 def number(world, kind: str) -> int:

@@ -49,8 +49,6 @@ def test_intact_history(world):
     not_behind = {waiting / name for name in world.agents[4]["files"]}
     not_behind |= {world.workspace.root / shard.path for shard in newest.shards[-2:]}
     not_behind |= {path for path in files if path.name in ("v00003.json", f"{newest.root[:12]}.json")}
-    # The files of a reward model are hashed as one tree, and not counted.
-    not_behind |= {path for path in files if path.parent.name.startswith("reward-")}
     assert report.bytes == sum(path.stat().st_size for path in files - not_behind)  # every byte, each once
     json.dumps(asdict(report))
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import sqlite3
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tasks.core.digest import canonical_json, digest_files, digest_json, sha256_bytes
 from tasks.core.ledger import GENESIS, Ledger, _digest
@@ -61,6 +65,26 @@ class World:
         }
         return {name: self.put(folder / name, data)["sha256"] for name, data in contents.items()}
 
+    def shard(self, number: int, sampled: Sequence[Behaviour]) -> bytes:
+        """The bytes of a shard with 16 rows in 2 groups; the second policy, where there is one, sampled the second."""
+        groups = [f"g{number}-{at}" for at in (0, 1)]
+        makers = [sampled[0].digest, sampled[-1].digest] if sampled else ["", ""]
+        columns = {
+            "episode_id": [f"{group}-{at}" for group in groups for at in range(8)],
+            "group_id": [group for group in groups for _ in range(8)],
+            "prompt_sha256": [sha256_bytes(group.encode()) for group in groups for _ in range(8)],
+            "env": ["calculator"] * 16,
+            "source": ["rollout"] * 16,
+            "licence": ["Apache-2.0"] * 16,
+            "behaviour_digest": [maker for maker in makers for _ in range(8)],
+            "reward_digest": ["verifier"] * 16,
+        }
+        to = io.BytesIO()
+        pq.write_table(
+            pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()}), to
+        )
+        return to.getvalue()
+
     def base(self) -> int:
         return self._register(
             self.workspace.models / "base", self.model(self.workspace.models / "base", "base"), "base"
@@ -69,13 +93,13 @@ class World:
     def seal(self, behaviours: Sequence[int], name: str = "main", shards: int = 2) -> str:
         """Seal the next version of a dataset sampled from agents; return its subject."""
         parent = self.manifests.get(name)
+        sampled = [Behaviour(f"agent/{v}", self.agents[v]["digest"]) for v in behaviours]
         made = []
         for _ in range(shards):
             self.shards += 1
-            data = f"shard {self.shards}".encode() * 50
+            data = self.shard(self.shards, sampled)
             put = self.put(self.workspace.replay / name / "shards" / f"{self.shards:05d}.parquet", data)
             made.append(Shard(put["path"], put["sha256"], rows=16, groups=2, bytes=len(data)))
-        sampled = [Behaviour(f"agent/{v}", self.agents[v]["digest"]) for v in behaviours]
         manifest = Manifest.append(name, parent, made, sampled, f"2026-01-01T00:00:{self.shards % 60:02d}")
         path = self.workspace.replay / name / "manifests" / f"v{manifest.version:05d}.json"
         put = self.put(path, manifest.to_bytes())
@@ -122,7 +146,7 @@ class World:
             "files": files,
             "steps": 60,
             "stop_reason": "finished",
-            "groups": ["g1"],
+            "groups": self.learnt(manifest),
             "metrics": {"kl": 0.01},
             "mlflow_run": "m",
         }
@@ -131,6 +155,10 @@ class World:
         self.parents[f"agent/{version}"].add(f"run {key[:12]}")
         self.parents[f"run {key[:12]}"] |= {f"agent/{init}", f"dataset {manifest.subject}"}
         return version
+
+    def learnt(self, manifest: Manifest) -> list[str]:
+        """The groups that a run learns from: all of the version's."""
+        return [f"g{int(Path(shard.path).stem)}-{at}" for shard in manifest.shards for at in (0, 1)]
 
     def judge(self, candidate: int, champion: int, name: str = "main") -> dict[str, Any]:
         """Evaluate and decide; the candidate is right everywhere, the champion nowhere."""

@@ -233,7 +233,7 @@ def record(
     items = any_evidence() if evidence is None else list(evidence)
     policy = Policy()
     content = {
-        "schema": "forebay.decision/3",
+        "schema": "forebay.decision/4",
         "candidate": asdict(Agent(3, "c" * 64)),
         "champion": asdict(Agent(2, "b" * 64)),
         "verdict": verdict,

@@ -14,11 +14,11 @@ import pytest
 from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
 from tasks.core.errors import Corrupt, NotFound, Refused
 from tasks.evaluation.serving import Serving, serving_evidence
-from tasks.promotion.page import figures
+from tasks.pages import figures
+from tasks.pages.figures import Axis, Interval, Item
+from tasks.pages.parts import bounded, number, plain
 from tasks.promotion.page.document import Recorded, headline, next_steps, read_record, render
-from tasks.promotion.page.figures import Axis, Interval, Item
 from tasks.promotion.page.forest import forest, forest_picture
-from tasks.promotion.page.parts import bounded, number, plain
 from tasks.promotion.policy import Policy
 from tasks.reward import metrics
 from tasks.reward.checks import judge_report

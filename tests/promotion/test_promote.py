@@ -43,7 +43,7 @@ def decision_for(ledger, version):
     return ledger.last("decision.made", f"agent/{version}").payload["decision"]
 
 
-def go(ledger, registry, version, expected=1, decision=None, trust=TRUST, signature=None):
+def go(ledger, registry, version, expected=1, decision=None, trust=TRUST, signature=None, revision=None):
     decision = decision or decision_for(ledger, version)
     return promote(
         ledger,
@@ -54,6 +54,7 @@ def go(ledger, registry, version, expected=1, decision=None, trust=TRUST, signat
         trust=trust,
         expected_champion=expected,
         by="kim",
+        revision=revision,
     )
 
 
@@ -129,6 +130,17 @@ def test_a_stale_expectation_is_refused_and_names_the_winner(world):
     ):
         go(ledger, registry, 3)
     assert registry.aliases()["champion"] == 2
+
+
+@pytest.mark.parametrize("kind", ["data.revoked", "data.reinstated"])
+def test_data_that_is_revoked_between_the_look_and_the_act_stops_the_promotion(world, kind):
+    ledger, registry = world
+    moved = ledger.append(kind, "episode:e1", {"what": "episode:e1", "revocation": 1})
+    with pytest.raises(Conflict, match="episode:e1 was revoked or reinstated meanwhile"):
+        go(ledger, registry, 2, revision=moved.seq - 1)
+    assert champion(ledger) == 1
+    go(ledger, registry, 2, revision=moved.seq)
+    assert champion(ledger) == 2
 
 
 @pytest.mark.parametrize("verdict", ["FAIL", "INCONCLUSIVE"])

@@ -365,8 +365,16 @@ def test_the_same_through_a_server_that_keeps_the_files(migrated, tiny, tmp_path
         (kept,) = (tmp_path / "kept").rglob("model/model.safetensors")
         assert digest_of(kept.parent) == digest_of(tiny)
         assert not (tmp_path / "artifacts").exists()
+        with registry.open_file(1, "model.safetensors") as served:
+            assert served.read() == kept.read_bytes()
+        with pytest.raises(FileNotFoundError):
+            registry.open_file(1, "nothing.bin")
+        with pytest.raises(FileNotFoundError):
+            registry.open_file(7, "model.safetensors")
         done = run_python(LOADS, uri, cwd=tmp_path)
         assert "loaded" in done.stdout, done.stderr
+    with pytest.raises(Unavailable):
+        registry.open_file(1, "model.safetensors")
 
 
 def test_a_decision_is_shown_at_the_run_and_at_the_version_and_again(registry, tiny, tmp_path):

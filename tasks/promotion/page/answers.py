@@ -11,9 +11,9 @@ import numpy as np
 from tasks.core.digest import sha256_bytes
 from tasks.evaluation.paired import Pair, PairedOutcomes
 from tasks.evaluation.statistics import clustered_mean
-from tasks.promotion.page import figures
-from tasks.promotion.page.figures import Axis, Interval
-from tasks.promotion.page.parts import Chart, Group, Row, Strips, bounded, interval, number, plain
+from tasks.pages import figures
+from tasks.pages.figures import Axis, Interval
+from tasks.pages.parts import Chart, Group, Row, Strips, bounded, interval, number, plain
 
 _SHOWN = 3  # tasks that the candidate won, and as many that it lost
 _CUT = 700  # characters of an answer

@@ -11,8 +11,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,11 @@ from pydantic import ValidationError
 from tasks.core.digest import sha256_bytes
 from tasks.core.errors import Corrupt, NotFound, Refused
 from tasks.evaluation.paired import PairedOutcomes, read_outcomes
-from tasks.promotion.page import answers, figures
+from tasks.pages import figures
+from tasks.pages.parts import Chart, Section, Strips, listed, plain
+from tasks.pages.templates import template
+from tasks.promotion.page import answers
 from tasks.promotion.page.forest import forest
-from tasks.promotion.page.parts import Chart, Section, Strips, listed, number, plain
 from tasks.promotion.page.reports import ORDER, report_section
 from tasks.promotion.policy import Policy
 from tasks.promotion.promote import Office
@@ -67,12 +67,10 @@ def render(record: bytes, evidence: Path, recorded: Recorded | None = None) -> s
         Refused: the record's policy is none that this version understands.
     """
     decision = json.loads(record)
-    policy = _policy(decision)
+    policy = policy_of(decision)
     found = list(_sources(decision["inputs"], evidence))
     outcomes = next((source.outcomes for _, source in found if source.outcomes is not None), None)
-    page: str = _template().render(
-        style=Markup(figures.STYLE),
-        mark=figures.verdict_mark,
+    page: str = template("tasks.promotion.page", "page.html.jinja").render(
         decision=decision,
         digest=sha256_bytes(record),
         agents=_agents(decision),
@@ -187,7 +185,12 @@ def _office(decision: Mapping[str, Any]) -> Office:
     return "reward" if str(decision.get("schema", "")).startswith(_REWARDS) else "agent"
 
 
-def _policy(decision: Mapping[str, Any]) -> Policy:
+def policy_of(decision: Mapping[str, Any]) -> Policy:
+    """Return the policy in a decision's record.
+
+    Raises:
+        Refused: it is none that this version understands.
+    """
     try:
         return Policy.model_validate(decision["policy"])
     except ValidationError:
@@ -322,14 +325,3 @@ def _checked(path: Path, sha256: str) -> bytes:
             f"{path} was changed: its bytes are not those of the digest {sha256[:12]}…, so no page is drawn from it."
         )
     return data
-
-
-@lru_cache(maxsize=1)
-def _template() -> Any:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"plain": plain, "number": number}
-    return environment.from_string((files("tasks.promotion.page") / "page.html.jinja").read_text("utf-8"))

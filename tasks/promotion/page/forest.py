@@ -7,9 +7,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tasks.promotion.page import figures
-from tasks.promotion.page.figures import Axis, Interval, Item
-from tasks.promotion.page.parts import Group, Row, Strips, bounded, number
+from tasks.pages import figures
+from tasks.pages.figures import Axis, Interval, Item
+from tasks.pages.parts import Group, Row, Strips, bounded, number
 
 _REWARD = "mean reward"  # a difference, candidate less champion
 _SHARE = "share"

@@ -11,10 +11,9 @@ import numpy as np
 from tasks.evaluation.off_policy import Estimator, Rule, compare
 from tasks.evaluation.serving import Serving
 from tasks.evaluation.statistics import clopper_pearson
-from tasks.promotion.evidence.replay_value import read_log
-from tasks.promotion.page import figures
-from tasks.promotion.page.figures import Axis, Interval, Item
-from tasks.promotion.page.parts import (
+from tasks.pages import figures
+from tasks.pages.figures import Axis, Interval, Item
+from tasks.pages.parts import (
     SIDES,
     Chart,
     Group,
@@ -26,6 +25,7 @@ from tasks.promotion.page.parts import (
     number,
     plain,
 )
+from tasks.promotion.evidence.replay_value import read_log
 from tasks.promotion.policy import Policy
 from tasks.reward import metrics
 from tasks.reward.checks import Check, judge_report

@@ -10,7 +10,7 @@ from typing import Literal
 from markupsafe import Markup
 
 from tasks.evaluation.statistics import Estimate
-from tasks.promotion.page.figures import Interval, Tone
+from tasks.pages.figures import Interval, Tone
 
 
 @dataclass(frozen=True)

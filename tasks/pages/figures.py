@@ -52,6 +52,7 @@ _VERDICTS: dict[str, tuple[Tone, str]] = {
     "INCONCLUSIVE": ("open", "diamond"),
 }
 _STRIP = 26  # height of a row, in pixels
+_DOTTED = 12  # points of a course that are marked one by one; more are a line
 
 
 @dataclass(frozen=True)
@@ -303,6 +304,24 @@ def curves(
                 picture.append(_line(x_at, chart.y(v.low), x_at, chart.y(v.high), f"bar {tone} faint"))
             kind = "hollow" if order else "mark"
             picture.append(chart.dot(place, v.estimate, f"{kind} {tone}", f"{x}: {v.estimate:.3f}"))
+    return _text(picture)
+
+
+def course(points: Sequence[tuple[float, float]], label: str, *, below: str) -> Markup:
+    """Draw how one value went over steps; those that are not finite are left out.
+
+    Args:
+        points: (step, value) in order of steps.
+    """
+    known = [(x, y) for x, y in points if math.isfinite(y)]
+    span = Axis.over([y for _, y in known], room=0.08)
+    chart = _Chart(Axis.over([x for x, _ in known], room=0.01), span.low, span.high, 120)
+    picture = _picture(chart.height + 36, label)
+    ticks = [tick for tick in chart.axis.ticks(4) if tick == round(tick)]
+    picture.extend(chart.frame(below, "", [(tick, f"{tick:,.0f}") for tick in ticks]))
+    picture.extend(chart.joined(known, "candidate"))
+    if len(known) <= _DOTTED:
+        picture.extend(chart.dot(x, y, "mark candidate", f"{x:,.0f}: {y:.4g}") for x, y in known)
     return _text(picture)
 
 

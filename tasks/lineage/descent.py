@@ -1,0 +1,268 @@
+"""What follows from a thing: the agents, runs and datasets whose bytes depend on it, and what was decided about them.
+
+Exact to the row in every generation. A run follows from a row only if it learnt from its group, from an agent only if it
+started from it or learnt from a group that it sampled or that a reward model made of it rewarded; a set of preferences
+only if it compares such an answer. The graph says quickly what may follow; then each run and each set in question is asked, in
+the ledger's order, so that what it follows from has been settled.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from tasks.core.ledger import Ledger
+from tasks.core.workspace import Workspace
+from tasks.lineage import rows
+from tasks.lineage.graph import gather, open_index, resolve
+from tasks.lineage.index import Index
+from tasks.lineage.rows import Selection, Use
+from tasks.lineage.types import RELATIONS, SHAPING, Edge, Kind, Lineage, Node, Ref, Relation
+from tasks.replay.index import By
+
+_ROWS: dict[str, By] = {
+    "episode": "episode",
+    "group": "group",
+    "prompt": "prompt",
+    "source": "source",
+    "licence": "licence",
+}
+_ROOTS: dict[By, Kind] = {
+    "episode": "episode",
+    "group": "group",
+    "prompt": "prompt",
+    "source": "origin",
+    "licence": "licence",
+}
+_BY_ROWS = frozenset(
+    {
+        "trained on",
+        "made from",
+        "scored from",
+        "sampled from",
+        "rewarded by",
+        "continues",
+        "holds",
+        "rewritten from",
+    }
+)
+"""By these a dataset's rows are handed on, and not all of them each time."""
+_REWRITTEN: tuple[Relation, ...] = ("rewritten from",)
+_JUDGING = tuple(relation for relation in RELATIONS if relation not in SHAPING)
+_LISTED = 100  # ids of groups in the facts
+
+
+def descendants(ledger: Ledger, workspace: Workspace, ref: str, index: Index | None = None) -> Lineage:
+    """Return everything that follows from `ref`, root first: by SHAPING relations, and the decisions, evaluations and
+    promotions that rest on what is found.
+
+    Dataset versions are told that hold a row in question, or one that a shaped agent sampled or reward model rewarded.
+
+    Args:
+        ref: as of `graph.lineage`; or episode:ID, group:ID, prompt:TEXT or its SHA-256, source:NAME, licence:NAME.
+
+    Raises:
+        NotFound, UsageError, Corrupt: as `graph.lineage` and `rows.select`.
+    """
+    index = index or open_index(ledger, workspace)
+    word, colon, value = ref.partition(":")
+    if colon and word in _ROWS:
+        selection = rows.select(ledger, workspace, index, _ROWS[word], value)
+        found = _Descent(ledger, workspace, index, selection).walk(_holders(index, selection))
+        return _with_rows(workspace, gather(index, _root(selection), _and_judged(index, found)), selection)
+    root = resolve(index, ref)
+    number = index.id(root)
+    assert number is not None
+    found = _Descent(ledger, workspace, index).walk([number])
+    return gather(index, root, _and_judged(index, found))
+
+
+def _holders(index: Index, selection: Selection) -> list[int]:
+    """Return what holds the selected rows: shards (and those that they were rewritten from), sets of preferences, or the
+    versions that held them where they were erased.
+    """
+    refs: list[Ref] = [*rows.shard_refs(selection), *(("preferences", digest) for digest in selection.sets)]
+    for root in selection.roots:
+        refs += index.all_called("dataset", root)
+    numbers = [number for number in map(index.id, refs) if number is not None]
+    return index.walk(numbers, back=False, relations=_REWRITTEN)
+
+
+@dataclass
+class _Descent:
+    """One walk. Numbers are the index's.
+
+    Attributes:
+        selection: rows that were asked for; None where a whole thing was.
+        shaped: what was found to follow, in the order in which it was settled.
+        holding: dataset versions and shards that only hold a row in question.
+        shards: paths of the shards that were asked for, or that the dataset version asked for holds.
+        samplers, rewarders: digests of shaped agents and reward models.
+        whole: shaped dataset versions of which any row counts.
+        known: datasets of which all rows are known; of the others it is told what may follow.
+        refs, targets: what may follow, and the edges that leave it.
+    """
+
+    ledger: Ledger
+    workspace: Workspace
+    index: Index
+    selection: Selection | None = None
+    shaped: dict[int, None] = field(default_factory=dict)
+    holding: dict[int, None] = field(default_factory=dict)
+    shards: set[str] = field(default_factory=set)
+    samplers: set[str] = field(default_factory=set)
+    rewarders: set[str] = field(default_factory=set)
+    whole: set[int] = field(default_factory=set)
+    known: dict[str, bool] = field(default_factory=dict)
+    refs: dict[int, tuple[Ref, str | None]] = field(default_factory=dict)
+    targets: dict[int, list[tuple[Relation, int]]] = field(default_factory=lambda: defaultdict(list))
+
+    def walk(self, start: Sequence[int]) -> list[int]:
+        """Return what follows from `start`, those first."""
+        index, first = self.index, set(start)
+        self.refs = index.refs(index.walk(start, back=True, relations=SHAPING))
+        rest = [number for number in self.refs if number not in first]
+        for source, relation, target in index.edges(rest):
+            self.targets[source].append((relation, target))
+        if any(kind in ("dataset", "shard") for (kind, _), _ in self.refs.values()):
+            self.known = rows.datasets(self.ledger, self.workspace, index)
+        for number in start:
+            (kind, key), digest = self.refs[number]
+            if kind in ("shard", "dataset"):
+                self.shards |= {key} if kind == "shard" else self._shards_of(number)
+            else:
+                self._mark(number, key if kind == "outside" else digest)
+        for number in index.walk(start, back=True, relations=("holds", "continues", "rewritten from")):
+            (kind, key), _ = self.refs[number]
+            if kind in ("shard", "dataset"):
+                self.holding[number] = None
+            if kind == "shard":
+                self.shards.add(key)  # where it was rewritten, too
+        order = index.settled(rest)
+        for number in sorted(rest, key=lambda n: order[n]):
+            if number not in self.shaped and self._follows(number):
+                self._mark(number, self.refs[number][1])
+        return list({**dict.fromkeys(start), **self.holding, **self.shaped})
+
+    def _mark(self, number: int, digest: str | None) -> None:
+        kind = self.refs[number][0][0]
+        self.shaped[number] = None
+        if digest and kind in ("agent", "base", "outside", "source"):
+            (self.rewarders if kind == "source" else self.samplers).add(digest.rpartition("@")[2])
+
+    def _follows(self, number: int) -> bool:
+        """Tell whether a thing follows; whatever it follows from has been settled."""
+        kind, links = self.refs[number][0][0], self.targets[number]
+        if any(target in self.shaped for relation, target in links if relation not in _BY_ROWS):
+            if kind == "dataset":
+                self.whole.add(number)  # by an environment: which of its rows come from it is not asked
+            return True
+        if kind == "run":
+            return self._learnt(number)
+        if kind == "preferences":
+            return self._compared(number)
+        if kind == "dataset":
+            if any(relation == "continues" and target in self.whole for relation, target in links):
+                self.whole.add(number)
+            return any(
+                target in self.shaped or (relation == "scored from" and target in self.holding)
+                for relation, target in links
+            )
+        return any(self._in_question(target) for _, target in links)
+
+    def _learnt(self, number: int) -> bool:
+        entries = {entry.kind: entry for entry in self.index.said([number]).get(number, ())}
+        if "run.finished" not in entries:
+            return False  # it made no agent
+        links = self.targets[number]
+        if any(relation == "collected" and target in self.holding for relation, target in links):
+            return True  # a run learns from what it collects
+        datasets = [
+            target for relation, target in links if relation == "trained on" and self._in_question(target)
+        ]
+        if not self.whole.isdisjoint(datasets):
+            return True
+        names = self._names(datasets)
+        outputs = entries["run.finished"].payload["outputs"]
+        return any(self._of(rows.run_use(self.workspace, outputs, name)) for name in names) or self._unsure(
+            names
+        )
+
+    def _compared(self, number: int) -> bool:
+        links = self.targets[number]
+        datasets = [
+            target for relation, target in links if relation == "made from" and self._in_question(target)
+        ]
+        if not datasets:
+            return False
+        (_, digest), made = self.refs[number][0], self.index.said([number])[number][-1]
+        names = self._names(datasets)
+        use = rows.preferences_use(self.workspace, made.payload["path"], digest, names)
+        return use is None or self._of(use) or self._unsure(names)  # nor is that told of an erased set
+
+    def _unsure(self, names: Sequence[str]) -> bool:
+        """Tell whether rows are not known by which it might follow; groups that were asked for by id are."""
+        narrow = (
+            self.selection is not None and self.selection.groups and not (self.samplers or self.rewarders)
+        )
+        return bool(names) and not narrow and not all(self.known.get(name, False) for name in names)
+
+    def _names(self, datasets: Sequence[int]) -> list[str]:
+        """Return the names of dataset versions, and of those that they were scored from: there the same rows lie."""
+        found = self.index.walk(datasets, back=False, relations=("continues", "scored from"))
+        refs = (ref for ref, _ in self.index.refs(found).values())
+        return list(dict.fromkeys(key.rpartition("/")[0] for _, key in refs if "/" in key))
+
+    def _in_question(self, dataset: int) -> bool:
+        return dataset in self.holding or dataset in self.shaped
+
+    def _of(self, use: Use) -> bool:
+        """Tell whether a use has a row that was asked for, or that something shaped sampled or rewarded."""
+        if self.selection is not None and use.of(self.selection):
+            return True
+        if self.selection is None and not self.shards.isdisjoint(use.about.shards):
+            return True
+        return not (
+            self.samplers.isdisjoint(use.about.samplers) and self.rewarders.isdisjoint(use.about.rewarders)
+        )
+
+    def _shards_of(self, dataset: int) -> set[str]:
+        found = self.index.walk([dataset], back=False, relations=("holds", "continues"))
+        return {key for (kind, key), _ in self.index.refs(found).values() if kind == "shard"}
+
+
+def _and_judged(index: Index, numbers: Iterable[int]) -> list[int]:
+    """Add what judges the agents and reward models found, or rests on what was found."""
+    found = dict.fromkeys(numbers)
+    for _, relation, target in index.edges(list(found)):
+        if relation in ("judged by", "in office"):
+            found.setdefault(target)
+    for source, relation, _ in index.edges(list(found), back=True):
+        if relation in _JUDGING and relation not in ("judged by", "in office", "under policy"):
+            found.setdefault(source)
+    return list(found)
+
+
+def _root(selection: Selection) -> Ref:
+    return _ROOTS[selection.by], selection.value
+
+
+def _with_rows(workspace: Workspace, found: Lineage, selection: Selection) -> Lineage:
+    """Put what was asked for before the shards that contain it."""
+    root = _root(selection)
+    facts = {
+        "groups": len(selection.groups) or sum(place.groups for place in selection.places),
+        "datasets": sorted({place.dataset for place in selection.places}),
+        "sources": sorted({place.source for place in selection.places}),
+        "licences": sorted({place.licence for place in selection.places}),
+        "environments": sorted({place.env for place in selection.places}),
+        "group_ids": sorted(selection.groups)[:_LISTED],
+    }
+    node = found.nodes.get(root) or Node(root[0], root[1], None)
+    contains = [Edge(shard, "contains", root) for shard in rows.shard_refs(selection) if shard in found.nodes]
+    nodes = {
+        root: replace(node, facts=facts),
+        **{ref: n for ref, n in found.nodes.items() if ref != root},
+    }
+    return Lineage(root, nodes, (*contains, *found.edges))

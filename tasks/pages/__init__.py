@@ -1,0 +1,1 @@
+"""What the HTML pages of Forebay share: figures, tables, how text is written, the style and the template's macros."""
