@@ -205,10 +205,13 @@ def _source(entry: Entry, graph: Graph) -> None:
 
 def _preferences(entry: Entry, graph: Graph) -> None:
     here: Ref = ("preferences", entry.subject)
+    again = graph.called("preferences", entry.subject) is not None
     graph.node(here, entry.subject, entry)
     graph.call("preferences", entry.subject, here)
     dataset = entry.payload["origin"].get("dataset")
-    for made_from in _datasets_of(graph, dataset) if dataset else ():
+    if again or not dataset:
+        return  # made of other data once more, the same bytes still come from where they came from first
+    for made_from in _datasets_of(graph, dataset):
         graph.edge(here, "made from", made_from)
 
 

@@ -238,3 +238,23 @@ def test_a_way_is_of_bytes_unless_a_decision_is_asked_for(world: World):
         path(world.ledger, world.workspace, f"agent/{sibling}", f"agent/{other}")
     decision = world.ledger.last("decision.made").payload["decision"]
     assert path(world.ledger, world.workspace, decision[:16], f"agent/{other}").nodes
+
+
+def test_the_same_preferences_made_once_more_of_scored_data_are_no_circle(world: World):
+    about = {"name": "main", "pairs": 1, "groups": 1, "slices": {}, "sources": [], "licences": []}
+    digest = sha256_bytes(b"")
+    file = world.put(world.workspace.preferences / f"{digest}.jsonl", b"")
+    roots = [e.payload["root"] for e in world.ledger.entries("dataset.sealed")]
+    world.append("preferences.made", digest, {**about, "path": file["path"], "origin": {"dataset": roots[0]}})
+    reward = {
+        "version": 1, "digest": "a" * 64, "kind": "head", "path": "x", "files": {}, "mlflow": {}, "holdout": 0.2,
+        "licences": [], "parents": {"preferences": digest, "backbone": None},
+    }  # fmt: skip
+    world.append("reward.registered", "reward/1", reward)
+    world.append(
+        "dataset.scored", "dataset:scored", {"reward": "reward/1", "digest": "a" * 64, "root": roots[0]}
+    )
+    world.seal([1], name="scored")
+    newest = world.ledger.last("dataset.sealed").payload["root"]
+    world.append("preferences.made", digest, {**about, "path": file["path"], "origin": {"dataset": newest}})
+    assert ("source", "reward/1") in lineage(world.ledger, world.workspace, "dataset:scored").nodes
