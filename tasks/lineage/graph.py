@@ -145,12 +145,14 @@ def require_no_circle(edges: Iterable[Edge]) -> None:
 
 def roles_of(index: Index) -> dict[str, list[str]]:
     """Return the aliases that each subject holds: {"agent/3": ["champion"]}."""
-    roles: dict[str, list[str]] = defaultdict(list)
-    for office in OFFICES:
-        for alias, version in standing(index, office).aliases().items():
-            if version is not None:
-                roles[f"{office}/{version}"].append(alias)
-    return roles
+    if index.roles is None:
+        roles: dict[str, list[str]] = defaultdict(list)
+        for office in OFFICES:
+            for alias, version in standing(index, office).aliases().items():
+                if version is not None:
+                    roles[f"{office}/{version}"].append(alias)
+        index.roles = dict(roles)
+    return index.roles
 
 
 def resolve(index: Index, ref: str) -> Ref:

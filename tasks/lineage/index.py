@@ -53,6 +53,7 @@ class Index:
         self.ledger = ledger
         self._db = connection
         self._place = 0
+        self.roles: dict[str, list[str]] | None = None  # kept by `graph.roles_of`: many questions ask it more than once
 
     # ------------------------------------------------------------------------------------------ making it
 
@@ -93,6 +94,7 @@ class Index:
 
     def catch_up(self) -> None:
         """Read the entries that were appended since."""
+        self.roles = None
         self._db.execute("BEGIN IMMEDIATE")
         try:
             seq, last = (
