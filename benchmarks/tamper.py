@@ -224,7 +224,7 @@ class Campaign:
     def _revive(self) -> Tampering:
         shard = self.world.manifests["main"].shards[0]
         path = self.root / shard.path
-        path.write_bytes(b"shard 1" * 50)
+        path.write_bytes(self.world.shard(1, self.world.manifests["main"].behaviour[:1]))
         assert sha256_file(path) == shard.sha256
         return Tampering(("data", "revive"), ((shard.path, frozenset()),), f"revive {shard.path}")
 
