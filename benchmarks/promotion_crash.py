@@ -136,9 +136,14 @@ def killed(site: Site, word: str, version: int, at: int | None, after: float) ->
     return process.exitcode == -signal.SIGKILL
 
 
+def _reconcile(site: Site) -> None:
+    reconcile(*site.open())
+    os._exit(0)  # what the parent has imported must not run its handlers of an exit here
+
+
 def disagreements(site: Site, before: list[tuple[int, str]]) -> list[str]:
     """Reconcile in a process of its own, sign what was left, and say what does not agree."""
-    process = fork.Process(target=lambda: reconcile(*site.open()))
+    process = fork.Process(target=_reconcile, args=(site,))
     process.start()
     process.join()
     ledger, registry = site.open()
