@@ -39,7 +39,7 @@ _CHANGES = tuple(
 )
 _REGISTERED = ("agent.registered", "reward.registered")
 _BATCH = 400  # values in one SQL list
-_PATIENCE_SECONDS = 120  # while another process catches up
+_PATIENCE_SECONDS = 20  # while another process catches up
 
 
 class Index:
@@ -53,7 +53,9 @@ class Index:
         self.ledger = ledger
         self._db = connection
         self._place = 0
-        self.roles: dict[str, list[str]] | None = None  # kept by `graph.roles_of`: many questions ask it more than once
+        self.roles: dict[str, list[str]] | None = (
+            None  # kept by `graph.roles_of`: many questions ask it more than once
+        )
 
     # ------------------------------------------------------------------------------------------ making it
 
