@@ -9,7 +9,7 @@ the ledger's order, so that what it follows from has been settled.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tasks.core.ledger import Ledger
@@ -114,7 +114,7 @@ class _Descent:
     samplers: set[str] = field(default_factory=set)
     rewarders: set[str] = field(default_factory=set)
     whole: set[int] = field(default_factory=set)
-    known: dict[str, bool] = field(default_factory=dict)
+    known: Mapping[str, bool] = field(default_factory=dict)
     refs: dict[int, tuple[Ref, str | None]] = field(default_factory=dict)
     targets: dict[int, list[tuple[Relation, int]]] = field(default_factory=lambda: defaultdict(list))
 
@@ -125,7 +125,9 @@ class _Descent:
         rest = [number for number in self.refs if number not in first]
         for source, relation, target in index.edges(rest):
             self.targets[source].append((relation, target))
-        if any(kind in ("dataset", "shard") for (kind, _), _ in self.refs.values()):
+        if self.selection is not None:
+            self.known = self.selection.known
+        elif any(kind in ("dataset", "shard") for (kind, _), _ in self.refs.values()):
             self.known = rows.datasets(self.ledger, self.workspace, index)
         for number in start:
             (kind, key), digest = self.refs[number]

@@ -14,7 +14,7 @@ from tasks.lineage.types import Ref, Relation
 
 Role = Literal[
     "agent", "dataset", "shard", "evidence", "run", "source", "preferences", "decision", "reward",
-    "sampler", "scored into", "rewarded into",  # of a dataset's name: who sampled it, what it was scored from and by
+    "version", "sampler", "scored into", "rewarded into",  # of a dataset's name: who sampled it, what it was scored from and by
     "prefect", "mlflow", "git", "dvc",  # ids of other tools: locators, beside the digests
 ]  # fmt: skip
 
@@ -71,7 +71,7 @@ def _agent(entry: Entry, graph: Graph) -> None:
     _pick(p, "path", "files", "version", "mlflow")
     graph.node(here, p["digest"], entry)
     graph.call("agent", p["digest"], here)
-    _locate(graph, here, mlflow=p["mlflow"].get("model_id"))
+    _locate(graph, here, {"mlflow": p["mlflow"].get("model_id")})
     if p["origin"] == "base":
         graph.node(("base", p["digest"]), p["digest"], entry)
         graph.edge(here, "converted from", ("base", p["digest"]))
@@ -88,8 +88,8 @@ def _run_started(entry: Entry, graph: Graph) -> None:
     graph.call("run", entry.subject, here)
     code: Ref = ("code", f"{commit['commit'] or ''}{'+' if commit['dirty'] else ''}@{p['code']}")
     graph.edge(here, "run by code", code)
-    _locate(graph, code, git=commit["commit"])
-    _locate(graph, here, prefect=p.get("prefect"))
+    _locate(graph, code, {"git": commit["commit"]})
+    _locate(graph, here, {"prefect": p.get("prefect")})
     if p["lock"]:
         graph.edge(here, "with packages", ("lock", p["lock"]))
     for dataset in _datasets_of(graph, p["dataset"]):
@@ -102,7 +102,7 @@ def _run_finished(entry: Entry, graph: Graph) -> None:
     outputs = entry.payload["outputs"]
     _pick(outputs, "path", "digest", "files")
     graph.node(here, entry.subject, entry)
-    _locate(graph, here, mlflow=outputs.get("mlflow_run"))
+    _locate(graph, here, {"mlflow": outputs.get("mlflow_run")})
     for shard in outputs.get("fresh", ()):
         graph.node(("shard", shard["path"]), shard["sha256"], entry, {})
         graph.call("shard", shard["sha256"], ("shard", shard["path"]))
@@ -120,7 +120,7 @@ def _dataset(entry: Entry, graph: Graph) -> None:
         {n: p[n] for n in kept} | {"sealed": entry.time, "contents": p.get("contents", [])},
     )
     graph.call("dataset", p["root"], here)
-    _locate(graph, here, git=p["git_commit"], dvc=p["dvc"]["md5"])
+    _locate(graph, here, {"git": p["git_commit"], "dvc": p["dvc"]["md5"]})
     for shard in new_shards(p):
         held: Ref = ("shard", shard["path"])
         graph.node(held, shard["sha256"], entry, {n: shard[n] for n in ("rows", "groups", "bytes")})
@@ -145,7 +145,7 @@ def _dataset(entry: Entry, graph: Graph) -> None:
         graph.edge(here, "gathered in", ("environment", f"{part['env']}@{part['env_version']}"))
         graph.edge(here, "comes from", ("origin", part["source"]))
         graph.edge(here, "licensed under", ("licence", part["licence"]))
-    graph.call("scored into", f"version {name}", here)
+    graph.call("version", name, here)
 
 
 def _scored(entry: Entry, graph: Graph) -> None:
@@ -155,7 +155,7 @@ def _scored(entry: Entry, graph: Graph) -> None:
     if "root" in p:
         for source in _datasets_of(graph, p["root"]):
             graph.call("scored into", name, source)
-    for version in graph.all_called("scored into", f"version {name}"):  # sealed before this was recorded
+    for version in graph.all_called("version", name):  # sealed before this was recorded
         _scored_links(graph, version, name)
 
 
@@ -266,11 +266,11 @@ def _pick(payload: Mapping[str, Any], *names: str) -> None:
         payload[name]
 
 
-def _locate(graph: Graph, ref: Ref, **ids: str | None) -> None:
+def _locate(graph: Graph, ref: Ref, ids: Mapping[Role, str | None]) -> None:
     """Let the ids that other tools have for a thing be asked for."""
     for role, value in ids.items():
         if value:
-            graph.call(role, value, ref)  # type: ignore[arg-type]
+            graph.call(role, value, ref)
 
 
 def _datasets_of(graph: Graph, root: str) -> list[Ref]:

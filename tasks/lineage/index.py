@@ -20,7 +20,7 @@ from tasks.lineage import entries as reading
 from tasks.lineage.entries import Role
 from tasks.lineage.types import RELATIONS, SPOKEN, Kind, Ref, Relation
 
-_SCHEMA = "2"
+_SCHEMA = "3"
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE node (id INTEGER PRIMARY KEY, kind TEXT NOT NULL, key TEXT NOT NULL, digest TEXT, facts TEXT, UNIQUE (kind, key));

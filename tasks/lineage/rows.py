@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ class Selection:
         groups: ids of the groups; none for a source or a licence, which may select millions.
         sets: digests of sets of preferences that have an answer of it by what they say themselves.
         roots: of dataset versions that held them, where their bytes were erased and no place is known.
+        known: of all datasets, whether all their rows are; see `datasets`.
     """
 
     by: By
@@ -82,6 +83,7 @@ class Selection:
     groups: frozenset[str] = frozenset()
     sets: tuple[str, ...] = ()
     roots: tuple[str, ...] = ()
+    known: Mapping[str, bool] = field(default_factory=dict)
 
 
 def select(ledger: Ledger, workspace: Workspace, index: Index, by: By, value: str) -> Selection:
@@ -96,11 +98,12 @@ def select(ledger: Ledger, workspace: Workspace, index: Index, by: By, value: st
     """
     if by == "prompt" and not _is_digest(value):
         value = sha256_bytes(value.encode())
-    names = [*datasets(ledger, workspace, index), _fresh(workspace, index)]
+    known = datasets(ledger, workspace, index)
+    names = [*known, _fresh(workspace, index)]
     found = tuple(place for name in names for place in replay.places(workspace, name, by, value))
     sets = () if by in ("episode", "group") else _sets(ledger, workspace, index, by, value)
     if not found and not sets:
-        erased = _erased(ledger, workspace, by, value)
+        erased = _erased(ledger, workspace, by, value, known)
         if erased is None:
             raise NotFound(
                 f"No sealed dataset, no run and no set of preferences holds {by} `{value}`; "
@@ -111,7 +114,7 @@ def select(ledger: Ledger, workspace: Workspace, index: Index, by: By, value: st
     if by not in _BROAD:
         for name in dict.fromkeys(place.dataset for place in found):
             groups |= set(replay.groups(workspace, name, by, value))
-    return Selection(by, value, found, frozenset(groups), sets)
+    return Selection(by, value, found, frozenset(groups), sets, known=known)
 
 
 def _sets(ledger: Ledger, workspace: Workspace, index: Index, by: By, value: str) -> tuple[str, ...]:
@@ -127,14 +130,18 @@ def _sets(ledger: Ledger, workspace: Workspace, index: Index, by: By, value: str
     return tuple(found)
 
 
-def _erased(ledger: Ledger, workspace: Workspace, by: By, value: str) -> Selection | None:
+def _erased(
+    ledger: Ledger, workspace: Workspace, by: By, value: str, known: Mapping[str, bool]
+) -> Selection | None:
     """Return what a revocation noted of rows whose bytes are gone."""
     for entry in ledger.entries("data.revoked"):
         lists = json.loads(_checked(workspace, entry.payload["lists"]))
         named = value in lists["groups"] if by == "group" else value in lists["episodes"]
         if entry.payload["what"] == f"{by}:{value}" or (by in ("group", "episode") and named):
             groups = {value} if by == "group" else set(lists["groups"])
-            return Selection(by, value, (), frozenset(groups), roots=tuple(entry.payload["roots"]))
+            return Selection(
+                by, value, (), frozenset(groups), roots=tuple(entry.payload["roots"]), known=known
+            )
     return None
 
 
@@ -192,8 +199,8 @@ class Use:
     def of(self, selection: Selection) -> bool:
         """Tell whether a selected row is among it."""
         if selection.by in _BROAD:
-            field = "sources" if selection.by == "source" else "licences"
-            return selection.value in getattr(self, field) | getattr(self.about, field)
+            name = "sources" if selection.by == "source" else "licences"
+            return selection.value in getattr(self, name) | getattr(self.about, name)
         if selection.by == "episode" and self.episodes is not None:
             return selection.value in self.episodes
         return not selection.groups.isdisjoint(self.groups)  # of an erased one, too

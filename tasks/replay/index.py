@@ -171,13 +171,6 @@ def groups(workspace: Workspace, dataset: str, by: By, value: str) -> list[str]:
         return [group for (group,) in index.execute(query, (value,))]
 
 
-def episodes(workspace: Workspace, dataset: str, group: str) -> list[str]:
-    """Return the ids of the episodes of a group."""
-    query = "SELECT episode_id FROM episode JOIN grp ON grp.number = episode.grp WHERE group_id = ? ORDER BY episode_id"
-    with _open(workspace, dataset) as index:
-        return [episode for (episode,) in index.execute(query, (group,))]
-
-
 @dataclass(frozen=True, slots=True)
 class About:
     """What some groups are, all together: where they lie, where they come from, who sampled and rewarded them."""
