@@ -5,7 +5,7 @@
 The history is made up, of `streams` datasets that are each sealed `generations` times; each version is sampled from the
 stream's champion, and `candidates` agents are trained on it from that champion, one of which is judged and promoted. It
 is written by the product's own writers: shards by its schema and Parquet settings, `Manifest.append`,
-`Ledger.append` (without fsync), `rows.keep_consumed`, `index.add_shards`. Left out are DVC, git and weights, which no
+`Ledger.append` (without fsync), `rows.keep_consumed`, `index.add_present`. Left out are DVC, git and weights, which no
 question reads. Every run learns from a random half of its version's newest groups and a few older ones.
 
 Each question is asked `asks` times about random things in a process of its own, each time from the opening of the index
@@ -117,7 +117,7 @@ class History:
                 "contents": contents(self.workspace, [shard]),
             },
         )
-        rows.add_shards(self.workspace, name, [shard])
+        rows.add_present(self.workspace, name, [shard])
         self.versions.append(manifest)
         return manifest, groups
 
