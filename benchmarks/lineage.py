@@ -5,7 +5,7 @@
 The history is made up, of `streams` datasets that are each sealed `generations` times; each version is sampled from the
 stream's champion, and `candidates` agents are trained on it from that champion, one of which is judged and promoted. It
 is written by the product's own writers: shards by its schema and Parquet settings, `Manifest.append`,
-`Ledger.append` (without fsync), `rows.keep_consumed`, `index.add_present`. Left out are DVC, git and weights, which no
+`Ledger.append` (without fsync), `rows.keep_consumed`, `RowIndex.add_present`. Left out are DVC, git and weights, which no
 question reads. Every run learns from a random half of its version's newest groups and a few older ones.
 
 Each question is asked `asks` times about random things in a process of its own, each time from the opening of the index
@@ -40,7 +40,7 @@ from tasks.core.digest import digest_files, digest_json, sha256_bytes, sha256_fi
 from tasks.core.ledger import Ledger
 from tasks.core.workspace import Workspace
 from tasks.lineage.rows import keep_consumed
-from tasks.replay import index as rows
+from tasks.replay.index import RowIndex
 from tasks.replay.manifest import Behaviour, Manifest, Shard
 from tasks.replay.schema import arrow_schema
 from tasks.replay.shards import _write_parquet, contents
@@ -117,7 +117,8 @@ class History:
                 "contents": contents(self.workspace, [shard]),
             },
         )
-        rows.add_present(self.workspace, name, [shard])
+        with RowIndex.open(self.workspace, name) as index:
+            index.add_present([shard], manifest.root)
         self.versions.append(manifest)
         return manifest, groups
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -38,6 +38,7 @@ _table = sa.Table(
     sa.Column("prev", sa.Text, nullable=False),
     sa.Column("digest", sa.Text, nullable=False, unique=True),
 )
+_by_time = sa.Index("ix_ledger_time", _table.c.time, _table.c.seq)
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,8 @@ class Ledger:
             raise Unavailable(
                 f"The ledger at {url.render_as_string()} cannot be opened: {reason}."
             ) from error
+        with suppress(sa.exc.DBAPIError), engine.begin() as connection:  # one of an earlier release has none
+            _by_time.create(connection, checkfirst=True)
         return engine
 
     def append(

@@ -9,17 +9,17 @@ the ledger's order, so that what it follows from has been settled.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from tasks.core.ledger import Ledger
+from tasks.core.ledger import Entry, Ledger
 from tasks.core.workspace import Workspace
 from tasks.lineage import rows
 from tasks.lineage.graph import gather, open_index, resolve
 from tasks.lineage.index import Index
-from tasks.lineage.rows import Selection, Use
+from tasks.lineage.rows import BROAD, Rows, Selection
 from tasks.lineage.types import RELATIONS, SHAPING, Edge, Kind, Lineage, Node, Ref, Relation
-from tasks.replay.index import By
+from tasks.replay.index import By, KindOfRow
 
 _ROWS: dict[str, By] = {
     "episode": "episode",
@@ -51,6 +51,7 @@ _BY_ROWS = frozenset(
 _REWRITTEN: tuple[Relation, ...] = ("rewritten from",)
 _JUDGING = tuple(relation for relation in RELATIONS if relation not in SHAPING)
 _LISTED = 100  # ids of groups in the facts
+_AT_ONCE = 200  # things whose entries are read together
 
 
 def descendants(ledger: Ledger, workspace: Workspace, ref: str, index: Index | None = None) -> Lineage:
@@ -67,15 +68,16 @@ def descendants(ledger: Ledger, workspace: Workspace, ref: str, index: Index | N
     """
     index = index or open_index(ledger, workspace)
     word, colon, value = ref.partition(":")
-    if colon and word in _ROWS:
-        selection = rows.select(ledger, workspace, index, _ROWS[word], value)
-        found = _Descent(ledger, workspace, index, selection).walk(_holders(index, selection))
-        return _with_rows(workspace, gather(index, _root(selection), _and_judged(index, found)), selection)
-    root = resolve(index, ref)
-    number = index.id(root)
-    assert number is not None
-    found = _Descent(ledger, workspace, index).walk([number])
-    return gather(index, root, _and_judged(index, found))
+    with Rows(ledger, workspace, index) as opened:
+        if colon and word in _ROWS:
+            selection = rows.select(opened, _ROWS[word], value)
+            found = _Descent(index, opened, selection).walk(_holders(index, selection))
+            return _with_rows(gather(index, _root(selection), _and_judged(index, found)), selection)
+        root = resolve(index, ref)
+        number = index.id(root)
+        assert number is not None
+        found = _Descent(index, opened).walk([number])
+        return gather(index, root, _and_judged(index, found))
 
 
 def _holders(index: Index, selection: Selection) -> list[int]:
@@ -94,19 +96,21 @@ class _Descent:
     """One walk. Numbers are the index's.
 
     Attributes:
+        rows: the row indices.
         selection: rows that were asked for; None where a whole thing was.
         shaped: what was found to follow, in the order in which it was settled.
         holding: dataset versions and shards that only hold a row in question.
         shards: paths of the shards that were asked for, or that the dataset version asked for holds.
         samplers, rewarders: digests of shaped agents and reward models.
         whole: shaped dataset versions of which any row counts.
-        known: datasets of which all rows are known; of the others it is told what may follow.
         refs, targets: what may follow, and the edges that leave it.
+        said: the entries that speak of runs and preferences that are asked next.
+        names: of datasets in which the rows of a version lie.
+        sought: {dataset's name: (how much was shaped then, numbers of shards and kinds of rows in question)}.
     """
 
-    ledger: Ledger
-    workspace: Workspace
     index: Index
+    rows: Rows
     selection: Selection | None = None
     shaped: dict[int, None] = field(default_factory=dict)
     holding: dict[int, None] = field(default_factory=dict)
@@ -114,9 +118,11 @@ class _Descent:
     samplers: set[str] = field(default_factory=set)
     rewarders: set[str] = field(default_factory=set)
     whole: set[int] = field(default_factory=set)
-    known: Mapping[str, bool] = field(default_factory=dict)
     refs: dict[int, tuple[Ref, str | None]] = field(default_factory=dict)
     targets: dict[int, list[tuple[Relation, int]]] = field(default_factory=lambda: defaultdict(list))
+    said: dict[int, list[Entry]] = field(default_factory=dict)
+    names: dict[int, list[str]] = field(default_factory=dict)
+    sought: dict[str, tuple[int, set[int], set[int]]] = field(default_factory=dict)
 
     def walk(self, start: Sequence[int]) -> list[int]:
         """Return what follows from `start`, those first."""
@@ -125,10 +131,6 @@ class _Descent:
         rest = [number for number in self.refs if number not in first]
         for source, relation, target in index.edges(rest):
             self.targets[source].append((relation, target))
-        if self.selection is not None:
-            self.known = self.selection.known
-        elif any(kind in ("dataset", "shard") for (kind, _), _ in self.refs.values()):
-            self.known = rows.datasets(self.ledger, self.workspace, index)
         for number in start:
             (kind, key), digest = self.refs[number]
             if kind in ("shard", "dataset"):
@@ -142,9 +144,13 @@ class _Descent:
             if kind == "shard":
                 self.shards.add(key)  # where it was rewritten, too
         order = index.settled(rest)
-        for number in sorted(rest, key=lambda n: order[n]):
-            if number not in self.shaped and self._follows(number):
-                self._mark(number, self.refs[number][1])
+        rest.sort(key=lambda number: order[number])
+        for first_of in range(0, len(rest), _AT_ONCE):
+            part = rest[first_of : first_of + _AT_ONCE]
+            self.said = index.said(n for n in part if self.refs[n][0][0] in ("run", "preferences"))
+            for number in part:
+                if number not in self.shaped and self._follows(number):
+                    self._mark(number, self.refs[number][1])
         return list({**dict.fromkeys(start), **self.holding, **self.shaped})
 
     def _mark(self, number: int, digest: str | None) -> None:
@@ -174,7 +180,7 @@ class _Descent:
         return any(self._in_question(target) for _, target in links)
 
     def _learnt(self, number: int) -> bool:
-        entries = {entry.kind: entry for entry in self.index.said([number]).get(number, ())}
+        entries = {entry.kind: entry for entry in self.said.get(number, ())}
         if "run.finished" not in entries:
             return False  # it made no agent
         links = self.targets[number]
@@ -185,11 +191,11 @@ class _Descent:
         ]
         if not self.whole.isdisjoint(datasets):
             return True
+        if not datasets:
+            return False
+        groups = rows.consumed(self.rows.workspace, entries["run.finished"].payload["outputs"])
         names = self._names(datasets)
-        outputs = entries["run.finished"].payload["outputs"]
-        return any(self._of(rows.run_use(self.workspace, outputs, name)) for name in names) or self._unsure(
-            names
-        )
+        return self._asked(groups) or any(self._of(groups, name) for name in names) or self._unsure(names)
 
     def _compared(self, number: int) -> bool:
         links = self.targets[number]
@@ -198,36 +204,67 @@ class _Descent:
         ]
         if not datasets:
             return False
-        (_, digest), made = self.refs[number][0], self.index.said([number])[number][-1]
+        (_, digest), made = self.refs[number][0], self.said[number][-1]
+        compared = rows.pairs(self.rows.workspace, made.payload["path"], digest)
+        if compared is None:
+            return True  # of an erased set it is not told that it does not follow
+        asked = self.selection
+        if (
+            asked is not None
+            and asked.by in BROAD
+            and any(pair[asked.by] == asked.value for pair in compared)
+        ):
+            return True
+        episodes = {pair[name] for pair in compared for name in ("chosen_id", "rejected_id")} - {""}
         names = self._names(datasets)
-        use = rows.preferences_use(self.workspace, made.payload["path"], digest, names)
-        return use is None or self._of(use) or self._unsure(names)  # nor is that told of an erased set
+        answers = {name: self.rows.of(name).groups_of(episodes) for name in names}
+        if asked is not None and asked.by == "episode":
+            found = asked.value in episodes  # it, and not another answer of its group
+        else:
+            found = any(map(self._asked, answers.values()))
+        return found or any(self._of(groups, name) for name, groups in answers.items()) or self._unsure(names)
 
     def _unsure(self, names: Sequence[str]) -> bool:
         """Tell whether rows are not known by which it might follow; groups that were asked for by id are."""
         narrow = (
             self.selection is not None and self.selection.groups and not (self.samplers or self.rewarders)
         )
-        return bool(names) and not narrow and not all(self.known.get(name, False) for name in names)
+        return bool(names) and not narrow and not all(map(self.rows.whole, names))
 
     def _names(self, datasets: Sequence[int]) -> list[str]:
         """Return the names of dataset versions, and of those that they were scored from: there the same rows lie."""
-        found = self.index.walk(datasets, back=False, relations=("continues", "scored from"))
-        refs = (ref for ref, _ in self.index.refs(found).values())
-        return list(dict.fromkeys(key.rpartition("/")[0] for _, key in refs if "/" in key))
+        for dataset in datasets:
+            if dataset not in self.names:
+                found = self.index.walk([dataset], back=False, relations=("continues", "scored from"))
+                refs = (ref for ref, _ in self.index.refs(found).values())
+                keys = dict.fromkeys(key.rpartition("/")[0] for _, key in refs if "/" in key)
+                self.names[dataset] = list(keys)
+        return list(dict.fromkeys(name for dataset in datasets for name in self.names[dataset]))
 
     def _in_question(self, dataset: int) -> bool:
         return dataset in self.holding or dataset in self.shaped
 
-    def _of(self, use: Use) -> bool:
-        """Tell whether a use has a row that was asked for, or that something shaped sampled or rewarded."""
-        if self.selection is not None and use.of(self.selection):
+    def _asked(self, groups: Iterable[str]) -> bool:
+        """Tell whether one of `groups` was asked for."""
+        return self.selection is not None and not self.selection.groups.isdisjoint(groups)
+
+    def _of(self, groups: Collection[str], dataset: str) -> bool:
+        """Tell whether one of `groups` lies in a shard that was asked for, comes from a source or licence that was, or was
+        sampled or rewarded by something shaped.
+        """
+        index = self.rows.of(dataset)
+        shaped = len(self.samplers) + len(self.rewarders)  # they only grow
+        if self.sought.get(dataset, (-1,))[0] != shaped:
+            shards = set() if self.selection is not None else index.shard_numbers(self.shards)
+            kinds = {number for number, kind in index.kinds.items() if self._picks(kind)}
+            self.sought[dataset] = (shaped, shards, kinds)
+        return index.any_of(groups, *self.sought[dataset][1:])
+
+    def _picks(self, kind: KindOfRow) -> bool:
+        asked = self.selection
+        if asked is not None and asked.by in BROAD and getattr(kind, asked.by) == asked.value:
             return True
-        if self.selection is None and not self.shards.isdisjoint(use.about.shards):
-            return True
-        return not (
-            self.samplers.isdisjoint(use.about.samplers) and self.rewarders.isdisjoint(use.about.rewarders)
-        )
+        return not (self.samplers.isdisjoint(kind.samplers) and self.rewarders.isdisjoint(kind.rewarders))
 
     def _shards_of(self, dataset: int) -> set[str]:
         found = self.index.walk([dataset], back=False, relations=("holds", "continues"))
@@ -250,7 +287,7 @@ def _root(selection: Selection) -> Ref:
     return _ROOTS[selection.by], selection.value
 
 
-def _with_rows(workspace: Workspace, found: Lineage, selection: Selection) -> Lineage:
+def _with_rows(found: Lineage, selection: Selection) -> Lineage:
     """Put what was asked for before the shards that contain it."""
     root = _root(selection)
     facts = {

@@ -14,6 +14,7 @@ from tasks.lineage.types import Ref, Relation
 
 Role = Literal[
     "agent", "dataset", "shard", "evidence", "run", "source", "preferences", "decision", "reward",
+    "fresh",  # of a shard that a run collected itself
     "version", "sampler", "scored into", "rewarded into",  # of a dataset's name: who sampled it, what it was scored from and by
     "prefect", "mlflow", "git", "dvc",  # ids of other tools: locators, beside the digests
 ]  # fmt: skip
@@ -106,6 +107,7 @@ def _run_finished(entry: Entry, graph: Graph) -> None:
     for shard in outputs.get("fresh", ()):
         graph.node(("shard", shard["path"]), shard["sha256"], entry, {})
         graph.call("shard", shard["sha256"], ("shard", shard["path"]))
+        graph.call("fresh", shard["sha256"], ("shard", shard["path"]))
         graph.edge(here, "collected", ("shard", shard["path"]))
 
 

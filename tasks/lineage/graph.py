@@ -145,14 +145,16 @@ def require_no_circle(edges: Iterable[Edge]) -> None:
 
 def roles_of(index: Index) -> dict[str, list[str]]:
     """Return the aliases that each subject holds: {"agent/3": ["champion"]}."""
-    if index.roles is None:
-        roles: dict[str, list[str]] = defaultdict(list)
-        for office in OFFICES:
-            for alias, version in standing(index, office).aliases().items():
-                if version is not None:
-                    roles[f"{office}/{version}"].append(alias)
-        index.roles = dict(roles)
-    return index.roles
+    return index.derived("roles", lambda: _roles(index))
+
+
+def _roles(index: Index) -> dict[str, list[str]]:
+    roles: dict[str, list[str]] = defaultdict(list)
+    for office in OFFICES:
+        for alias, version in standing(index, office).aliases().items():
+            if version is not None:
+                roles[f"{office}/{version}"].append(alias)
+    return dict(roles)
 
 
 def resolve(index: Index, ref: str) -> Ref:
@@ -175,7 +177,7 @@ def resolve(index: Index, ref: str) -> Ref:
     if colon and word in _NAMED:
         found = (_NAMED[word], key)
         if word == "dataset" and "/" not in key:
-            found = ("dataset", index.newest_version(key) or key)
+            found = next(reversed(index.all_called("version", key)), ("dataset", key))
         if index.id(found) is not None:
             return found
     role = _LOCATORS.get(word) if colon else None

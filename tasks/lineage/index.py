@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -20,7 +20,7 @@ from tasks.lineage import entries as reading
 from tasks.lineage.entries import Role
 from tasks.lineage.types import RELATIONS, SPOKEN, Kind, Ref, Relation
 
-_SCHEMA = "3"
+_SCHEMA = "4"
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE node (id INTEGER PRIMARY KEY, kind TEXT NOT NULL, key TEXT NOT NULL, digest TEXT, facts TEXT, UNIQUE (kind, key));
@@ -32,6 +32,7 @@ CREATE TABLE called (role TEXT NOT NULL, digest TEXT NOT NULL, node INTEGER NOT 
     WITHOUT ROWID;
 CREATE INDEX called_digest ON called (digest);
 CREATE TABLE change (seq INTEGER PRIMARY KEY, time TEXT NOT NULL, kind TEXT NOT NULL, subject TEXT NOT NULL, payload TEXT NOT NULL);
+CREATE INDEX change_kind ON change (kind, seq);
 CREATE TABLE broken (seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, subject TEXT NOT NULL, reason TEXT NOT NULL);
 """
 _CHANGES = tuple(
@@ -53,9 +54,6 @@ class Index:
         self.ledger = ledger
         self._db = connection
         self._place = 0
-        self.roles: dict[str, list[str]] | None = (
-            None  # kept by `graph.roles_of`: many questions ask it more than once
-        )
 
     # ------------------------------------------------------------------------------------------ making it
 
@@ -96,7 +94,6 @@ class Index:
 
     def catch_up(self) -> None:
         """Read the entries that were appended since."""
-        self.roles = None
         self._db.execute("BEGIN IMMEDIATE")
         try:
             seq, last = (
@@ -219,6 +216,21 @@ class Index:
         """Return the newest registration or change of office of that kind up to entry `seq`, None where there is none."""
         return next(iter(self._changes("kind = ? AND seq <= ? ORDER BY seq DESC LIMIT 1", (kind, seq))), None)
 
+    def derived(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what `make` reads from the changes of office and registrations; it is kept until the next of them."""
+        at = self._db.execute("SELECT coalesce(max(seq), 0) FROM change").fetchone()[0]  # before `make` looks
+        row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        if row is not None:
+            kept: dict[str, Any] = json.loads(row[0])
+            if kept["at"] == at:
+                found: dict[str, Any] = kept["found"]
+                return found
+        made = make()
+        with suppress(sqlite3.OperationalError):  # another process writes: it is made again next time
+            text = json.dumps({"at": at, "found": made})
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, text))
+        return made
+
     def _changes(self, where: str, values: Sequence[Any]) -> list[Entry]:
         tail = "" if "ORDER" in where else " ORDER BY seq"
         rows = self._db.execute(
@@ -324,10 +336,10 @@ class Index:
         found.sort(key=lambda row: (order[row[2 if back else 0]], row[1], row[3]))
         return [(source, RELATIONS[relation], target) for source, relation, target, _ in found]
 
-    def targets(self, relation: Relation) -> list[int]:
-        """Return every node that an edge of that relation leads to."""
-        query = "SELECT DISTINCT target FROM edge WHERE relation = ? ORDER BY target"
-        return [number for (number,) in self._db.execute(query, (RELATIONS.index(relation),))]
+    def every_called(self, role: Role) -> dict[Ref, str]:
+        """Return {node: digest} of all that is called in that role, first recorded first."""
+        query = "SELECT kind, key, called.digest FROM called JOIN node ON node.id = called.node WHERE role = ? ORDER BY id"
+        return {(kind, key): digest for kind, key, digest in self._db.execute(query, (role,))}
 
     def prefixed(self, digits: str, role: Role | None = None) -> dict[Ref, str]:
         """Return {node: digest} of the nodes that a digest, or another tool's id, with these first characters means."""
@@ -346,13 +358,12 @@ class Index:
         query = f"SELECT key FROM node WHERE kind = ? {spoken} ORDER BY id DESC LIMIT ?"
         return [key for (key,) in self._db.execute(query, (kind, -1 if most is None else most))]
 
-    def newest_version(self, dataset: str) -> str | None:
-        """Return the newest version of a dataset, "main/v3", None where there is none."""
-        query = (
-            "SELECT key FROM node WHERE kind = 'dataset' AND substr(key, 1, ?) = ? ORDER BY id DESC LIMIT 1"
-        )
-        row = self._db.execute(query, (len(dataset) + 2, f"{dataset}/v")).fetchone()
-        return None if row is None else str(row[0])
+    def newest_versions(self) -> dict[str, tuple[Ref, str | None]]:
+        """Return {dataset's name: (its newest version, that one's root)}."""
+        query = "SELECT called.digest, max(node) FROM called WHERE role = 'version' GROUP BY 1 ORDER BY 1"
+        newest: dict[str, int] = dict(self._db.execute(query))
+        named = self.refs(newest.values())
+        return {name: named[number] for name, number in newest.items()}
 
     def broken(self, subject: str) -> tuple[int, str] | None:
         """Return (number, what is wrong) of an entry of that subject that could not be read, None where all could."""

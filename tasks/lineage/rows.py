@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tasks.core.digest import sha256_bytes, write_atomic
 from tasks.core.errors import Corrupt, NotFound
@@ -14,16 +16,14 @@ from tasks.core.ledger import Ledger
 from tasks.core.workspace import Workspace
 from tasks.lineage.index import Index
 from tasks.lineage.types import Ref
-from tasks.replay import index as replay
-from tasks.replay.index import About, By, Place
+from tasks.replay.index import By, Place, RowIndex
 from tasks.replay.manifest import Shard
 
 _FRESH = "_fresh"  # the index of what runs collected themselves
+_AT_ONCE = 64  # files that are open
 GROUPS = "groups.txt"
-_BROAD: tuple[By, ...] = (
-    "source",
-    "licence",
-)  # may select so many groups that they are not listed one by one
+BROAD: tuple[By, ...] = ("source", "licence")
+"""What may select so many groups that they are not listed one by one."""
 
 
 def keep_consumed(workspace: Workspace, folder: Path, groups: Iterable[str]) -> dict[str, Any]:
@@ -74,7 +74,6 @@ class Selection:
         groups: ids of the groups; none for a source or a licence, which may select millions.
         sets: digests of sets of preferences that have an answer of it by what they say themselves.
         roots: of dataset versions that held them, where their bytes were erased and no place is known.
-        known: of all datasets, whether all their rows are; see `datasets`.
     """
 
     by: By
@@ -83,10 +82,72 @@ class Selection:
     groups: frozenset[str] = frozenset()
     sets: tuple[str, ...] = ()
     roots: tuple[str, ...] = ()
-    known: Mapping[str, bool] = field(default_factory=dict)
 
 
-def select(ledger: Ledger, workspace: Workspace, index: Index, by: By, value: str) -> Selection:
+class Rows:
+    """The row indices of a workspace while a question is answered: each is opened when it is asked for, and caught up."""
+
+    def __init__(self, ledger: Ledger, workspace: Workspace, index: Index) -> None:
+        self.ledger, self.workspace, self.index = ledger, workspace, index
+        self._newest = index.newest_versions()
+        self._open: OrderedDict[str, tuple[RowIndex, ExitStack]] = OrderedDict()
+        self._whole: dict[str, bool] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while self._open:
+            self._open.popitem()[1][1].close()
+
+    def every(self) -> Iterator[RowIndex]:
+        """Yield the indices of all datasets, and of what runs collected themselves."""
+        yield from map(self.of, self._newest)
+        collected = self.index.every_called("fresh")
+        fresh = [Shard(path, digest, 0, 0, 0) for (_, path), digest in collected.items()]
+        if fresh:
+            index = self._opened(_FRESH)
+            index.add_present(fresh)
+            yield index
+
+    def of(self, dataset: str) -> RowIndex:
+        """Return the index of a dataset, with the shards of its newest version as far as they are there.
+
+        Raises:
+            Corrupt: a shard that is not in it yet differs from its digest.
+        """
+        index = self._opened(dataset)
+        if dataset not in self._whole and dataset in self._newest:
+            (_, subject), root = self._newest[dataset]
+            assert root is not None
+            self._whole[dataset] = index.whole(root) or index.add_present(self._shards(subject), root)
+        return index
+
+    def _shards(self, subject: str) -> list[Shard]:
+        entry = self.ledger.last("dataset.sealed", subject)
+        assert entry is not None
+        return [Shard(**shard) for shard in entry.payload["shards"]]
+
+    def whole(self, dataset: str) -> bool:
+        """Tell whether all rows of a dataset's newest version are known.
+
+        They are not of shards that are not in this workspace: of whoever was given them it is not said that it did not
+        learn from a row.
+        """
+        self.of(dataset)
+        return self._whole.get(dataset, False)
+
+    def _opened(self, name: str) -> RowIndex:
+        if name not in self._open:
+            if len(self._open) == _AT_ONCE:
+                self._open.popitem(last=False)[1][1].close()
+            stack = ExitStack()
+            self._open[name] = stack.enter_context(RowIndex.open(self.workspace, name)), stack
+        self._open.move_to_end(name)
+        return self._open[name][0]
+
+
+def select(rows: Rows, by: By, value: str) -> Selection:
     """Return the rows that `by` and `value` select, wherever they lie.
 
     Args:
@@ -98,155 +159,55 @@ def select(ledger: Ledger, workspace: Workspace, index: Index, by: By, value: st
     """
     if by == "prompt" and not _is_digest(value):
         value = sha256_bytes(value.encode())
-    known = datasets(ledger, workspace, index)
-    names = [*known, _fresh(workspace, index)]
-    found = tuple(place for name in names for place in replay.places(workspace, name, by, value))
-    sets = () if by in ("episode", "group") else _sets(ledger, workspace, index, by, value)
+    found: list[Place] = []
+    groups: set[str] = set()
+    for index in rows.every():
+        here = index.places(by, value)
+        found += here
+        if here and by not in BROAD:
+            groups |= set(index.groups(by, value))
+    sets = () if by in ("episode", "group") else _sets(rows, by, value)
     if not found and not sets:
-        erased = _erased(ledger, workspace, by, value, known)
+        erased = _erased(rows, by, value)
         if erased is None:
             raise NotFound(
                 f"No sealed dataset, no run and no set of preferences holds {by} `{value}`; "
                 "`forebay log --kind dataset.sealed` lists the datasets."
             )
         return erased
-    groups: set[str] = set()
-    if by not in _BROAD:
-        for name in dict.fromkeys(place.dataset for place in found):
-            groups |= set(replay.groups(workspace, name, by, value))
-    return Selection(by, value, found, frozenset(groups), sets, known=known)
+    return Selection(by, value, tuple(found), frozenset(groups), sets)
 
 
-def _sets(ledger: Ledger, workspace: Workspace, index: Index, by: By, value: str) -> tuple[str, ...]:
+def _sets(rows: Rows, by: By, value: str) -> tuple[str, ...]:
     """Return the sets of preferences with a pair of that prompt, source or licence: they may come from elsewhere."""
     found = []
-    for key in index.keys("preferences"):
-        entry = ledger.last("preferences.imported", key) or ledger.last("preferences.made", key)
-        pairs = _pairs(workspace, entry.payload["path"], key) if entry is not None else None
-        for pair in pairs or ():
+    for key in rows.index.keys("preferences"):
+        entry = rows.ledger.last("preferences.imported", key) or rows.ledger.last("preferences.made", key)
+        compared = pairs(rows.workspace, entry.payload["path"], key) if entry is not None else None
+        for pair in compared or ():
             if value == (sha256_bytes(pair["prompt"].encode()) if by == "prompt" else pair[by]):
                 found.append(key)
                 break
     return tuple(found)
 
 
-def _erased(
-    ledger: Ledger, workspace: Workspace, by: By, value: str, known: Mapping[str, bool]
-) -> Selection | None:
+def _erased(rows: Rows, by: By, value: str) -> Selection | None:
     """Return what a revocation noted of rows whose bytes are gone."""
-    for entry in ledger.entries("data.revoked"):
-        lists = json.loads(_checked(workspace, entry.payload["lists"]))
+    for entry in rows.ledger.entries("data.revoked"):
+        lists = json.loads(_checked(rows.workspace, entry.payload["lists"]))
         named = value in lists["groups"] if by == "group" else value in lists["episodes"]
         if entry.payload["what"] == f"{by}:{value}" or (by in ("group", "episode") and named):
             groups = {value} if by == "group" else set(lists["groups"])
-            return Selection(
-                by, value, (), frozenset(groups), roots=tuple(entry.payload["roots"]), known=known
-            )
+            return Selection(by, value, (), frozenset(groups), roots=tuple(entry.payload["roots"]))
     return None
 
 
-def datasets(ledger: Ledger, workspace: Workspace, index: Index) -> dict[str, bool]:
-    """Return {name: whether all rows of its newest version are known} of all datasets, their row indices caught up.
-
-    Rows are not known of shards that are not in this workspace: of whoever was given them it is not said that it did not
-    learn from a row.
-    """
-    found: dict[str, bool] = {}
-    newest: dict[str, str] = {}
-    for subject in index.keys("dataset"):  # newest first
-        newest.setdefault(subject.rpartition("/")[0], subject)
-    for name, subject in newest.items():
-        number = index.id(("dataset", subject))
-        held = [
-            target for _, relation, target in index.edges([number] if number else []) if relation == "holds"
-        ]
-        digests = [digest for _, digest in index.refs(held).values() if digest]
-        found[name] = bool(digests) and all(replay.holds(workspace, name, digest) for digest in digests)
-        if not found[name]:
-            entry = ledger.last("dataset.sealed", subject)
-            assert entry is not None
-            present = [Shard(**shard) for shard in entry.payload["shards"]]
-            found[name] = replay.add_present(workspace, name, present)
-    return found
-
-
-def _fresh(workspace: Workspace, index: Index) -> str:
-    """Index the shards of fresh groups that lie with the runs; return the name of that index."""
-    wanted = []
-    for (_, path), digest in index.refs(index.targets("collected")).values():
-        wanted.append(Shard(path, digest or "", 0, 0, 0))
-    replay.add_present(workspace, _FRESH, wanted)
-    return _FRESH
-
-
-@dataclass(frozen=True)
-class Use:
-    """What a run learnt from, or a set of preferences compares.
-
-    Attributes:
-        groups: ids; of preferences, the groups of the answers.
-        about: what they are.
-        episodes: of preferences, the answers themselves; None for a run, which learns from whole groups.
-        sources, licences: of preferences, what each pair says of itself.
-    """
-
-    groups: frozenset[str]
-    about: About
-    episodes: frozenset[str] | None = None
-    sources: frozenset[str] = frozenset()
-    licences: frozenset[str] = frozenset()
-
-    def of(self, selection: Selection) -> bool:
-        """Tell whether a selected row is among it."""
-        if selection.by in _BROAD:
-            name = "sources" if selection.by == "source" else "licences"
-            return selection.value in getattr(self, name) | getattr(self.about, name)
-        if selection.by == "episode" and self.episodes is not None:
-            return selection.value in self.episodes
-        return not selection.groups.isdisjoint(self.groups)  # of an erased one, too
-
-
-def run_use(workspace: Workspace, outputs: Mapping[str, Any], dataset: str) -> Use:
-    """Return what a run learnt from.
-
-    Args:
-        outputs: of its `run.finished` entry.
-        dataset: name of the dataset that it was given.
-
-    Raises:
-        Corrupt: the list of groups is missing or was changed.
-    """
-    groups = frozenset(consumed(workspace, outputs))
-    return Use(groups, replay.about(workspace, dataset, groups))
-
-
-def preferences_use(workspace: Workspace, path: str, sha256: str, datasets_: Collection[str]) -> Use | None:
-    """Return what a set of preferences compares, None where its file is gone (erased, as a rule).
-
-    Args:
-        path, sha256: of its file.
-        datasets_: names of the datasets that it may have been made from.
+def pairs(workspace: Workspace, path: str, sha256: str) -> list[dict[str, Any]] | None:
+    """Return the pairs of a set of preferences, bytes checked; None where its file is gone (erased, as a rule).
 
     Raises:
         Corrupt: its file was changed.
     """
-    pairs = _pairs(workspace, path, sha256)
-    if pairs is None:
-        return None
-    episodes = {pair[name] for pair in pairs for name in ("chosen_id", "rejected_id")} - {""}
-    known = [(name, replay.groups_of(workspace, name, episodes)) for name in datasets_]
-    told = [replay.about(workspace, name, groups) for name, groups in known]
-    return Use(
-        frozenset(group for _, groups in known for group in groups),
-        About(*(frozenset().union(*(getattr(each, f.name) for each in told)) for f in fields(About))),
-        frozenset(episodes),
-        frozenset(pair["source"] for pair in pairs),
-        frozenset(pair["licence"] for pair in pairs),
-    )
-
-
-def _pairs(workspace: Workspace, path: str, sha256: str) -> list[dict[str, Any]] | None:
-    """Return the pairs of a set of preferences, bytes checked; None where its file is gone."""
     if not (workspace.root / path).exists():
         return None
     data = _checked(workspace, {"path": path, "sha256": sha256})

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from tasks.core.errors import Conflict, ForebayError, NotFound, Refused, Unavailable
+from tasks.core.errors import Conflict, Corrupt, ForebayError, NotFound, Refused, Unavailable
 from tasks.core.keys import PrivateKey, Trust
 from tasks.core.ledger import Entry, Ledger, LedgerView
 from tasks.promotion.attest import Answer, answer_payload, check_answer, check_decision
@@ -122,6 +122,9 @@ def standing(ledger: Entries, office: Office = "agent", without: int | None = No
 
     Args:
         without: entry of an intent that is left out: how things stood before it.
+
+    Raises:
+        Corrupt: a rollback leads to what never was champion.
     """
     changes = [entry for entry in _changes(ledger, office) if entry.seq != without]
     closed = {e.payload["intent_seq"] for word in _CHANGES for e in ledger.entries(f"{word}.committed")}
@@ -132,8 +135,15 @@ def standing(ledger: Entries, office: Office = "agent", without: int | None = No
         if entry.seq in dropped:
             continue
         to = entry.payload["to"]
-        latest_term = len(line) - line[::-1].index(to) if entry.kind == "rollback.intent" else None
-        line = [*line, to] if latest_term is None else line[:latest_term]
+        if entry.kind == "rollback.intent":
+            while line and line[-1] != to:  # back to its latest term
+                line.pop()
+            if not line:
+                raise Corrupt(
+                    f"Ledger entry {entry.seq} rolls back to {office}/{to}, which never was champion."
+                )
+        else:
+            line.append(to)
         intent = None if entry.seq in closed else entry
     newest = ledger.last(f"{office}.registered")
     changed = changes[-1].seq if changes else 0

@@ -24,7 +24,8 @@ from tasks.core.ledger import Ledger, LedgerView
 from tasks.core.locks import file_lock
 from tasks.core.settings import Replay
 from tasks.core.workspace import Workspace
-from tasks.replay import dvc_store, git_pointer, index, segments, shards
+from tasks.replay import dvc_store, git_pointer, segments, shards
+from tasks.replay.index import RowIndex
 from tasks.replay.manifest import Manifest, Shard
 from tasks.replay.segments import Line
 from tasks.replay.shards import read_rows as read_rows
@@ -130,9 +131,10 @@ def manifest_path(workspace: Workspace, name: str, version: int) -> Path:
 def known_groups(workspace: Workspace, ledger: Ledger, name: str) -> set[str]:
     """Return the ids of all groups that are on disk, sealed or waiting: a resumed collection skips them."""
     parent = newest(ledger, name)
-    if parent is not None:
-        index.catch_up(workspace, parent.manifest)
-    return segments.waiting_groups(workspace, name) | index.sealed_groups(workspace, name)
+    with RowIndex.open(workspace, name) as index:
+        if parent is not None:
+            index.catch_up(parent.manifest)
+        return segments.waiting_groups(workspace, name) | index.sealed_groups()
 
 
 def seal_rewritten(
@@ -220,10 +222,10 @@ def _seal_folder(
     group.
     """
     clock = _Clock()
-    with clock("scan"):
+    with clock("scan"), RowIndex.open(workspace, settings.dataset) as index:
         if parent is not None:
-            index.catch_up(workspace, parent.manifest)
-        lines, dropped, torn_bytes = _rows_to_seal(workspace, settings.dataset, folder)
+            index.catch_up(parent.manifest)
+        lines, dropped, torn_bytes = _rows_to_seal(index, folder)
     if not lines:
         _drop(folder)
         return replace(parent, dropped=dropped, torn_bytes=torn_bytes) if parent and dropped else None
@@ -243,13 +245,13 @@ def _seal_folder(
     )
     with clock("ledger"):
         _record(ledger, sealed, pointer, shards.contents(workspace, new))
-    with clock("index"):
+    with clock("index"), RowIndex.open(workspace, settings.dataset) as index:
         _drop(folder)
-        index.catch_up(workspace, manifest)
+        index.catch_up(manifest)
     return replace(sealed, seconds=clock.seconds)
 
 
-def _rows_to_seal(workspace: Workspace, name: str, folder: Path) -> tuple[list[Line], tuple[str, ...], int]:
+def _rows_to_seal(index: RowIndex, folder: Path) -> tuple[list[Line], tuple[str, ...], int]:
     """Return the episodes of `folder` in sealing order, the ids of dropped duplicates, the length of torn
     tails.
 
@@ -258,7 +260,7 @@ def _rows_to_seal(workspace: Workspace, name: str, folder: Path) -> tuple[list[L
     scans = [segments.scan(path).require_intact() for path in sorted(folder.glob("*.jsonl"))]
     lines = [line for found in scans for group in found.groups for line in group]
     lines.sort(key=attrgetter("group_id", "sample_index", "episode_id", "created_at"))
-    sealed = index.sealed_among(workspace, name, ((line.episode_id, line.group_id) for line in lines))
+    sealed = index.sealed_among((line.episode_id, line.group_id) for line in lines)
     kept: dict[str, Line] = {}
     dropped = []
     for line in lines:

@@ -21,7 +21,8 @@ from tasks.core.digest import sha256_file
 from tasks.core.errors import Conflict, Corrupt, NotFound, Unavailable, UsageError
 from tasks.core.ledger import Ledger
 from tasks.core.workspace import Workspace
-from tasks.replay import dvc_store, git_pointer, index, seal, segments, shards
+from tasks.replay import dvc_store, git_pointer, seal, segments, shards
+from tasks.replay.index import RowIndex
 from tasks.replay.manifest import Manifest, dataset_root
 from tasks.replay.schema import arrow_schema
 from tasks.replay.segments import SegmentWriter, open_folder
@@ -449,5 +450,6 @@ def test_killed_at_random_moments(workspace: Workspace) -> None:
     append(workspace, groups("last", 1))
     final = seal.seal(workspace, ledger, SETTINGS)
     assert sorted(rows_of(workspace, final)) == ids(*sealed, ("last", 1))
-    assert index.sealed_groups(workspace, "main") == seal.known_groups(workspace, ledger, "main")
+    with RowIndex.open(workspace, "main") as index:
+        assert index.sealed_groups() == seal.known_groups(workspace, ledger, "main")
     assert dvc_store.status(workspace) == {}

@@ -26,7 +26,6 @@ from tasks.lineage.page.history import events, terms
 from tasks.lineage.page.types import Amount, Audit, Data, Evidence, Part, Training, Version
 from tasks.lineage.types import SHAPING, Lineage, Ref, Relation
 from tasks.promotion.policy import Policy, load_policy
-from tasks.replay import index as replay
 from tasks.training.curve import read_curve
 
 
@@ -158,14 +157,11 @@ def _learnt(
     try:
         groups = rows.consumed(workspace, finished.payload["outputs"])
         name = dataset[1].rpartition("/")[0]
-        known = rows.datasets(ledger, workspace, index)
-        if not known.get(name):
-            return (
-                len(groups),
-                None,
-                "Which of them the run learnt from cannot be told: not all shards are here.",
-            )
-        return len(groups), replay.tally(workspace, name, groups), ""
+        with rows.Rows(ledger, workspace, index) as opened:
+            if opened.whole(name):
+                return len(groups), opened.of(name).tally(groups), ""
+        gap = "Which of them the run learnt from cannot be told: not all shards are here."
+        return len(groups), None, gap
     except ForebayError as error:
         kept = finished.payload["outputs"]["groups"]
         count = kept["count"] if isinstance(kept, Mapping) else len(kept)
