@@ -305,7 +305,7 @@ def check_integrity(context: Context, candidate: int, root: str) -> Any:
 
 def check_lineage(context: Context, candidate: int) -> Any:
     """Find out whether the candidate learnt from anything that is revoked now, itself or through others."""
-    from tasks.lineage.revocation import open_flags
+    from tasks.lineage.flagged import open_flags
     from tasks.promotion.gate import Finding
 
     flags = open_flags(context.ledger, context.workspace)

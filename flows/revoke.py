@@ -15,26 +15,22 @@ from flows.context import Context
 from tasks.core.digest import sha256_file
 from tasks.core.errors import Conflict, ForebayError, NotFound, Refused, UsageError
 from tasks.core.ledger import Entry, LedgerView
+from tasks.lineage.flagged import Descendant, Step, descendants_of, open_flags, retrain_plan
 from tasks.lineage.recipe import keep_revocations
 from tasks.lineage.revocation import (
     ERASED,
     ERASING,
     REINSTATED,
     REVOKED,
-    Descendant,
     Hit,
     Place,
-    Step,
     Target,
-    descendants_of,
     find_hit,
     find_rows,
     foresee,
-    open_flags,
     pinned,
     quoted,
     read_lists,
-    retrain_plan,
     revoked,
     standing_entries,
     write_lists,

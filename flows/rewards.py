@@ -181,7 +181,8 @@ def train_reward(
     Raises:
         Refused: too few groups on one side of the split. UsageError: the settings name no such model.
     """
-    from tasks.lineage.revocation import keep_learnt, learnable, revoked
+    from tasks.lineage.flagged import keep_learnt, learnable
+    from tasks.lineage.revocation import revoked
     from tasks.reward.preferences import split_preferences
 
     settings = context.settings.reward

@@ -273,7 +273,7 @@ def require_consent(context: Context, subject: str, flagged: bool) -> str:
 
 
 def _flag(context: Context, subject: str, now: Revoked) -> str:
-    from tasks.lineage.revocation import descendants_of
+    from tasks.lineage.flagged import descendants_of
 
     flags = descendants_of(context.ledger, context.workspace, now)
     return next((flag.why for flag in flags if flag.ref == subject), "")

@@ -119,7 +119,7 @@ def _flags(context: Context) -> list[dict[str, Any]]:
 
     if not revision(context.ledger):
         return []
-    from tasks.lineage.revocation import open_flags
+    from tasks.lineage.flagged import open_flags
 
     return [flag.plain() for flag in open_flags(context.ledger, context.workspace)]
 

@@ -223,7 +223,8 @@ class _Revocations:
                 continue
 
     def _look(self) -> tuple[int, tuple[str, ...], list[str], dict[str, int]]:
-        from tasks.lineage.revocation import left_out, revoked
+        from tasks.lineage.flagged import left_out
+        from tasks.lineage.revocation import revoked
 
         ledger, workspace = self._context.ledger, self._context.workspace
         now = revoked(ledger, workspace)

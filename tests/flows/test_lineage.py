@@ -20,9 +20,10 @@ from flows.context import Context
 from flows.cycle import Cycle, open_cycle
 from flows.run import run_stages
 from tasks.lineage.descent import descendants
+from tasks.lineage.flagged import descendants_of
 from tasks.lineage.graph import lineage
 from tasks.lineage.questions import at, diff, find, path
-from tasks.lineage.revocation import Target, descendants_of, find_hit, foresee
+from tasks.lineage.revocation import Target, find_hit, foresee
 from tasks.lineage.types import Lineage
 from tests.flows.conftest import ENVIRONMENT, PARAMS, forebay, lay_workspace, loads
 

@@ -32,7 +32,7 @@ from flows.training import register_trained, train_agent
 from tasks.arena.environment import get
 from tasks.core.digest import sha256_bytes, sha256_file
 from tasks.core.errors import Conflict, NotFound, Refused, UsageError
-from tasks.lineage.revocation import left_out, open_flags, read_learnt
+from tasks.lineage.flagged import left_out, open_flags, read_learnt
 from tasks.lineage.rows import consumed
 from tasks.promotion.promote import champion
 from tasks.replay.seal import find, restore

@@ -17,17 +17,8 @@ from tasks.core.ledger import Ledger
 from tasks.core.workspace import Workspace
 from tasks.lineage import erasure
 from tasks.lineage.erasure import Shards, keep_facts
-from tasks.lineage.revocation import (
-    Target,
-    descendants_of,
-    find_hit,
-    foresee,
-    left_out,
-    require_not_erased,
-    retrain_plan,
-    revoked,
-    write_lists,
-)
+from tasks.lineage.flagged import descendants_of, left_out, retrain_plan
+from tasks.lineage.revocation import Target, find_hit, foresee, require_not_erased, revoked, write_lists
 from tasks.reward.preferences import fraction
 
 COLUMNS = (

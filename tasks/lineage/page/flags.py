@@ -9,8 +9,9 @@ from typing import Any
 from tasks.core.errors import ForebayError
 from tasks.core.ledger import Entry, Ledger
 from tasks.core.workspace import Workspace
+from tasks.lineage.flagged import left_out, open_flags
 from tasks.lineage.page.types import Data, Event, Flag, Term
-from tasks.lineage.revocation import ERASED, left_out, open_flags, revoked, standing_entries
+from tasks.lineage.revocation import ERASED, revoked, standing_entries
 from tasks.lineage.types import Lineage
 
 

@@ -20,8 +20,9 @@ from tasks.core.digest import sha256_bytes
 from tasks.core.errors import Corrupt, NotFound
 from tasks.core.ledger import Ledger
 from tasks.core.workspace import Workspace
+from tasks.lineage.flagged import open_flags
 from tasks.lineage.graph import lineage
-from tasks.lineage.revocation import ERASED, open_flags
+from tasks.lineage.revocation import ERASED
 from tasks.lineage.types import Edge, File, Kind, Lineage, Node, Ref, Relation
 from tasks.replay.manifest import Manifest
 
