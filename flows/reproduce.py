@@ -260,4 +260,4 @@ def _reachable(root: Path, recorded: str | None) -> str | None:
     """The recorded remote; one that lay in the workspace is looked for beside the repository it was cloned to."""
     if recorded is None or "://" in recorded or Path(recorded).is_absolute():
         return recorded
-    return str((root / ".dvc" / recorded).resolve())
+    return str((root / recorded).resolve())

@@ -148,18 +148,16 @@ def to_tree(lineage: Lineage, generations: int = GENERATIONS, back: bool = False
 def to_table(lineage: Lineage) -> Table:
     """Return one row a node: agents first, those in office before the others, then data, runs and what was decided."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("kind", "name", "digest", "says", "when"):
-        table.add_column(name, no_wrap=name != "says", overflow="fold")
+    for name, wraps in (("thing", True), ("digest", False), ("when", False), ("says", True)):
+        table.add_column(name, no_wrap=not wraps, overflow="fold")
     for node in sorted(lineage.nodes.values(), key=_rank):
         says = _SAYS[node.kind](node.facts) if node.kind in _SAYS and node.known and node.facts else ""
         when = next((str(node.facts[k])[:16].replace("T", " ") for k in _TIMES if node.facts.get(k)), "")
-        style = _STYLES.get(node.name, _STYLES.get(node.kind, ""))
         table.add_row(
-            _TITLES.get(node.kind, node.kind).removesuffix(" of"),
-            Text(node.name, style=style),
+            _name(node),
             Text((node.digest or "")[:_DIGITS], style="yellow"),
-            says if node.known else Text("not in the ledger", style="bold red"),
             when,
+            says if node.known else Text("not in the ledger", style="bold red"),
         )
     return table
 

@@ -33,7 +33,9 @@ _PRIVATE = ("/config.local", "/tmp", "/cache")
 
 @dataclass(frozen=True)
 class Pointer:
-    """What DVC knows about a tracked folder: its place, DVC's MD5 of its listing, the remote's URL."""
+    """What DVC knows about a tracked folder: its place, DVC's MD5 of its listing, the remote's URL (a remote in the
+    workspace by its path there).
+    """
 
     path: str
     md5: str
@@ -131,7 +133,7 @@ def add(workspace: Workspace, folder: Path, files: Sequence[Path]) -> Pointer:
     with _repo(workspace, "add shards") as repo:
         repo.add([str(path) for path in files] if _pointer_file(folder).exists() else [str(folder)])
         out = yaml.safe_load(_pointer_file(folder).read_text())["outs"][0]
-        return Pointer(workspace.relative(folder), out["md5"], str(repo.config["remote"][_REMOTE]["url"]))
+        return Pointer(workspace.relative(folder), out["md5"], _url(workspace, repo))
 
 
 def track_anew(workspace: Workspace, folder: Path) -> Pointer:
@@ -143,7 +145,7 @@ def track_anew(workspace: Workspace, folder: Path) -> Pointer:
     with _repo(workspace, "track the folder anew") as repo:
         repo.add([str(folder)])
         out = yaml.safe_load(_pointer_file(folder).read_text())["outs"][0]
-        return Pointer(workspace.relative(folder), out["md5"], str(repo.config["remote"][_REMOTE]["url"]))
+        return Pointer(workspace.relative(folder), out["md5"], _url(workspace, repo))
 
 
 def locator(path: Path) -> str:
@@ -236,6 +238,12 @@ def _discard(path: Path, cache: Path) -> None:
         if linked.stat().st_ino == inode:
             linked.unlink()
     path.unlink()
+
+
+def _url(workspace: Workspace, repo: Any) -> str:
+    url = str(repo.config["remote"][_REMOTE]["url"])
+    inside = os.path.isabs(url) and Path(url).is_relative_to(workspace.root)
+    return workspace.relative(Path(url)) if inside else url
 
 
 def _pointer_file(folder: Path) -> Path:

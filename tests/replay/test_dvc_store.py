@@ -48,7 +48,7 @@ def test_what_is_pushed_can_be_pulled(workspace: Workspace, folder: Path) -> Non
     assert first.path == second.path == "data/replay/main/shards"
     assert first.md5 != second.md5
     assert second.md5.endswith(".dir")
-    assert second.remote == str(workspace.remote)
+    assert second.remote == workspace.relative(workspace.remote)
     assert dvc_store.status(workspace) == {}
     subprocess.run(["rm", "-r", str(folder), str(workspace.root / ".dvc" / "cache")], check=True)
     assert dvc_store.status(workspace) != {}
