@@ -66,18 +66,26 @@ def descendants(ledger: Ledger, workspace: Workspace, ref: str, index: Index | N
     Raises:
         NotFound, UsageError, Corrupt: as `graph.lineage` and `rows.select`.
     """
+    return held_and_shaped(ledger, workspace, ref, index)[1]
+
+
+def held_and_shaped(
+    ledger: Ledger, workspace: Workspace, ref: str, index: Index | None = None
+) -> tuple[list[Ref], Lineage]:
+    """Return what holds a thing (shards and dataset versions, oldest first), and everything that follows from it: `descendants`."""
     index = index or open_index(ledger, workspace)
     word, colon, value = ref.partition(":")
     with Rows(ledger, workspace, index) as opened:
         if colon and word in _ROWS:
             selection = rows.select(opened, _ROWS[word], value)
-            found = _Descent(index, opened, selection).walk(_holders(index, selection))
-            return _with_rows(gather(index, _root(selection), _and_judged(index, found)), selection)
-        root = resolve(index, ref)
-        number = index.id(root)
-        assert number is not None
-        found = _Descent(index, opened).walk([number])
-        return gather(index, root, _and_judged(index, found))
+            root, start = _root(selection), _holders(index, selection)
+        else:
+            selection, root = None, resolve(index, ref)
+            start = [number for number in [index.id(root)] if number is not None]
+        walk = _Descent(index, opened, selection)
+        found = gather(index, root, _and_judged(index, walk.walk(start)))
+    holding = [named for named, _ in index.refs(sorted(walk.holding)).values()]
+    return holding, found if selection is None else _with_rows(found, selection)
 
 
 def _holders(index: Index, selection: Selection) -> list[int]:
@@ -133,16 +141,9 @@ class _Descent:
             self.targets[source].append((relation, target))
         for number in start:
             (kind, key), digest = self.refs[number]
-            if kind in ("shard", "dataset"):
-                self.shards |= {key} if kind == "shard" else self._shards_of(number)
-            else:
+            if kind not in ("shard", "dataset"):
                 self._mark(number, key if kind == "outside" else digest)
-        for number in index.walk(start, back=True, relations=("holds", "continues", "rewritten from")):
-            (kind, key), _ = self.refs[number]
-            if kind in ("shard", "dataset"):
-                self.holding[number] = None
-            if kind == "shard":
-                self.shards.add(key)  # where it was rewritten, too
+        self._hold([number for number in start if self.refs[number][0][0] in ("shard", "dataset")])
         order = index.settled(rest)
         rest.sort(key=lambda number: order[number])
         for first_of in range(0, len(rest), _AT_ONCE):
@@ -152,6 +153,39 @@ class _Descent:
                 if number not in self.shaped and self._follows(number):
                     self._mark(number, self.refs[number][1])
         return list({**dict.fromkeys(start), **self.holding, **self.shaped})
+
+    def _hold(self, start: Sequence[int]) -> None:
+        """Note the shards that hold a row in question, and the dataset versions that hold such a shard.
+
+        Of a whole shard all heirs do, of a row those in which it still lies.
+        """
+        index = self.index
+        whole = {number for number in start if self.refs[number][0][0] == "dataset"}
+        asked = dict.fromkeys(number for number in start if number not in whole)
+        parts: dict[
+            int, None
+        ] = {}  # of a version that was asked for: they do not follow from it, what became of them does
+        if self.selection is None and whole:
+            held = index.held(whole)
+            parts = dict.fromkeys(sorted(shard for number in whole for shard in held[number]))
+        heirs = [n for n in index.walk([*asked, *parts], back=True, relations=_REWRITTEN) if n not in parts]
+        if self.selection is not None:
+            heirs = [n for n in heirs if n in asked or not self._is_known(n)]
+        sought = {*parts, *heirs}
+        reached = index.walk([*start, *sought], back=True, relations=("holds", "continues"))
+        named = index.refs({*reached, *sought})
+        versions = [number for number in reached if named[number][0][0] == "dataset"]
+        held = index.held(versions)
+        holders = (v for v in versions if v in whole or not sought.isdisjoint(held[v]))
+        self.holding = dict.fromkeys((*heirs, *holders))
+        self.shards = {named[number][0][1] for number in sought}
+
+    def _is_known(self, shard: int) -> bool:
+        """Tell whether the rows of a shard are in the index of a dataset that holds it."""
+        (_, path), _ = self.refs[shard]
+        holders = (s for s, relation, _ in self.index.edges([shard], back=True) if relation == "holds")
+        names = {key.rpartition("/")[0] for (_, key), _ in self.index.refs(holders).values()}
+        return any(self.rows.of(name).shard_numbers([path]) for name in names)
 
     def _mark(self, number: int, digest: str | None) -> None:
         kind = self.refs[number][0][0]
@@ -265,10 +299,6 @@ class _Descent:
         if asked is not None and asked.by in BROAD and getattr(kind, asked.by) == asked.value:
             return True
         return not (self.samplers.isdisjoint(kind.samplers) and self.rewarders.isdisjoint(kind.rewarders))
-
-    def _shards_of(self, dataset: int) -> set[str]:
-        found = self.index.walk([dataset], back=False, relations=("holds", "continues"))
-        return {key for (kind, key), _ in self.index.refs(found).values() if kind == "shard"}
 
 
 def _and_judged(index: Index, numbers: Iterable[int]) -> list[int]:

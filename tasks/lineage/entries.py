@@ -33,6 +33,9 @@ class Graph(Protocol):
     def edge(self, source: Ref, relation: Relation, target: Ref) -> None:
         """Note that `source` follows from `target`."""
 
+    def drop(self, version: Ref, shard: Ref) -> None:
+        """Note that a dataset version does not hold `shard` any more, which the one that it continues held."""
+
     def call(self, role: Role, digest: str, ref: Ref) -> None:
         """Let `digest` mean `ref`; the first meaning stands."""
 
@@ -129,6 +132,7 @@ def _dataset(entry: Entry, graph: Graph) -> None:
         graph.call("shard", shard["sha256"], held)
         graph.edge(here, "holds", held)
     for each in p.get("replaces", ()):  # rows were erased: what is left of a shard was written anew
+        graph.drop(here, ("shard", each["path"]))
         if each["by"]:
             graph.edge(("shard", each["by"]["path"]), "rewritten from", ("shard", each["path"]))
     if p["parent"]:

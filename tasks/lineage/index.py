@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -20,7 +20,7 @@ from tasks.lineage import entries as reading
 from tasks.lineage.entries import Role
 from tasks.lineage.types import RELATIONS, SPOKEN, Kind, Ref, Relation
 
-_SCHEMA = "4"
+_SCHEMA = "5"
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE node (id INTEGER PRIMARY KEY, kind TEXT NOT NULL, key TEXT NOT NULL, digest TEXT, facts TEXT, UNIQUE (kind, key));
@@ -28,6 +28,7 @@ CREATE TABLE said (node INTEGER NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (nod
 CREATE TABLE edge (source INTEGER NOT NULL, relation INTEGER NOT NULL, target INTEGER NOT NULL, place INTEGER NOT NULL,
                    PRIMARY KEY (source, relation, target)) WITHOUT ROWID;
 CREATE INDEX edge_back ON edge (target, relation, source);
+CREATE TABLE gone (version INTEGER NOT NULL, shard INTEGER NOT NULL, PRIMARY KEY (version, shard)) WITHOUT ROWID;
 CREATE TABLE called (role TEXT NOT NULL, digest TEXT NOT NULL, node INTEGER NOT NULL, PRIMARY KEY (role, digest, node))
     WITHOUT ROWID;
 CREATE INDEX called_digest ON called (digest);
@@ -173,6 +174,11 @@ class Index:
         row = (self._number(source), RELATIONS.index(relation), self._number(target), self._place)
         self._db.execute("INSERT OR IGNORE INTO edge VALUES (?, ?, ?, ?)", row)
 
+    def drop(self, version: Ref, shard: Ref) -> None:
+        """Note that a dataset version does not hold `shard` any more, which the one that it continues held."""
+        row = (self._number(version), self._number(shard))
+        self._db.execute("INSERT OR IGNORE INTO gone VALUES (?, ?)", row)
+
     def call(self, role: Role, digest: str, ref: Ref) -> None:
         """Let `digest` mean `ref`."""
         self._db.execute("INSERT OR IGNORE INTO called VALUES (?, ?, ?)", (role, digest, self._number(ref)))
@@ -305,6 +311,35 @@ class Index:
             front = [number for number in found if number not in reached]
             reached |= dict.fromkeys(front)
         return list(reached)
+
+    def held(self, versions: Iterable[int]) -> dict[int, Set[int]]:
+        """Return {dataset version: the shards that it holds}, of `versions` and of those that they continue."""
+        chain: tuple[Relation, ...] = ("continues",)
+        numbers = self.walk(versions, back=False, relations=chain)
+        earlier: dict[int, int] = {}
+        new: dict[int, set[int]] = defaultdict(set)
+        for source, relation, target in self.edges(numbers):
+            if relation == "continues":
+                earlier[source] = target
+            elif relation == "holds":
+                new[source].add(target)
+        gone: dict[int, set[int]] = defaultdict(set)
+        for part in _batched(numbers):
+            for version, shard in self._db.execute(
+                f"SELECT * FROM gone WHERE version IN ({_marks(part)})", part
+            ):
+                gone[version].add(shard)
+        found: dict[int, Set[int]] = {}
+        for number in numbers:
+            line: dict[int, None] = {}
+            at: int | None = number
+            while at is not None and at not in found and at not in line:
+                line[at] = None
+                at = earlier.get(at)
+            for version in reversed(line):
+                before = found.get(earlier.get(version, 0), frozenset())
+                found[version] = (before | new[version]) - gone[version]
+        return found
 
     def shortest(self, start: int, end: int, relations: Collection[Relation]) -> list[int]:
         """Return a shortest way along edges of these relations, both ends included; empty where there is none."""

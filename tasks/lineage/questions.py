@@ -10,7 +10,8 @@ from typing import Any
 from tasks.core.errors import NotFound, UsageError
 from tasks.core.ledger import Entry, Ledger
 from tasks.core.workspace import Workspace
-from tasks.lineage.descent import descendants
+from tasks.lineage.descent import held_and_shaped
+from tasks.lineage.erasure import ERASED
 from tasks.lineage.graph import gather, open_index, resolve
 from tasks.lineage.index import Index
 from tasks.lineage.types import RELATIONS, SHAPING, Lineage, Node, Ref, Relation
@@ -310,7 +311,8 @@ class Found:
         what: what was asked for.
         node: it, with how many groups, datasets, sources and licences.
         versions: dataset versions that hold it, oldest first.
-        shards: the files in which it lies.
+        shards: the files in which it lies, or lay.
+        erased: those of them whose bytes were erased on purpose.
         runs: the runs that learnt from it.
         agents: subject → aliases it holds, of all agents that were shaped, oldest first.
     """
@@ -319,6 +321,7 @@ class Found:
     node: Node
     versions: tuple[str, ...]
     shards: tuple[str, ...]
+    erased: tuple[str, ...]
     runs: tuple[str, ...]
     agents: Mapping[str, tuple[str, ...]]
 
@@ -332,14 +335,14 @@ def find(ledger: Ledger, workspace: Workspace, ref: str, index: Index | None = N
     Raises:
         NotFound, UsageError, Corrupt: as `descent.descendants`.
     """
-    found = descendants(ledger, workspace, ref, index)
+    holding, found = held_and_shaped(ledger, workspace, ref, index)
     nodes = found.nodes
-
-    def keys(kind: str) -> tuple[str, ...]:
-        return tuple(key for k, key in nodes if k == kind)
-
+    versions, shards = (tuple(key for k, key in holding if k == kind) for kind in ("dataset", "shard"))
+    runs = tuple(key for kind, key in nodes if kind == "run")
     agents = sorted(
         (n.name, tuple(n.facts["roles"])) for n in nodes.values() if n.kind == "agent" and n.known
     )
     agents.sort(key=lambda pair: int(pair[0].rpartition("/")[2]))
-    return Found(ref, nodes[found.root], keys("dataset"), keys("shard"), keys("run"), dict(agents))
+    gone = {file["path"] for entry in ledger.entries(ERASED) for file in entry.payload["files"]}
+    erased = tuple(path for path in shards if path in gone)
+    return Found(ref, nodes[found.root], versions, shards, erased, runs, dict(agents))

@@ -56,8 +56,17 @@ def diff_view(found: Diff) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("", found.first, found.second):
         table.add_column(name, overflow="fold")
+    settings = [change for change in found.changes if change.what.startswith("settings.")]
+    lone = all(c.first is None for c in settings) or all(c.second is None for c in settings)
     for change in found.changes:
-        table.add_row(change.what, _short(change.first), _short(change.second))
+        if not (lone and change in settings):
+            table.add_row(change.what, _short(change.first), _short(change.second))
+    if lone and settings:  # one of the two was not trained: there is nothing to compare
+        sides = [
+            f"{len(settings)} (--json)" if side else "none"
+            for side in (settings[0].first is not None, settings[0].second is not None)
+        ]
+        table.add_row("settings", *sides)
     data = Table(box=None, pad_edge=False, header_style="bold")
     data.add_column("data")
     for name in ("shards", "groups", "rows"):
@@ -80,7 +89,8 @@ def found_view(found: Found) -> RenderableType:
         if name in facts:
             value = facts[name]
             table.add_row(name, ", ".join(value) if isinstance(value, list) else f"{value:,}")
-    for name, values in (("versions", found.versions), ("shards", found.shards), ("learnt by", found.runs)):
+    shards = [f"{path} (erased)" if path in found.erased else path for path in found.shards]
+    for name, values in (("versions", found.versions), ("shards", shards), ("learnt by", found.runs)):
         short = [value[:_DIGITS] if name == "learnt by" else value for value in values]
         more = f" and {len(short) - _LISTED} more" if len(short) > _LISTED else ""
         table.add_row(name, (", ".join(short[:_LISTED]) + more) or "none")
@@ -103,5 +113,5 @@ def _minute(time: str | None) -> str:
 def _short(value: Any) -> str:
     if value is None:
         return "none"
-    text = f"{value:.3f}" if isinstance(value, float) else str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text[:_DIGITS] if len(text) == 64 and set(text) <= set("0123456789abcdef") else text

@@ -49,6 +49,7 @@ def write_shard(world: World, path: Path, table: pa.Table) -> Shard:
 @pytest.fixture
 def erased(world: World) -> World:
     """Of main/v1's first shard (g1-0, g1-1), group g1-1 was erased: main/v4 holds what is left; agent/5 learnt from it."""
+    shaped(world, "group:g1-1")  # so that the index of rows has it
     old = world.manifests["main"].shards[0]
     table = pq.read_table(world.workspace.root / old.path)
     left = table.filter(pa.compute.equal(table["group_id"], "g1-0"))
@@ -77,6 +78,19 @@ def test_rewritten_shards(erased: World, lost: bool):
     new = erased.manifests["main"].shards[0].path
     assert "main/v4" in shaped(erased, f"shard:{new}", "dataset")
     assert ("shard", new) in lineage(erased.ledger, erased.workspace, "dataset:main/v4").nodes
+
+
+def test_a_version_without_an_erased_row_does_not_hold_it(erased: World):
+    old, heir = (erased.workspace.relative(erased.workspace.replay / "main" / "shards" / name) for name in ("00001.parquet", "e00001.parquet"))  # fmt: skip
+    erased.append("data.erased", "group:g1-1", {"what": "group:g1-1", "files": [{"path": old}]})
+    gone = find(erased.ledger, erased.workspace, "group:g1-1")
+    assert (gone.versions, gone.shards, gone.erased) == (("main/v1", "main/v2", "main/v3"), (old,), (old,))
+    left = find(erased.ledger, erased.workspace, "group:g1-0")
+    assert left.versions == ("main/v1", "main/v2", "main/v3", "main/v4")
+    assert (set(left.shards), left.erased) == ({old, heir}, (old,))
+    assert shaped(erased, f"shard:{old}", "shard") == {old, heir}
+    assert shaped(erased, "dataset:main/v4", "shard") == set()  # its own shards do not follow from it
+    assert shaped(erased, "dataset:main/v1", "shard") == {heir}
 
 
 def test_what_was_erased_is_known_by_the_index_and_without_it_by_the_revocation(erased: World):
