@@ -75,7 +75,7 @@ def revoke(context: Context, what: str, reason: str, dry_run: bool = False) -> d
         "descendants": [each.plain() for each in found],
     }
     if dry_run:
-        plan = retrain_plan(ledger, workspace, foreseen)
+        plan = retrain_plan(ledger, workspace, revoked(ledger, workspace).with_also(foreseen))
         return _shown(payload, found, plan, entry=None, new=True)
     payload["lists"] = write_lists(workspace, hit)
 

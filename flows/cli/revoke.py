@@ -73,17 +73,17 @@ def _lines(report: dict[str, Any]) -> list[str]:
     lines = []
     if isinstance(report["revoked"], list):
         lines += [
-            f"{e['what']}  {e['episodes']} episodes, {e['groups']} groups  {e['time'][:19]} by {e['by']}: {e['reason']}"
+            f"{e['what']}  {_count(e['episodes'], 'episode')}, {_count(e['groups'], 'group')}  {e['time'][:19]} by {e['by']}: {e['reason']}"
             + ("  (erased)" if e["erased"] else "")
             for e in report["revoked"]
         ] or ["Nothing is revoked."]
     else:
         verb = "would leave" if report["dry_run"] else "left" if report["new"] else "had left"
         lines.append(
-            f"{report['revoked']}: {report['episodes']} episodes, with their {report['groups']} groups, {verb} all later "
-            f"sampling."
+            f"{report['revoked']}: {_count(report['episodes'], 'episode')}, with {_count(report['groups'], 'group')}, "
+            f"{verb} all later sampling."
         )
-        lines += [f"  {file['rows']} rows in {file['path']}" for file in report["files"]]
+        lines += [f"  {_count(file['rows'], 'row')} in {file['path']}" for file in report["files"]]
     if report["descendants"]:
         lines.append("Flagged:")
         for each in report["descendants"]:
@@ -101,9 +101,14 @@ def _lines(report: dict[str, Any]) -> list[str]:
     erased = report.get("erased")
     if erased:
         lines.append(
-            f"Erased on purpose: {len(erased['files'])} files, {erased['copies']} copies (ledger entry {erased['entry']})."
+            f"Erased on purpose: {_count(len(erased['files']), 'file')}, with cache and remote "
+            f"{_count(erased['copies'], 'copy', 'copies')} (ledger entry {erased['entry']})."
         )
     return [*lines, *report.get("scheduled", ())]
+
+
+def _count(number: int, thing: str, several: str = "") -> str:
+    return f"{number:,} {thing if number == 1 else several or thing + 's'}"
 
 
 @app.command(rich_help_panel=AUDIT)

@@ -48,6 +48,7 @@ _BY_ROWS = frozenset(
     }
 )
 """By these a dataset's rows are handed on, and not all of them each time."""
+_SAME_ROWS: tuple[Relation, ...] = ("continues", "scored from")
 _REWRITTEN: tuple[Relation, ...] = ("rewritten from",)
 _JUDGING = tuple(relation for relation in RELATIONS if relation not in SHAPING)
 _LISTED = 100  # ids of groups in the facts
@@ -129,7 +130,7 @@ class _Descent:
     refs: dict[int, tuple[Ref, str | None]] = field(default_factory=dict)
     targets: dict[int, list[tuple[Relation, int]]] = field(default_factory=lambda: defaultdict(list))
     said: dict[int, list[Entry]] = field(default_factory=dict)
-    names: dict[int, list[str]] = field(default_factory=dict)
+    names: dict[int, dict[str, None]] = field(default_factory=dict)
     sought: dict[str, tuple[int, set[int], set[int]]] = field(default_factory=dict)
 
     def walk(self, start: Sequence[int]) -> list[int]:
@@ -175,7 +176,7 @@ class _Descent:
         reached = index.walk([*start, *sought], back=True, relations=("holds", "continues"))
         named = index.refs({*reached, *sought})
         versions = [number for number in reached if named[number][0][0] == "dataset"]
-        held = index.held(versions)
+        held = index.held(versions, sought)
         holders = (v for v in versions if v in whole or not sought.isdisjoint(held[v]))
         self.holding = dict.fromkeys((*heirs, *holders))
         self.shards = {named[number][0][1] for number in sought}
@@ -267,13 +268,25 @@ class _Descent:
 
     def _names(self, datasets: Sequence[int]) -> list[str]:
         """Return the names of dataset versions, and of those that they were scored from: there the same rows lie."""
-        for dataset in datasets:
-            if dataset not in self.names:
-                found = self.index.walk([dataset], back=False, relations=("continues", "scored from"))
-                refs = (ref for ref, _ in self.index.refs(found).values())
-                keys = dict.fromkeys(key.rpartition("/")[0] for _, key in refs if "/" in key)
-                self.names[dataset] = list(keys)
+        if not self.names:
+            every = [number for number, ((kind, _), _) in self.refs.items() if kind == "dataset"]
+            self.names = self._names_behind([*every, *self.holding])
         return list(dict.fromkeys(name for dataset in datasets for name in self.names[dataset]))
+
+    def _names_behind(self, datasets: Sequence[int]) -> dict[int, dict[str, None]]:
+        numbers = self.index.walk(datasets, back=False, relations=_SAME_ROWS)
+        named = self.index.refs(numbers)
+        behind: dict[int, list[int]] = defaultdict(list)
+        for source, relation, target in self.index.edges(numbers):
+            if relation in _SAME_ROWS:
+                behind[source].append(target)
+        found: dict[int, dict[str, None]] = {}
+        for number in sorted(numbers):  # what its rows come from was recorded before it
+            key = named[number][0][1]
+            found[number] = dict.fromkeys([key.rpartition("/")[0]] if "/" in key else [])
+            for target in behind[number]:
+                found[number] |= found.get(target, {})
+        return found
 
     def _in_question(self, dataset: int) -> bool:
         return dataset in self.holding or dataset in self.shaped

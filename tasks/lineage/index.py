@@ -312,8 +312,12 @@ class Index:
             reached |= dict.fromkeys(front)
         return list(reached)
 
-    def held(self, versions: Iterable[int]) -> dict[int, Set[int]]:
-        """Return {dataset version: the shards that it holds}, of `versions` and of those that they continue."""
+    def held(self, versions: Iterable[int], among: Set[int] | None = None) -> dict[int, Set[int]]:
+        """Return {dataset version: the shards that it holds}, of `versions` and of those that they continue.
+
+        Args:
+            among: the only shards that are told of.
+        """
         chain: tuple[Relation, ...] = ("continues",)
         numbers = self.walk(versions, back=False, relations=chain)
         earlier: dict[int, int] = {}
@@ -321,24 +325,20 @@ class Index:
         for source, relation, target in self.edges(numbers):
             if relation == "continues":
                 earlier[source] = target
-            elif relation == "holds":
+            elif relation == "holds" and (among is None or target in among):
                 new[source].add(target)
         gone: dict[int, set[int]] = defaultdict(set)
         for part in _batched(numbers):
-            for version, shard in self._db.execute(
-                f"SELECT * FROM gone WHERE version IN ({_marks(part)})", part
-            ):
+            query = f"SELECT version, shard FROM gone WHERE version IN ({_marks(part)})"
+            for version, shard in self._db.execute(query, part):
                 gone[version].add(shard)
         found: dict[int, Set[int]] = {}
-        for number in numbers:
-            line: dict[int, None] = {}
-            at: int | None = number
-            while at is not None and at not in found and at not in line:
-                line[at] = None
-                at = earlier.get(at)
-            for version in reversed(line):
-                before = found.get(earlier.get(version, 0), frozenset())
-                found[version] = (before | new[version]) - gone[version]
+        for version in sorted(numbers):  # what it continues was recorded before it
+            before = found.get(earlier.get(version, 0), frozenset())
+            changed = (
+                version in new or version in gone
+            )  # else both share one set: a long history would hold very many
+            found[version] = (before | new[version]) - gone[version] if changed else before
         return found
 
     def shortest(self, start: int, end: int, relations: Collection[Relation]) -> list[int]:

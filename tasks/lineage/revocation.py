@@ -123,6 +123,17 @@ class Revoked:
     def __bool__(self) -> bool:
         return bool(self.what)
 
+    def with_also(self, other: Revoked) -> Revoked:
+        """Return what either revokes."""
+        columns = {*self.values, *other.values}
+        return Revoked(
+            max(self.revision, other.revision),
+            {**self.what, **other.what},
+            {**self.by_group, **other.by_group},
+            self.episodes | other.episodes,
+            {c: self.values.get(c, frozenset()) | other.values.get(c, frozenset()) for c in columns},
+        )
+
     def reason(self, row: Episode) -> str | None:
         """Return the target that takes this episode out, None where nothing does."""
         if row.group_id in self.by_group:
