@@ -336,6 +336,7 @@ def _carry_out(context: Context, intent: Entry, looks: int = _LOOKS) -> list[Ent
     say = progress.current().say
     groups = frozenset(read_lists(workspace, p["lists"])["groups"] if "lists" in p else ())
     groups |= {group for _, group in p["segments"]}
+    copies = sum(_erase_unrecorded(context, name, p["datasets"]) for name in _at_hand(context))
     versions = []
     for each in p["datasets"]:
         replaced: dict[str, Shard | None] = {
@@ -351,7 +352,6 @@ def _carry_out(context: Context, intent: Entry, looks: int = _LOOKS) -> list[Ent
                 if found == name:
                     drop_groups(path, groups)
     segments = {path for path, _ in p["segments"]}
-    copies = 0
     for file in p["files"]:
         if file["path"] in segments:
             continue
@@ -392,14 +392,47 @@ def _carry_out(context: Context, intent: Entry, looks: int = _LOOKS) -> list[Ent
 def _nobody_seals(context: Context) -> Iterator[None]:
     """Hold the locks of all datasets, always in the same order."""
     from tasks.replay.seal import locked
-    from tasks.replay.segments import unsealed_files
 
-    names = {e.payload["name"] for e in context.ledger.entries("dataset.sealed")}
-    names |= {name for name, _ in unsealed_files(context.workspace)}
     with ExitStack() as stack:
-        for name in sorted(names):
+        for name in _at_hand(context):
             stack.enter_context(locked(context.workspace, name))
         yield
+
+
+def _at_hand(context: Context) -> list[str]:
+    """Return the names of all datasets, with those that wait to be sealed for the first time."""
+    from tasks.replay.segments import unsealed_files
+
+    sealed = {e.payload["name"] for e in context.ledger.entries("dataset.sealed")}
+    return sorted(sealed | {name for name, _ in unsealed_files(context.workspace)})
+
+
+def _erase_unrecorded(context: Context, name: str, rewritten: Sequence[Mapping[str, Any]]) -> int:
+    """Erase the shards of a seal that was killed after its push: the next one writes them from what is left then.
+
+    Args:
+        rewritten: what the intent is about to seal, per dataset.
+
+    Returns:
+        How many copies there were.
+    """
+    from tasks.replay import dvc_store, shards
+    from tasks.replay.seal import locked
+
+    workspace = context.workspace
+    folder = shards.folder_of(workspace, name)
+    with locked(workspace, name):
+        known = {
+            shard["path"] for e in context.ledger.entries("dataset.sealed") for shard in e.payload["shards"]
+        }
+        known |= {pair["new"]["path"] for each in rewritten for pair in each["replaces"] if pair["new"]}
+        strays = [path for path in sorted(folder.glob("*.parquet")) if workspace.relative(path) not in known]
+        if not strays:
+            return 0
+        copies = dvc_store.erase(workspace, [dvc_store.locator(path) for path in strays])
+        copies += sum(map(_unlink, strays))
+        dvc_store.track_anew(workspace, folder)  # the pointer must not name them
+        return copies
 
 
 def _end(context: Context, intent: Entry, payload: Mapping[str, Any]) -> Entry:

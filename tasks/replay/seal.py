@@ -208,10 +208,12 @@ def _finish(
 ) -> SealedDataset | None:
     """Finish the seal that a crash interrupted, if there is one with rows."""
     for version, folder in segments.taken(workspace, settings.dataset):
-        if version < _next(parent):  # killed between the ledger entry and the end
-            _drop(folder)
-            return parent
-        return _seal_folder(workspace, ledger, settings, parent, folder)
+        if version == _next(parent):
+            return _seal_folder(workspace, ledger, settings, parent, folder)
+        # The ledger has that version: of this seal, killed before its end, or of an erasure since. The rows tell which.
+        folder = segments.renumber(folder, _next(parent))
+        sealed = _seal_folder(workspace, ledger, settings, parent, folder)
+        return parent if sealed is None or parent is None or sealed.root == parent.root else sealed
     return None
 
 

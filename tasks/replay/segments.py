@@ -266,6 +266,11 @@ def taken(workspace: Workspace, dataset: str) -> list[tuple[int, Path]]:
     return [(int(folder.name[1:]), folder) for folder in folders]
 
 
+def renumber(folder: Path, version: int) -> Path:
+    """Let frozen segments be of another version; return their folder."""
+    return folder.rename(folder.with_name(f"v{version:05d}"))
+
+
 def read_plan(folder: Path) -> dict[str, Any]:
     """Return the settings that were frozen with the segments in `folder`."""
     plan: dict[str, Any] = json.loads((folder / _PLAN).read_bytes())

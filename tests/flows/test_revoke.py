@@ -609,3 +609,34 @@ def test_the_canary_goes_back_onto_a_flagged_agent_and_says_so(crowned: Context)
     assert found["rolled_back"]["to"] == 2
     assert found["rolled_back"]["flag"].startswith("trained on group")
     assert "agent/2, which is back, is flagged" in found["says"]
+
+
+@pytest.mark.slow
+def test_a_seal_that_was_killed_after_its_push_leaves_no_erased_bytes_and_loses_no_rows(chain: Context):
+    from tasks.replay import seal
+
+    collect_into_segment(chain, "agent/3")
+    waiting = {row["group_id"] for row in unsealed_rows(chain, "main")}
+    gone, sealed = min(waiting), used(chain, 2)[0]
+    child = os.fork()
+    if child == 0:
+        seal._record = lambda *_: os.kill(os.getpid(), SIGKILL)  # type: ignore[assignment]
+        with suppress(BaseException):
+            seal_dataset(opened(chain.workspace.root), announce=False)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -SIGKILL
+    (stray,) = (chain.workspace.replay / "main" / "shards").glob("v00003-*.parquet")
+    pushed = sha256_file(stray)
+    assert copies_of(chain, pushed) >= 3  # workspace, cache, remote
+    for group in (gone, sealed):  # of the second, main/v3 becomes what is left of main/v2
+        revoke(chain, f"group:{group}", "asked to be forgotten")
+        erase(chain, f"group:{group}", "")
+        assert copies_of(chain, pushed) == 0
+    assert newest(chain)["version"] == 3
+    again = seal_dataset(chain, announce=False)
+    assert again["version"] == 4
+    left = {row["group_id"] for row in rows(chain, "group_id")}
+    assert waiting - {gone} <= left
+    assert not left & {gone, sealed}
+    shutil.rmtree(chain.workspace.replay / "main" / "shards")  # what is left can be fetched again
+    restore(chain.workspace, find(chain.ledger, "main").manifest)
