@@ -26,7 +26,7 @@ demo: setup  ## one whole cycle on a real language model
 	@$(BIN)/forebay demo
 
 test: setup  ## the whole suite
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup  ## lint, types, import contracts, tests
 	@$(BIN)/ruff check .
