@@ -16,6 +16,9 @@ QUANTILES: Final = (1, 5, 25, 50, 75, 95, 99)
 DEAD = 0.01
 """A sequence with a smaller phi teaches nothing to speak of."""
 
+FAR = -2.0
+"""log W of a sequence that the policy has nearly given up."""
+
 
 def token_statistics(batch: Batch, entropies: Tensor) -> dict[str, Tensor]:
     """Detached per-token numbers of a batch: [N] k1 and k3 estimates of KL(behaviour || policy), and entropy,
@@ -82,7 +85,8 @@ def staleness(batch: Batch, phi: Tensor, pushes: Tensor) -> dict[str, float]:
     Returns:
         ess, chi2 of sequences and ess_token, chi2_token of tokens; log_ratio_q01 .. _q99, quantiles of the
         tokens' log ratio, and log_w_q01 .. of the sequences'; phi_dead; mass_positive_above and three more,
-        the share of sum |c A| from tokens with A > 0 or < 0 and pi / behaviour above 1 or at most 1;
+        the share of sum |c A| from tokens with A > 0 or < 0 and pi / behaviour above 1 or at most 1; far_negative, the
+        share from tokens with A < 0 of sequences with W < e^-2;
         clipped_positive, clipped_negative, the share of tokens of that sign that have no gradient. Shares of
         nothing are 0.
 
@@ -97,6 +101,7 @@ def staleness(batch: Batch, phi: Tensor, pushes: Tensor) -> dict[str, float]:
     signs = {"positive": batch.advantages > 0, "negative": batch.advantages < 0}
     sides = {"above": tokens > 0, "below": tokens <= 0}
     mass = pushes.detach().double().abs()
+    given_up = (sequence_log_ratio(batch) < FAR)[batch.sequence]
     return (
         {
             "ess": effective_sample_size(sequences),
@@ -104,6 +109,7 @@ def staleness(batch: Batch, phi: Tensor, pushes: Tensor) -> dict[str, float]:
             "chi2": chi_square(sequences),
             "chi2_token": chi_square(tokens),
             "phi_dead": float((phi[taught] < DEAD).double().mean()),
+            "far_negative": _share(mass[signs["negative"] & given_up].sum(), mass.sum()),
         }
         | _quantiles("log_ratio", tokens)
         | _quantiles("log_w", sequences)

@@ -74,6 +74,17 @@ def test_report_by_hand():
         assert report[f"log_ratio_q{level:02d}"] == pytest.approx(np.percentile(tokens, level))
         assert report[f"log_w_q{level:02d}"] == pytest.approx(np.percentile([0.4, -0.6], level))
     assert report["phi_dead"] == 0.0
+    assert report["far_negative"] == 0.0
+
+
+def test_the_push_on_bad_answers_that_are_nearly_given_up():
+    """log W = (.2, -1, -3), A = (+, -, -), one token each: reinforce pushes W |A| or, without weights, |A|."""
+    batch = batch_of([[-0.8], [-2.0], [-4.0]], [[-1.0]] * 3, [1.0, -1.0, -2.0])
+    losses = objectives.reinforce(batch)
+    pushes = coefficients(losses, batch)
+    report = staleness(batch, losses.phi, pushes)
+    assert report["far_negative"] == pytest.approx(float(pushes[2].abs() / pushes.abs().sum()))
+    assert 0 < report["far_negative"] < 1
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,0 +1,158 @@
+"""When a run began to collapse, and what drives it, read from the metrics of its own updates.
+
+ARLArena (arXiv 2602.21534) finds what precedes a collapse: the push moves to tokens with a negative advantage that the policy has
+nearly given up, the policy runs away from its data, gradients grow, entropy vanishes. Each of these is one signal here, followed by a one-sided cumulative sum (Page, Biometrika 41, 1954): excesses over what is still healthy
+add up, anything less takes off again. A signal that reaches the alarm began to depart where its sum last left 0: that is
+the onset, and the signal that departed first names the driver.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+Driver = Literal[
+    "stale negatives",
+    "policy drift",
+    "gradient explosion",
+    "entropy collapse",
+    "length growth",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """A metric that departs in a collapse.
+
+    Attributes:
+        driver: what it tells of.
+        metric: its name in the metrics of an update.
+        healthy: up to which value it is harmless; with `relative`, the factor by which it may grow since the start of the
+            run (or shrink, where it is below 1).
+        advice: what to do about it.
+    """
+
+    driver: Driver
+    metric: str
+    healthy: float
+    advice: str
+    relative: bool = False
+
+
+SIGNALS: tuple[Signal, ...] = (
+    Signal(
+        "stale negatives",
+        "far_negative",
+        0.03,
+        "bad answers that the policy has nearly given up are still pushed down: mask them (correction.sequence_mask) or take "
+        "VESPO or SAMPO as the objective; fresher data help too (mixture)",
+    ),
+    Signal(
+        "policy drift",
+        "kl_k3",
+        0.2,
+        "the policy has left its data behind: fewer updates on them (steps), fresher ones (mixture), or penalties.kl",
+    ),
+    Signal(
+        "gradient explosion",
+        "grad_norm",
+        8.0,
+        "lower the learning rate or grad_clip",
+        relative=True,
+    ),
+    Signal(
+        "entropy collapse",
+        "entropy",
+        1 / 8,
+        "the policy answers the same whatever it is asked: penalties.entropy, clip-higher (dapo), diversity, or other prompts",
+        relative=True,
+    ),
+    Signal(
+        "length growth",
+        "response_length",
+        2.0,
+        "answers grow without end: overlong.longest or overlong.mask",
+        relative=True,
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How much must add up. The sum is in units of what is healthy.
+
+    Attributes:
+        alarm: the sum at which a departure is told.
+        start: updates at the beginning of a run whose median is the start of a signal.
+        most: the most that one update adds, so that no single outlier is a collapse.
+    """
+
+    alarm: float = 5.0
+    start: int = 10
+    most: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A departure.
+
+    Attributes:
+        onset: the update with which it began.
+        noticed: the update at which it was told.
+        before, after: median of the metric before the onset and from then to the end.
+    """
+
+    driver: Driver
+    metric: str
+    onset: int
+    noticed: int
+    before: float
+    after: float
+    advice: str
+
+
+def find_collapse(curve: Sequence[Mapping[str, float]], rule: Rule = Rule()) -> tuple[Finding, ...]:
+    """Return what departed in a run, first onset first; empty for a healthy one. The first names the likely driver.
+
+    Args:
+        curve: metrics of the updates in order, each with its `step`. A signal that is in none of them is not looked at; where
+            only some have it (evaluations), those are looked at.
+    """
+    found = [finding for signal in SIGNALS if (finding := _followed(curve, signal, rule)) is not None]
+    return tuple(sorted(found, key=lambda one: one.onset))  # of equal onsets the order of SIGNALS stands
+
+
+def _followed(curve: Sequence[Mapping[str, float]], signal: Signal, rule: Rule) -> Finding | None:
+    points = [(int(row["step"]), float(row[signal.metric])) for row in curve if signal.metric in row]
+    if not points:
+        return None
+    start = median(value for _, value in points[: rule.start])
+    total, onset = 0.0, 0
+    for step, value in points:
+        onset = onset if total > 0 else step
+        total = max(0.0, total + min(departure(value, start, signal) - 1, rule.most))
+        if total >= rule.alarm:
+            before = [v for s, v in points if s < onset] or [start]
+            after = [v for s, v in points if s >= onset]
+            return Finding(
+                signal.driver, signal.metric, onset, step, median(before), median(after), signal.advice
+            )
+    return None
+
+
+def departure(value: float, start: float, signal: Signal) -> float:
+    """Return how far a value is from harmless, 1 at the border: a quotient, or with `relative` one of logarithms.
+
+    What is no number is infinitely far.
+    """
+    if not math.isfinite(value):
+        return math.inf
+    if not signal.relative:
+        return value / signal.healthy
+    return math.log(max(value, _TINY) / max(start, _TINY)) / math.log(signal.healthy)
+
+
+_TINY = 1e-12  # in place of 0, of which there is no logarithm
