@@ -115,7 +115,7 @@ def _training_page(context: Context, outputs: Mapping[str, Any]) -> str:
     picture = base64.b64encode(training_curves(context, outputs["key"])).decode()
     return (
         f"**{outputs['steps']} steps**, {outputs['stop_reason']}; checkpoint `{outputs['digest'][:12]}`, "
-        f"{len(outputs['groups'])} groups consumed.\n\n![training curves](data:image/png;base64,{picture})"
+        f"{outputs['groups']['count']} groups consumed.\n\n![training curves](data:image/png;base64,{picture})"
     )
 
 

@@ -17,6 +17,7 @@ import flows.cli.promote
 import flows.cli.keys
 import flows.cli.lineage
 import flows.cli.audit
+import flows.cli.stability
 import flows.cli.revoke
 import flows.cli.export
 import flows.cli.steps

@@ -52,6 +52,7 @@ _VERDICTS: dict[str, tuple[Tone, str]] = {
     "INCONCLUSIVE": ("open", "diamond"),
 }
 _STRIP = 26  # height of a row, in pixels
+_POINTS = 240  # of a course; longer ones are drawn as means of neighbouring steps
 _DOTTED = 12  # points of a course that are marked one by one; more are a line
 
 
@@ -307,22 +308,34 @@ def curves(
     return _text(picture)
 
 
-def course(points: Sequence[tuple[float, float]], label: str, *, below: str) -> Markup:
-    """Draw how one value went over steps; those that are not finite are left out.
+def course(
+    points: Sequence[tuple[float, float]], label: str, *, below: str, marked: float | None = None
+) -> Markup:
+    """Draw how one value went over steps; those that are not finite are left out, and of very many means are drawn.
 
     Args:
         points: (step, value) in order of steps.
+        marked: a step that is marked by an upright line.
     """
-    known = [(x, y) for x, y in points if math.isfinite(y)]
+    known = _thinned([(x, y) for x, y in points if math.isfinite(y)])
     span = Axis.over([y for _, y in known], room=0.08)
     chart = _Chart(Axis.over([x for x, _ in known], room=0.01), span.low, span.high, 120)
     picture = _picture(chart.height + 36, label)
     ticks = [tick for tick in chart.axis.ticks(4) if tick == round(tick)]
     picture.extend(chart.frame(below, "", [(tick, f"{tick:,.0f}") for tick in ticks]))
     picture.extend(chart.joined(known, "candidate"))
+    if marked is not None:
+        picture.append(_line(chart.axis.at(marked), 0, chart.axis.at(marked), chart.height, "margin"))
     if len(known) <= _DOTTED:
         picture.extend(chart.dot(x, y, "mark candidate", f"{x:,.0f}: {y:.4g}") for x, y in known)
     return _text(picture)
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return means of neighbours where there are more points than pixels tell apart."""
+    size = -(-len(points) // _POINTS)
+    parts = (points[at : at + size] for at in range(0, len(points), size or 1))
+    return [(part[len(part) // 2][0], sum(y for _, y in part) / len(part)) for part in parts]
 
 
 def gauge(parts: Sequence[tuple[float, Tone, str]], total: float, label: str) -> Markup:

@@ -288,6 +288,28 @@ def test_on_the_command_line(chain: Context, raw: Raw):
     assert (wrong.returncode, "Traceback" in wrong.stderr) == (3, False)
 
 
+def test_whether_a_run_was_healthy(chain: Context):
+    root = chain.workspace.root
+    found = json.loads(forebay(root, "stability", "agent/2", "--json", "-o", "stability.html").stdout)
+    assert (found["findings"], found["stop_reason"]) == ([], "finished")
+    run = chain.agent("2").payload["parents"]["run"]
+    assert found["run"] == run
+    assert "no signal of a collapse" in (root / "stability.html").read_text()
+    newest = forebay(root, "stability").stdout
+    assert chain.agent(str(GENERATIONS + 1)).payload["parents"]["run"][:12] in newest
+    base = forebay(root, "stability", "agent/1")
+    assert (base.returncode, "was not trained here" in base.stderr) == (2, True)
+    assert forebay(root, "stability", "agent/99").returncode == 3
+    curve = chain.workspace.runs / run[:16] / "metrics.jsonl"
+    kept = curve.read_bytes()
+    rows = [json.loads(line) for line in kept.splitlines()]
+    ill = [{**rows[0], "step": step, "kl_k3": 2.0 if step > 20 else 0.01} for step in range(1, 41)]
+    curve.write_text("".join(json.dumps(row) + "\n" for row in ill))
+    told = forebay(root, "stability", f"run:{run}").stdout
+    curve.write_bytes(kept)
+    assert "It began to collapse at update 21, by policy drift" in told
+
+
 def test_a_lost_list_of_groups_is_named_and_the_indices_can_be_lost(chain: Context, raw: Raw):
     ask = (chain.ledger, chain.workspace)
     group = next(iter(raw.rows.values()))["group_id"].to_pylist()[0]

@@ -10,7 +10,7 @@ import base64
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -43,7 +43,6 @@ _CURVES = (
     ("loss", "Loss"),
 )
 _MADE: tuple[Kind, ...] = ("agent", "source", "run", "dataset", "preferences")
-_POINTS = 240  # of a curve; longer ones are drawn as means of neighbouring steps
 _VERSIONS = 12  # of a dataset that are shown at once; the older ones are folded
 _TOLD = 200  # differences that a page lists one by one
 _PROBLEMS = (  # the order of the groups, and what each means
@@ -367,22 +366,13 @@ def _charts(audit: Audit) -> list[Chart]:
     for name, says in _CURVES:
         points = [(row["step"], row[name]) for row in curve if _finite(row.get(name))]
         if len(points) > 1:
-            thin = _thinned(points)
-            first, last = thin[0][1], thin[-1][1]
-            caption = f"{says}: {first:.3g} to {last:.3g}."
-            charts.append(Chart(figures.course(thin, caption, below="step"), caption))
+            caption = f"{says}: {points[0][1]:.3g} to {points[-1][1]:.3g}."
+            charts.append(Chart(figures.course(points, caption, below="step"), caption))
     return charts
 
 
 def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return means of neighbours where there are more points than pixels tell apart."""
-    size = -(-len(points) // _POINTS)
-    parts = (points[at : at + size] for at in range(0, len(points), size))
-    return [(part[len(part) // 2][0], sum(y for _, y in part) / len(part)) for part in parts]
 
 
 # ------------------------------------------------------------------------------------------------------- evidence

@@ -1,0 +1,74 @@
+"""One run on a page: its curves, where it began to collapse, what drives that, and what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tasks.pages import figures
+from tasks.pages.parts import Chart, Section, Table, plain
+from tasks.pages.templates import template
+from tasks.training.stability import Finding
+
+_CURVES = (
+    ("reward_estimate", "Reward, estimated for the policy in training"),
+    ("far_negative", "Push on bad answers that are nearly given up, a share of all"),
+    ("kl_k3", "KL from the policies that sampled, nats a token"),
+    ("ess", "Effective sample size, a share of the batch"),
+    ("entropy", "Entropy, nats a token"),
+    ("grad_norm", "Norm of the gradient"),
+    ("mass_negative_below", "Push on tokens with A < 0 and a ratio below 1"),
+    ("mass_negative_above", "Push on tokens with A < 0 and a ratio above 1"),
+    ("mass_positive_below", "Push on tokens with A > 0 and a ratio below 1"),
+    ("mass_positive_above", "Push on tokens with A > 0 and a ratio above 1"),
+    ("clipped_negative", "Tokens with A < 0 that teach nothing"),
+    ("clipped_positive", "Tokens with A > 0 that teach nothing"),
+    ("phi_dead", "Sequences that teach nothing"),
+    ("response_length", "Tokens an episode"),
+)
+"""What ARLArena tracks (arXiv 2602.21534, section 5), as far as every update reports it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a page is about: the run's key, how many updates it made and why it ended."""
+
+    key: str
+    steps: int
+    stop_reason: str
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """Return in a sentence what was found."""
+    if not findings:
+        return "Healthy: no signal of a collapse in its updates."
+    first = findings[0]
+    return (
+        f"It began to collapse at update {first.onset}, by {first.driver}; this could be told at update "
+        f"{first.noticed}."
+    )
+
+
+def stability_page(run: Run, curve: Sequence[Mapping[str, float]], findings: Sequence[Finding]) -> str:
+    """Return the page as HTML; it loads nothing from elsewhere."""
+    onset = findings[0].onset if findings else None
+    charts = []
+    for name, says in _CURVES:
+        points = [(row["step"], row[name]) for row in curve if math.isfinite(row.get(name, math.nan))]
+        if len(points) > 1:
+            caption = f"{says}: {points[0][1]:.3g} to {points[-1][1]:.3g}."
+            charts.append(Chart(figures.course(points, caption, below="update", marked=onset), caption))
+    heads = ("driver", "metric", "began", "noticed", "before", "since")
+    rows = tuple(
+        (f.driver, f.metric, str(f.onset), str(f.noticed), f"{f.before:.4g}", f"{f.after:.4g}")
+        for f in findings
+    )
+    report = Section(
+        "Curves",
+        charts=tuple(charts),
+        table=Table(heads, rows) if rows else None,
+        notes=tuple(plain(f"{f.driver}: {f.advice}.") for f in findings),
+    )
+    page = template("tasks.training", "stability.html.jinja")
+    return str(page.render(run=run, says=verdict(findings), bad=bool(findings), report=report))
