@@ -151,7 +151,7 @@ def checked(step: object) -> Step:
 
 
 def cut(text: str, most: int) -> str:
-    """Return `text`, or if it is longer than `most` characters its two ends with a note between them."""
+    """Return `text`, or if it is longer than `most` characters its two ends with a note between them (the note alone if that is longer)."""
     if len(text) <= most:
         return text
     note = f"[{len(text)} characters, cut]"

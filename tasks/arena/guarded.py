@@ -128,20 +128,28 @@ class Guarded:
     def steps(self, turns: Sequence[tuple[Task, Sequence[str]]]) -> list[Step | Exception]:
         """Step several episodes, as many at once as there are workers; a `StepFault` stands where a step failed.
 
+        Any other exception, an interrupt for one, closes the guard.
+
         Raises:
+            UsageError: the guard is closed.
             Unavailable: no worker could be started.
         """
         if not self._workers:
             raise UsageError(f"The guarded environment {self.name} is closed.")
         answers: dict[int, Step | Exception] = {}
-        waiting = deque(range(len(turns)))
+        waiting: deque[tuple[int, bytes]] = deque()
+        for i, (task, actions) in enumerate(turns):
+            try:
+                waiting.append((i, pickle.dumps((task, list(actions)))))
+            except Exception as error:  # whatever the task's pickling raises
+                answers[i] = self._fault(f"could not be sent to its process: {error}")
         busy: dict[Connection, tuple[int, int, float]] = {}  # to which worker and turn, and until when
         idle = list(range(len(self._workers)))
         try:
             while waiting or busy:
                 while waiting and idle:
-                    place, i = idle.pop(), waiting.popleft()
-                    busy[self._send(place, turns[i])] = place, i, time.monotonic() + self.limits.seconds
+                    place, (i, order) = idle.pop(), waiting.popleft()
+                    busy[self._send(place, order)] = place, i, time.monotonic() + self.limits.seconds
                 first = min(end for _, _, end in busy.values())
                 ready = wait(busy, max(0.0, first - time.monotonic()))
                 late = (
@@ -152,13 +160,11 @@ class Guarded:
                     place, i, _ = busy.pop(orders)
                     answers[i] = self._hung(place) if late else self._received(place)
                     idle.append(place)
-        finally:
-            for (
-                place,
-                _,
-                _,
-            ) in busy.values():  # an interrupt: what they would answer is not asked for any more
-                self._replace(place)
+        except (
+            BaseException
+        ):  # an interrupt, or no worker to be had: answers may be under way that nobody waits for
+            self.close()
+            raise
         return [answers[i] for i in range(len(turns))]
 
     def close(self) -> None:
@@ -181,10 +187,8 @@ class Guarded:
     ) -> None:
         self.close()
 
-    def _send(self, place: int, turn: tuple[Task, Sequence[str]]) -> Connection:
-        """Give the turn to the worker at `place`; one that died while it was idle is replaced and costs nothing."""
-        task, actions = turn
-        order = pickle.dumps((task, list(actions)))
+    def _send(self, place: int, order: bytes) -> Connection:
+        """Give the order to the worker at `place`; one that died while it was idle is replaced and costs nothing."""
         try:
             self._workers[place].orders.send_bytes(order)
         except ConnectionError:
