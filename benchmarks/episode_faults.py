@@ -28,6 +28,7 @@ from typing import Any
 import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.machine import describe
 from tasks.arena.guarded import Guarded, Limits
@@ -181,6 +182,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
+    disable_progress_bar()
     print(describe(), flush=True)
     limits = Limits(seconds=chosen.seconds, memory=256 << 20, observation=200)
     report = play(chosen.episodes, chosen.workers, limits, chosen.seed)
