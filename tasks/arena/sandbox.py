@@ -100,16 +100,18 @@ def run_python(code: str, limits: Limits = Limits()) -> Result:
             finally:
                 os.close(status_child)
             isolation, texts, met = None, [b"", b""], None
-            inner = 0
+            inner, over = 0, False
             try:
                 _order(child, code, limits, os.path.realpath(folder), status_child)
                 inner, isolation = _read_status(said)
-                texts, met = _collect(child, limits)
+                if isolation is not None:
+                    texts, met = _collect(child, limits)
+                    over = met is None
             finally:
-                # The inner process first: while its parent has not ended, its id is its own.
-                for pid in (inner, child.pid):
-                    if pid:
-                        _kill(pid)
+                if not over:
+                    _kill(child.pid, inner)
+                if isolation is None and child.stderr is not None:
+                    texts[1] = child.stderr.read(_CHUNK)
                 _, wait_status, usage = os.wait4(child.pid, 0)
                 child.returncode = os.waitstatus_to_exitcode(wait_status)
                 for stream in (child.stdin, child.stdout, child.stderr):
@@ -197,9 +199,12 @@ def _collect(child: subprocess.Popen[bytes], limits: Limits) -> tuple[list[bytes
     return list(texts.values()), None
 
 
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+def _kill(pid: int, inner: int) -> None:
+    """Kill the child; before it the process inside (0: none), whose id is its own as long as the child has not ended."""
+    if inner and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(inner, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)  # not reaped yet, so the id is its own
 
 
 def _reason(code: int, error: str, usage: resource.struct_rusage, limits: Limits) -> Reason:
