@@ -104,7 +104,13 @@ class PythonTool:
     max_new_tokens = 24
 
     def tasks(self, split: Split, n: int, seed: int) -> list[Task]:
-        """See `Environment.tasks`."""
+        """See `Environment.tasks`.
+
+        Raises:
+            UsageError: there are fewer tasks.
+            Unavailable: there is no sandbox here, so every step would fail.
+        """
+        run_line("")
         return draw_tasks(self, _candidates(seed), split, n, seed, _family)
 
     def step(self, task: Task, actions: Sequence[str]) -> Step:

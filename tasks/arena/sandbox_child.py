@@ -147,7 +147,9 @@ def _limit(order: dict[str, Any]) -> None:
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NPROC, 0),  # of an ordinary user: no further process or thread
     ):
-        resource.setrlimit(what, (value, value))
+        held = resource.getrlimit(what)[1]  # of the caller, who may be limited more already
+        most = value if held == resource.RLIM_INFINITY else min(value, held)
+        resource.setrlimit(what, (most, most))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit is an OSError
 
 

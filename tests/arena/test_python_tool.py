@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from tasks.arena.environment import Task
 from tasks.arena.guarded import Guarded
 from tasks.arena.python_tool import FORMS, PREFIX, PythonTool, run_line
+from tasks.core.errors import Unavailable
 
 ENV = PythonTool()
 TASKS = ENV.tasks("train", 40, seed=0)
@@ -85,3 +88,10 @@ def test_it_works_behind_a_guard() -> None:
     with Guarded(ENV, workers=2) as guarded:
         turns = [(t, [FORMS[t.payload["form"]].code.format(**t.payload)]) for t in TASKS[:6]]
         assert guarded.steps(turns) == [ENV.step(*turn) for turn in turns]
+
+
+def test_without_a_sandbox_no_task_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_line.cache_clear()
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(Unavailable, match="did not start"):
+        ENV.tasks("train", 1, 0)

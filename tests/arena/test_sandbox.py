@@ -243,3 +243,15 @@ def test_an_interpreter_that_does_not_start_is_said(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(Unavailable, match="did not start"):
         run_python("print(1)")
+
+
+def test_a_caller_with_tighter_limits_of_its_own_is_no_obstacle() -> None:
+    script = (
+        "import resource\n"
+        "from tasks.arena.sandbox import run_python\n"
+        "for what in (resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE):\n"
+        "    resource.setrlimit(what, (50, 50))\n"
+        "print(run_python('print(1)').stdout)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout == "1\n\n"
