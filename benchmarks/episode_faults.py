@@ -64,7 +64,6 @@ class Report:
 
 def play(episodes: int, workers: int, limits: Limits, seed: int) -> Report:
     """Play whole groups, at least `episodes` in all."""
-    logging.getLogger("tasks.rollout.rollout").setLevel(logging.ERROR)
     report = Report()
     with tempfile.TemporaryDirectory() as folder:
         path = make_tiny_model(Path(folder) / "tiny", hidden_size=16, layers=1, heads=2, kv_heads=1)
@@ -183,6 +182,7 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bar()
+    logging.getLogger("tasks.rollout.rollout").setLevel(logging.ERROR)  # a warning for each fault
     print(describe(), flush=True)
     limits = Limits(seconds=chosen.seconds, memory=256 << 20, observation=200)
     report = play(chosen.episodes, chosen.workers, limits, chosen.seed)

@@ -59,10 +59,10 @@ def main(control_fd: int) -> None:
     except BaseException as error:  # whatever its module does when it is imported
         control.send(f"{type(error).__name__}: {error}"[:500].encode())
         return
-    with suppress(
-        Exception
-    ):  # imports what the environment imports late, once for all workers and before the clock runs
-        env.tasks("train", 1, 0)
+    with suppress(Exception):  # a fault of drawing shows where tasks are drawn
+        env.tasks(
+            "train", 1, 0
+        )  # what the environment imports late is imported once, and not on a step's time
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     control.send(b"ready")
@@ -79,9 +79,12 @@ def main(control_fd: int) -> None:
                 workers.add(pid)
                 control.send(str(pid).encode())
                 continue
+            if message and (pid := int(message)) in workers:
+                workers.remove(pid)
+                control.send(str(_end(pid)).encode())
+                continue
             if message:
-                workers.remove(int(message))
-                control.send(str(_end(int(message))).encode())
+                control.send(b"another server's")
                 continue
         for pid in workers:
             _end(pid)

@@ -151,19 +151,15 @@ class Guarded:
                     place, (i, order) = idle.pop(), waiting.popleft()
                     busy[self._send(place, order)] = place, i, time.monotonic() + self.limits.seconds
                 first = min(end for _, _, end in busy.values())
-                ready = wait(busy, max(0.0, first - time.monotonic()))
-                late = (
-                    [] if ready else [orders for orders, (*_, end) in busy.items() if end <= time.monotonic()]
-                )
-                for orders in (*ready, *late):
-                    assert isinstance(orders, Connection)
-                    place, i, _ = busy.pop(orders)
-                    answers[i] = self._hung(place) if late else self._received(place)
-                    idle.append(place)
-        except (
-            BaseException
-        ):  # an interrupt, or no worker to be had: answers may be under way that nobody waits for
-            self.close()
+                ready = set(wait(busy, max(0.0, first - time.monotonic())))
+                now = time.monotonic()
+                for orders, (place, i, end) in list(busy.items()):
+                    if orders in ready or end <= now:
+                        del busy[orders]
+                        answers[i] = self._received(place) if orders in ready else self._hung(place)
+                        idle.append(place)
+        except BaseException:  # an interrupt, or no worker to be had
+            self.close()  # answers may be under way that nobody waits for any more
             raise
         return [answers[i] for i in range(len(turns))]
 
@@ -271,6 +267,7 @@ class Guarded:
         except OSError as error:
             problem = str(error)
         if problem != "ready":
+            self._server.kill()
             self.close()
             raise UsageError(
                 f"The environment {self.name} cannot be loaded in a process of its own ({problem or 'it ended at once'}); "

@@ -132,8 +132,8 @@ def test_a_worker_killed_while_idle_costs_nothing() -> None:
 
 def test_a_killed_server_is_started_again() -> None:
     env = Faulty({"exit": 0.5})
-    turns = [(task, ["a"]) for task in env.tasks("train", 10, 0)]
-    with Guarded(env) as guarded:
+    turns = [(task, ["a"]) for task in env.tasks("train", 20, 0)]
+    with Guarded(env, workers=3) as guarded:
         guarded._server.kill()
         answers = guarded.steps(turns)
         assert [isinstance(answer, StepFault) for answer in answers] == [
