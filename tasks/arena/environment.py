@@ -10,11 +10,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from tasks.core.digest import digest_json, sha256_bytes
 from tasks.core.errors import UsageError
@@ -93,6 +94,71 @@ class Environment(Protocol):
         """The one answer that scores best when given to every task, and its mean reward."""
 
 
+@runtime_checkable
+class Wrapping(Protocol):
+    """An environment that only runs another one, which alone says what an episode is worth."""
+
+    @property
+    def inside(self) -> Environment:
+        """The one that is run."""
+
+
+@runtime_checkable
+class Batched(Protocol):
+    """An environment that can answer several episodes at once."""
+
+    def steps(self, turns: Sequence[tuple[Task, Sequence[str]]]) -> list[Step | Exception]:
+        """Answer each (task, actions) as `Environment.step` does; what that would raise stands in the answer's place."""
+
+
+def step_all(env: Environment, turns: Sequence[tuple[Task, Sequence[str]]]) -> list[Step | Exception]:
+    """Answer each (task, actions); whatever the environment raises, or returns that is no proper `Step`, is an exception
+    in the answer's place."""
+    if isinstance(env, Batched):
+        return env.steps(turns)
+    answers: list[Step | Exception] = []
+    for task, actions in turns:
+        try:
+            answers.append(checked(env.step(task, actions)))
+        except Exception as error:  # whatever an environment raises costs this episode, not the others
+            answers.append(error)
+    return answers
+
+
+def checked(step: object) -> Step:
+    """Return `step` if it is what an episode can be made of.
+
+    Raises:
+        TypeError: it is no `Step`, or its fields have other types than theirs.
+        ValueError: a number is not finite, or a text has no UTF-8 form.
+    """
+    if not isinstance(step, Step):
+        raise TypeError(f"the answer is of type {type(step).__name__}, not Step")
+    texts = {"observation": step.observation} | {f"component {name!r}": name for name in step.components}
+    numbers = {"reward": step.reward} | {f"component {name!r}": n for name, n in step.components.items()}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise TypeError(f"the {name} is of type {type(text).__name__}, not str")
+        text.encode()
+    for name, number in numbers.items():
+        if not isinstance(number, int | float):
+            raise TypeError(f"the {name} is of type {type(number).__name__}, not float")
+        if not math.isfinite(number):
+            raise ValueError(f"the {name} is {number}")
+    if not isinstance(step.done, bool):
+        raise TypeError(f"done is of type {type(step.done).__name__}, not bool")
+    return step
+
+
+def cut(text: str, most: int) -> str:
+    """Return `text`, or if it is longer than `most` characters its two ends with a note between them (the note alone if that is longer)."""
+    if len(text) <= most:
+        return text
+    note = f"[{len(text)} characters, cut]"
+    room = max(0, most - len(note))
+    return text[: room - room // 2] + note + text[len(text) - room // 2 :]
+
+
 def split_of(prompt: str) -> Split:
     """The split a prompt belongs to, whatever seed drew it: a threshold on the SHA-256 of its text."""
     fraction = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8]) / 2**64
@@ -150,11 +216,11 @@ def names() -> list[str]:
     """Every environment that `get` knows."""
     from tasks.arena.reasoning import dataset_names
 
-    return ["calculator", "largest", *(f"reasoning_gym/{name}" for name in dataset_names())]
+    return ["calculator", "largest", "python_tool", *(f"reasoning_gym/{name}" for name in dataset_names())]
 
 
 def get(name: str) -> Environment:
-    """Return the environment called `name`: "calculator", "largest" or "reasoning_gym/<dataset>".
+    """Return the environment called `name`: "calculator", "largest", "python_tool" or "reasoning_gym/<dataset>".
 
     Raises:
         UsageError: there is no such environment; the sentence names the nearest one.
@@ -167,6 +233,10 @@ def get(name: str) -> Environment:
         from tasks.arena.largest import Largest
 
         return Largest()
+    if name == "python_tool":
+        from tasks.arena.python_tool import PythonTool
+
+        return PythonTool()
     known = names()
     if name in known:
         from tasks.arena.reasoning import ReasoningGym
@@ -177,6 +247,8 @@ def get(name: str) -> Environment:
 
 
 def verifier_digest(env: Environment) -> str:
-    """Identity of what scores an episode: the environment's name, version and source code."""
+    """Identity of what scores an episode: the environment's name, version and source code, however it is run."""
+    while isinstance(env, Wrapping):
+        env = env.inside
     source = inspect.getsource(sys.modules[type(env).__module__])
     return digest_json({"name": env.name, "version": env.version, "source": sha256_bytes(source.encode())})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from models.logprobs import token_logprobs
-from tasks.arena.environment import Environment, Step, Task, verifier_digest
+from tasks.arena.environment import Environment, Step, Task, step_all, verifier_digest
 from tasks.core.digest import canonical_json, digest_json, sha256_bytes
 from tasks.core.errors import UsageError
 from tasks.replay.schema import Episode, FinishReason
@@ -243,9 +242,14 @@ def _play(
         noise = [draft.noise for draft in live if draft.noise is not None]
         last = turn == env.max_turns - 1
         actions = rows.act(noise or None, temperature, stop, env.max_new_tokens, last)
+        written = [_decode(tokenizer, action.ids, skip_special_tokens=True) for action in actions]
+        for draft, action, text in zip(live, actions, written, strict=True):
+            draft.append(action.ids, action.logprobs, turn)
+            draft.actions.append(text.partition("\n")[0])
+        answers = step_all(env, [(draft.task, draft.actions) for draft in live])
         chunks = [
-            _advance(tokenizer, env, draft, action, turn, stop)
-            for draft, action in zip(live, actions, strict=True)
+            _advance(tokenizer, env, draft, action, text, answer, turn, stop)
+            for draft, action, text, answer in zip(live, actions, written, answers, strict=True)
         ]
         on = [i for i, chunk in enumerate(chunks) if chunk]
         if last or not on:
@@ -260,34 +264,26 @@ def _advance(
     env: Environment,
     draft: _Draft,
     action: Action,
+    written: str,
+    answer: Step | Exception,
     turn: int,
     stop: frozenset[int],
 ) -> list[int]:
-    """Let the environment answer `action`: what the row's cache now lacks, nothing if the episode is over."""
-    written = _decode(tokenizer, action.ids, skip_special_tokens=True)
-    draft.append(action.ids, action.logprobs, turn)
-    draft.actions.append(written.partition("\n")[0])
-    try:
-        draft.end = _checked(env.step(draft.task, draft.actions))
-    except Exception as error:  # whatever an environment raises costs this episode, not the collection
-        _log.warning("%s raised in task %s: %r; the episode gets reward 0", env.name, draft.task.id, error)
+    """Take the environment's answer to `action`: what the row's cache now lacks, nothing if the episode is over."""
+    if isinstance(answer, Exception):  # it costs this episode, not the collection
+        _log.warning("%s failed in task %s: %r; the episode gets reward 0", env.name, draft.task.id, answer)
         draft.end, draft.finish_reason = Step("", done=True, components={"error": 1.0}), "error"
         return []
-    if draft.end.done:
+    draft.end = answer
+    if answer.done:
         draft.finish_reason = "done" if action.ids[-1] in stop else "length"
         return []
     if turn == env.max_turns - 1:
         return []
     line_break = "" if "\n" in written else "\n"  # an action that was cut still ends its line
-    observation = _encode(tokenizer, line_break + draft.end.observation)
+    observation = _encode(tokenizer, line_break + answer.observation)
     draft.append(observation, None, turn)
     return action.ids[-1:] + observation
-
-
-def _checked(step: Step) -> Step:
-    if not math.isfinite(step.reward):
-        raise ValueError(f"reward {step.reward}")
-    return step
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

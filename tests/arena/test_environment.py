@@ -11,6 +11,7 @@ from tasks.core.errors import UsageError
 NAMES = [
     "calculator",
     "largest",
+    "python_tool",
     "reasoning_gym/chain_sum",
     "reasoning_gym/gcd",
     "reasoning_gym/letter_counting",

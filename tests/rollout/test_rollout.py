@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from tasks.arena.calculator import PREFIX, Calculator
 from tasks.arena.environment import Split, Step, Task, get, verifier_digest
+from tasks.arena.guarded import Guarded
 from tasks.arena.largest import Largest
 from tasks.core.errors import UsageError
 from tasks.replay.schema import Episode, arrow_schema
@@ -304,3 +305,47 @@ def test_other_environments_run(
     episodes = [e for g in play(model, tokenizer, env=env, tasks=env.tasks("train", 2, 0)) for e in g]
     assert {e.env for e in episodes} == {name}
     assert {e.finish_reason for e in episodes} <= {"done", "length"}
+
+
+class Nonsense(Largest):
+    """Answers with something that no episode can be made of."""
+
+    max_new_tokens = 2
+    max_turns = 2
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def step(self, task: Task, actions: Sequence[str]) -> Step:
+        return self.answer  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        Step(b"seen", done=False),  # type: ignore[arg-type]
+        Step("\ud800", done=False),
+        Step("", done=True, reward="1"),  # type: ignore[arg-type]
+        Step("", done=True, components={"correct": math.nan}),
+        Step("", done=True, components={"correct": "yes"}),  # type: ignore[dict-item]
+        Step("", done=True, components=None),  # type: ignore[arg-type]
+    ],
+)
+def test_an_answer_that_is_no_step_costs_one_episode(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answer: Any
+) -> None:
+    env = Nonsense(answer)
+    (group,) = play(model, tokenizer, env=env, tasks=env.tasks("train", 1, 0))
+    assert {(e.finish_reason, e.reward) for e in group} == {("error", 0.0)}
+
+
+def test_a_guard_changes_no_byte_of_an_episode(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    single = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    env = get("calculator")
+    tasks = env.tasks("train", 3, 0)
+    with Guarded(env, workers=2) as guarded:
+        assert play(single, tokenizer, env=guarded, tasks=tasks) == play(
+            single, tokenizer, env=env, tasks=tasks
+        )
+        assert evaluate(single, tokenizer, guarded, tasks, 2) == evaluate(single, tokenizer, env, tasks, 2)
