@@ -33,7 +33,9 @@ Norm = Literal["raw/raw", "raw/normed", "normed/normed"]
 
 # Logits that exist at one time, of one layer: a few hundred tokens, so that a product reads the head's weight once for many.
 CHUNK_BYTES = 64 * 2**20
-_NO_MASS = -1e3  # a log-probability whose exponential is 0 in float32 and float64; -inf times 0 would be no number
+_NO_MASS = (
+    -1e3
+)  # a log-probability whose exponential is 0 in float32 and float64; -inf times 0 would be no number
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +264,9 @@ def _stream(model: PreTrainedModel, prompt: Sequence[int], responses: Sequence[S
     name, head = type(model).__name__, model.get_output_embeddings()
     decoder = model.get_decoder()
     if head is None or not isinstance(decoder, nn.Module):
-        raise ModelError(f"{name} has no unembedding or no decoder, so its layers cannot be read; use a decoder.")
+        raise ModelError(
+            f"{name} has no unembedding or no decoder, so its layers cannot be read; use a decoder."
+        )
     output, calls = _run(model, decoder, prompt, responses)
     last = output.hidden_states[-1]
     norms = [call for call in calls if torch.equal(call[2], last)]

@@ -155,9 +155,7 @@ def random_at_n(samples: Sequence[Sample], *, budget: int, rng: random.Random) -
             break
         taken.append(place)
     rank = {place: -float(turn) for turn, place in enumerate(taken)}
-    return _vote(
-        samples, tuple(sorted(taken)), [rank.get(place, -math.inf) for place in range(len(samples))]
-    )
+    return _vote(samples, tuple(sorted(taken)), [rank.get(place, -math.inf) for place in range(len(samples))])
 
 
 def _vote(samples: Sequence[Sample], kept: Sequence[int], scores: Sequence[float], run: int = 0) -> Outcome:
