@@ -188,7 +188,7 @@ def discrimination(answered: Sequence[Sequence[Response]]) -> list[dict[str, Any
                 "score": name,
                 "auroc": shown(auroc_within(found, alpha=ALPHA)),
                 "r": point_biserial(scores, rights),
-                "r_5_bins": binned_correlation(scores, rights),
+                "r_5_bins": binned_correlation(scores, rights) if len(scores) >= 5 else None,
                 "mean": float(scores.mean()),
             }
         )

@@ -238,10 +238,7 @@ def _last_layer(stream: _Stream, lens: Lens) -> Iterator[tuple[Tensor, Tensor]]:
     width = stream.head(states[:1]).shape[-1]
     step = max(1, CHUNK_BYTES // (4 * width))
     for rows in torch.arange(stream.tokens, device=states.device).split(step):
-        last = stream.read(states[rows])
-        if last[:, 0].isnan().any():  # one bad logit spoils its whole row
-            raise ModelError("The model's logits are not numbers: its weights are damaged or have diverged.")
-        yield rows, last
+        yield rows, stream.read(states[rows])
 
 
 def _divergence(stream: _Stream, layer: int, rows: Tensor, last: Tensor, lens: Lens) -> Tensor:
@@ -269,6 +266,8 @@ def _stream(model: PreTrainedModel, prompt: Sequence[int], responses: Sequence[S
         )
     output, calls = _run(model, decoder, prompt, responses)
     last = output.hidden_states[-1]
+    if last.isnan().any() or output.logits.isnan().any():
+        raise ModelError("The model's logits are not numbers: its weights are damaged or have diverged.")
     norms = [call for call in calls if torch.equal(call[2], last)]
     if not norms:
         raise ModelError(

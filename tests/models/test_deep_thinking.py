@@ -65,7 +65,7 @@ def llama(tmp_path_factory) -> LlamaForCausalLM:
         for name, weight in model.named_parameters():
             if "layers" in name and weight.dim() == 2:
                 weight.mul_(6)
-        model.get_input_embeddings().weight.mul_(8)
+        model.get_input_embeddings().weight.mul_(24)
         norm = model.model.norm.weight
         norm.copy_(torch.rand(norm.shape, generator=generator) + 0.5)
     return model
@@ -259,7 +259,9 @@ def reference(model: LlamaForCausalLM, response: list[int], norm: str = "normed/
 
     def probabilities(states: np.ndarray, how: str) -> np.ndarray:
         if how == "normed":
-            states = states / np.sqrt((states**2).mean(-1, keepdims=True) + model.config.rms_norm_eps) * weight
+            states = (
+                states / np.sqrt((states**2).mean(-1, keepdims=True) + model.config.rms_norm_eps) * weight
+            )
         scores = states @ unembedding.T
         scores = np.exp(scores - scores.max(-1, keepdims=True))
         return scores / scores.sum(-1, keepdims=True)
@@ -405,20 +407,23 @@ def test_a_model_that_the_lens_would_misread_is_refused(llama):
     )
     with pytest.raises(ModelError, match="cap or a scale"):
         deep_tokens(Gemma2ForCausalLM(config).eval(), PROMPT, RESPONSES, Lens())
+    apart = _copy(llama)
+    apart.get_decoder = lambda: torch.nn.Sequential(torch.nn.Linear(1, 1))
+    with pytest.raises(ModelError, match="no final norm"):
+        deep_tokens(apart, PROMPT, RESPONSES, Lens())
     without = _copy(llama)
-    without.model.norm = torch.nn.Identity()
-    without.model.norm.forward = lambda states: (states,)[0]
     without.lm_head = None
     with pytest.raises(ModelError, match="no unembedding"):
         deep_tokens(without, PROMPT, RESPONSES, Lens())
 
 
 def test_weights_that_are_not_numbers_are_told(llama):
-    broken = _copy(llama)
-    with torch.no_grad():
-        broken.model.norm.weight[0] = math.nan
-    with pytest.raises(ModelError, match="not numbers"):
-        deep_tokens(broken, PROMPT, RESPONSES, Lens())
+    for part in (lambda model: model.model.norm, lambda model: model.lm_head):
+        broken = _copy(llama)
+        with torch.no_grad():
+            part(broken).weight[0] = math.nan
+        with pytest.raises(ModelError, match="not numbers"):
+            deep_tokens(broken, PROMPT, RESPONSES, Lens())
 
 
 @pytest.mark.parametrize(("prompt", "responses"), [([], [[1]]), ([1], []), ([1], [[2], []])])
