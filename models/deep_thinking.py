@@ -159,7 +159,7 @@ def divergences(
     for rows, last in _last_layer(stream, lens):
         for layer in range(1, stream.layers):
             found[rows, layer - 1] = _divergence(stream, layer, rows, last, lens)
-    return list(found.split([len(response) for response in responses]))
+    return _by_response(found, responses)
 
 
 @torch.no_grad()
@@ -187,7 +187,7 @@ def deep_tokens(
             if not len(open_):
                 break
         found[open_] = True
-    return list(found.split([len(response) for response in responses]))
+    return _by_response(found, responses)
 
 
 @torch.no_grad()
@@ -200,8 +200,12 @@ def log_probs(
         ValueError, ModelError: as `divergences`, whose arguments these are.
     """
     stream = _stream(model, prompt, responses)
-    for rows in torch.arange(stream.tokens, device=model.device).split([len(r) for r in responses]):
-        yield stream.read(stream.final[rows])
+    for states in _by_response(stream.final, responses):
+        yield stream.read(states)
+
+
+def _by_response(found: Tensor, responses: Sequence[Sequence[int]]) -> list[Tensor]:
+    return list(torch.split(found, [len(response) for response in responses]))
 
 
 @dataclass(frozen=True)
@@ -237,7 +241,7 @@ def _last_layer(stream: _Stream, lens: Lens) -> Iterator[tuple[Tensor, Tensor]]:
     states = stream.blocks[-1] if lens.norm == "raw/raw" else stream.final
     width = stream.head(states[:1]).shape[-1]
     step = max(1, CHUNK_BYTES // (4 * width))
-    for rows in torch.arange(stream.tokens, device=states.device).split(step):
+    for rows in torch.split(torch.arange(stream.tokens, device=states.device), step):
         yield rows, stream.read(states[rows])
 
 
@@ -258,8 +262,8 @@ def _stream(model: PreTrainedModel, prompt: Sequence[int], responses: Sequence[S
     """
     if not len(prompt) or not responses or not all(map(len, responses)):
         raise ValueError("The lens needs a prompt and responses of at least one token each.")
-    name, head = type(model).__name__, model.get_output_embeddings()
-    decoder = model.get_decoder()
+    name, head = type(model).__name__, model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    decoder = model.get_decoder()  # type: ignore[no-untyped-call]
     if head is None or not isinstance(decoder, nn.Module):
         raise ModelError(
             f"{name} has no unembedding or no decoder, so its layers cannot be read; use a decoder."

@@ -75,7 +75,7 @@ def majority(answers: Sequence[str | None], scores: Sequence[float]) -> int | No
 
     None where nobody votes.
     """
-    votes = Counter(answer for answer in answers if answer is not None)
+    votes = Counter(answers)
     voters = [place for place, answer in enumerate(answers) if answer is not None]
     return min(voters, key=lambda place: (-votes[answers[place]], -scores[place], place), default=None)
 

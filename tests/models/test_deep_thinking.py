@@ -76,7 +76,7 @@ def logs(*probabilities: float) -> torch.Tensor:
 
 
 def onehot(size: int) -> torch.Tensor:
-    return torch.eye(size, dtype=D)[0].log()
+    return torch.zeros(size, dtype=D).index_fill(0, torch.tensor([0]), 1).log()
 
 
 # --------------------------------------------------------------------------------------------- worked numbers
