@@ -179,17 +179,18 @@ def discrimination(answered: Sequence[Sequence[Response]]) -> list[dict[str, Any
     """A row for each score, from the responses that ended by themselves."""
     groups = [[r for r in group if r.ended] for group in answered]
     rows = []
-    for name in groups[0][0].scores:
+    for name in answered[0][0].scores:
         having = [[r for r in group if name in r.scores] for group in groups]
-        found = [([r.scores[name] for r in group], [r.right for r in group]) for group in having if group]
+        found = [([r.scores[name] for r in group], [r.right for r in group]) for group in having]
         scores, rights = (np.concatenate([np.asarray(pair[k]) for pair in found]) for k in (0, 1))
+        enough = len(scores) >= 5
         rows.append(
             {
                 "score": name,
                 "auroc": shown(auroc_within(found, alpha=ALPHA)),
-                "r": point_biserial(scores, rights),
-                "r_5_bins": binned_correlation(scores, rights) if len(scores) >= 5 else None,
-                "mean": float(scores.mean()),
+                "r": point_biserial(scores, rights) if enough else None,
+                "r_5_bins": binned_correlation(scores, rights) if enough else None,
+                "mean": float(scores.mean()) if enough else None,
             }
         )
     return rows
