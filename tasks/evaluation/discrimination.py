@@ -98,8 +98,9 @@ def point_biserial(scores: ArrayLike, right: ArrayLike) -> float | None:
 def binned_correlation(scores: ArrayLike, right: ArrayLike, bins: int = 5) -> float | None:
     """Pearson correlation of the mean score of quantile bins with their share right; None where either does not vary.
 
-    Answers are sorted by score, equal ones in the order given, and cut into `bins` parts of sizes that differ by one
-    at most. Larger than `point_biserial` of the same numbers as a rule: the mean over a bin takes noise away.
+    Answers are sorted by score and cut into `bins` parts of sizes that differ by one at most. Answers that tie count as
+    their mean, so that it does not matter in which order they came; the paper does not say what it does with them.
+    Larger than `point_biserial` of the same numbers as a rule: the mean over a bin takes noise away.
 
     Raises:
         ValueError: lengths that differ, a score that is not a number, or fewer answers than bins.
@@ -107,6 +108,8 @@ def binned_correlation(scores: ArrayLike, right: ArrayLike, bins: int = 5) -> fl
     x, y = _pairs(scores, right)
     if len(x) < bins:
         raise ValueError(f"{len(x)} answers do not fill {bins} bins")
+    _, member = np.unique(x, return_inverse=True)
+    y = (np.bincount(member, weights=y) / np.bincount(member))[member]
     parts = np.array_split(np.argsort(x, kind="stable"), bins)
     return _pearson(
         np.array([x[part].mean() for part in parts]), np.array([y[part].mean() for part in parts])

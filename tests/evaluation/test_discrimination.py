@@ -33,6 +33,18 @@ def test_correlations_do_not_depend_on_the_order_of_different_scores():
     assert point_biserial(scores, right) == pytest.approx(0.5451, abs=5e-5)
 
 
+def test_ties_do_not_make_the_binned_correlation_depend_on_the_order():
+    draw = np.random.default_rng(0)
+    scores = draw.integers(0, 3, 60)
+    right = draw.random(60) < 0.3 + 0.2 * scores
+    found = binned_correlation(scores, right)
+    assert found is not None
+    for _ in range(5):
+        order = draw.permutation(60)
+        assert binned_correlation(scores[order], right[order]) == pytest.approx(found)
+    assert binned_correlation(-scores, right) == pytest.approx(-found)
+
+
 def test_what_does_not_vary_has_no_correlation():
     assert point_biserial([1, 1, 1], [0, 1, 1]) is None
     assert binned_correlation(SCORES, [1] * 10) is None
