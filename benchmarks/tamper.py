@@ -248,7 +248,9 @@ class Campaign:
             found[at]["seq"], found[other]["seq"] = at + 1, other + 1
             touched.append(other + 1)
         elif act == "insert":
-            others = found[:at] + found[at + 1 :]  # the row itself would have one digest twice, which SQLite refuses
+            others = (
+                found[:at] + found[at + 1 :]
+            )  # the row itself would have one digest twice, which SQLite refuses
             made = {**self.random.choice(others), "prev": found[at - 1]["digest"] if at else GENESIS}
             found.insert(at, made)
             for i, row in enumerate(found, start=1):
