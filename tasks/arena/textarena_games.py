@@ -84,7 +84,7 @@ class Solved(Rules):
         raise NotImplementedError
 
 
-class Sokoban(Solved):
+class _Sokoban(Solved):
     """One box in a room of four by four cells at most; a solution has ten moves at most."""
 
     entry = "Sokoban.env:SokobanEnv"
@@ -118,7 +118,7 @@ class Sokoban(Solved):
         )
 
 
-class FrozenLake(Solved):
+class _FrozenLake(Solved):
     """Four by four cells with three holes, from a corner to the opposite one."""
 
     entry = "FrozenLake.env:FrozenLakeEnv"
@@ -145,16 +145,16 @@ class FrozenLake(Solved):
         return solvers.walk(state["player_pos"], state["goal_pos"], free)
 
 
-class TowerOfHanoi(Solved):
-    """Two to four disks that stand anywhere; a solution has seven moves at most. (textarena begins with all on A.)"""
+class _TowerOfHanoi(Solved):
+    """Two to five disks that stand anywhere; a solution has 15 moves at most. (textarena begins with all on A.)"""
 
     entry = "TowerOfHanoi.env:TowerOfHanoiEnv"
     intro = "Tower of Hanoi: bring all disks to C, a larger one never on a smaller. A move: A C (from, to).\n"
-    max_turns = 12
-    longest = 7
+    max_turns = 20
+    longest = 15
 
     def settings(self, rng: random.Random) -> dict[str, Any]:
-        return {"num_disks": rng.choice((2, 3, 4))}
+        return {"num_disks": rng.choice((2, 3, 4, 5))}
 
     def prepare(self, engine: Any, rng: random.Random) -> None:
         towers = engine.state.game_state["towers"]
@@ -170,13 +170,13 @@ class TowerOfHanoi(Solved):
         return [f"{a} {b}" for a, b in itertools.permutations("ABC", 2)]
 
     def won(self, engine: Any) -> bool:
-        return len(engine.state.game_state["towers"]["C"]) == engine.num_disks
+        return bool(len(engine.state.game_state["towers"]["C"]) == engine.num_disks)
 
     def solve(self, engine: Any) -> list[str] | None:
         return solvers.hanoi(engine.state.game_state["towers"], "C")
 
 
-class LightsOut(Solved):
+class _LightsOut(Solved):
     """Three by three lights; a solution has four presses at most."""
 
     entry = "LightsOut.env:LightsOutEnv"
@@ -201,7 +201,7 @@ class LightsOut(Solved):
         return solvers.lights_out(engine.state.game_state["grid"])
 
 
-class GuessTheNumber(Solved):
+class _GuessTheNumber(Solved):
     """One of sixteen consecutive numbers; halving finds it in five guesses."""
 
     entry = "GuessTheNumber.env:GuessTheNumberEnv"
@@ -236,7 +236,7 @@ class GuessTheNumber(Solved):
         return [str((low + high) // 2)]
 
 
-class Mastermind(Solved):
+class _Mastermind(Solved):
     """Three different digits out of the first four, five or six."""
 
     entry = "Mastermind.env:MastermindEnv"
@@ -280,7 +280,7 @@ class Mastermind(Solved):
         return [" ".join(map(str, code))]
 
 
-class Game2048(Rules):
+class _Game2048(Rules):
     """Up to the tile 32 on three by three cells."""
 
     entry = "Game2048.env:Game2048Env"
@@ -302,7 +302,7 @@ class Game2048(Rules):
         return seed  # the tiles to come
 
 
-class Minesweeper(Rules):
+class _Minesweeper(Rules):
     """Three mines in four by four cells, with a first cell opened."""
 
     entry = "Minesweeper.env:MinesweeperEnv"
@@ -338,14 +338,14 @@ class Minesweeper(Rules):
 
 
 GAMES: Mapping[str, Rules] = {
-    "2048": Game2048(),
-    "FrozenLake": FrozenLake(),
-    "GuessTheNumber": GuessTheNumber(),
-    "LightsOut": LightsOut(),
-    "Mastermind": Mastermind(),
-    "Minesweeper": Minesweeper(),
-    "Sokoban": Sokoban(),
-    "TowerOfHanoi": TowerOfHanoi(),
+    "2048": _Game2048(),
+    "FrozenLake": _FrozenLake(),
+    "GuessTheNumber": _GuessTheNumber(),
+    "LightsOut": _LightsOut(),
+    "Mastermind": _Mastermind(),
+    "Minesweeper": _Minesweeper(),
+    "Sokoban": _Sokoban(),
+    "TowerOfHanoi": _TowerOfHanoi(),
 }
 
 
