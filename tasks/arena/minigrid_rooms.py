@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _WALK = ("left", "right", "forward")
 _TILE = 16  # pixels
+_UNSEEN, _EMPTY, _WALL, _DOOR, _GOAL = 0, 1, 2, 4, 8  # minigrid.core.constants.OBJECT_TO_IDX
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ class Level:
 
 LEVELS: Mapping[str, Level] = {
     "BabyAI-GoToLocalS5N2": Level("BabyAI-GoToLocalS5N2-v0", 10),
-    "BabyAI-GoToRedBallGrey": Level("BabyAI-GoToRedBallGrey-v0", 24),
+    "BabyAI-GoToRedBallGrey": Level("BabyAI-GoToRedBallGrey-v0", 32),
     "BabyAI-OpenDoor": Level("BabyAI-OpenDoor-v0", 20, (*_WALK, "toggle")),
-    "BabyAI-PickupDist": Level("BabyAI-PickupDist-v0", 16, (*_WALK, "pickup")),
+    "BabyAI-PickupDist": Level("BabyAI-PickupDist-v0", 16, (*_WALK, "pickup", "drop")),
     "DoorKey-5x5": Level("MiniGrid-DoorKey-5x5-v0", 20, (*_WALK, "pickup", "toggle")),
     "DoorKey-6x6": Level("MiniGrid-DoorKey-6x6-v0", 28, (*_WALK, "pickup", "toggle")),
     "Empty-Random-6x6": Level("MiniGrid-Empty-Random-6x6-v0", 12),
@@ -69,6 +70,7 @@ class _Room:
     """An episode in progress."""
 
     world: Any  # the gymnasium environment itself, without wrappers
+    view: NDArray[np.uint8]  # its newest observation
     turns: int = 0
     formatted: int = 0  # actions of the right form so far
     accepted: int = 0  # actions that changed anything
@@ -97,7 +99,7 @@ class MiniGrid:
         """See `Environment.step`."""
         with self._rooms.after(task.payload["seed"], actions) as room:
             if not room.over:
-                return Step(_observe(room.world), done=False)
+                return Step(_observe(room.view), done=False)
             success = float(room.reward > 0)
             components = {
                 "valid_format": room.formatted / room.turns,
@@ -129,8 +131,9 @@ class MiniGrid:
         rng = random.Random(f"{self.name}/{seed}")
         while True:
             number = rng.getrandbits(31)
-            world = self._begin(number).world
-            prompt = f"Room {_number(world)}. Mission: {world.mission}. Actions: {', '.join(self.level.actions)}.\n{_observe(world)}"
+            room = self._begin(number)
+            name, mission = f"Room {_number(room.world)}.", f"Mission: {room.world.mission}."
+            prompt = f"{name} {mission} Actions: {', '.join(self.level.actions)}.\n{_observe(room.view)}"
             yield prompt, {"seed": number}
 
     def _begin(self, seed: int) -> _Room:
@@ -141,9 +144,9 @@ class MiniGrid:
 
         world: Any = gymnasium.make(self.level.id).unwrapped
         with redirect_stdout(io.StringIO()):  # BabyAI prints each room that it rejects
-            world.reset(seed=seed)
+            seen, _ = world.reset(seed=seed)
         world.max_steps = self.max_turns  # after the reset, which sets BabyAI's own
-        return _Room(world)
+        return _Room(world, seen["image"])
 
     def _advance(self, room: _Room, action: str) -> None:
         if room.over:
@@ -156,7 +159,8 @@ class MiniGrid:
             return
         room.formatted += 1
         before = _state(world)
-        _, reward, terminated, truncated, _ = world.step(world.actions[action])
+        seen, reward, terminated, truncated, _ = world.step(world.actions[action])
+        room.view = seen["image"]
         room.accepted += _state(world) != before
         room.over, room.reward = bool(terminated or truncated), float(reward)
 
@@ -181,50 +185,53 @@ class BabyAI(MiniGrid):
         return str(advice.name)
 
 
-def _state(world: Any) -> bytes:
-    """All that can change in a room."""
-    carrying = world.carrying.encode() if world.carrying else None
-    pose = repr((tuple(map(int, world.agent_pos)), int(world.agent_dir), carrying))
-    return bytes(world.grid.encode().tobytes()) + pose.encode()
+def _state(world: Any) -> tuple[object, ...]:
+    """All that an action can change: where the agent stands and looks, what it carries, and the cell before it."""
+    before = world.grid.get(*world.front_pos)
+    pose = (*map(int, world.agent_pos), int(world.agent_dir))
+    return pose, world.carrying and world.carrying.encode(), before and before.encode()
 
 
 def _number(world: Any) -> int:
-    state = hashlib.sha256(_state(world) + world.mission.encode())
+    """A digest of a room in which nothing has happened yet."""
+    state = hashlib.sha256(world.grid.encode().tobytes())
+    state.update(repr((_state(world), world.mission)).encode())
     return int.from_bytes(state.digest()[:8]) % 10**8
 
 
-def _observe(world: Any) -> str:
-    """What the agent sees, nearest first, and carries."""
-    grid, visible = world.gen_obs_grid()
-    middle, bottom = grid.width // 2, grid.height - 1  # where the agent stands, looking up
-    seen = []
-    for column in range(grid.width):
-        for row in range(grid.height):
-            cell = grid.get(column, row)
-            if not visible[column, row] or cell is None or (column, row) == (middle, bottom):
-                continue
-            ahead, right = bottom - row, column - middle
-            if cell.type != "wall":
-                seen.append((ahead + abs(right), ahead, right, _describe(cell)))
-    walls = [bottom - row for row in range(bottom) if (cell := grid.get(middle, row)) and cell.type == "wall"]
+def _observe(image: NDArray[np.uint8]) -> str:
+    """The level's own observation, [column, row, (object, colour, state)], in words: what is nearest first."""
+    columns, rows, _ = image.shape
+    middle, bottom = (
+        columns // 2,
+        rows - 1,
+    )  # where the agent stands, looking up; this cell shows what it carries
+    cells = {
+        (column, row): tuple(image[column, row].tolist()) for column in range(columns) for row in range(rows)
+    }
+    carried = cells.pop((middle, bottom))
+    seen = [
+        (bottom - row + abs(column - middle), bottom - row, column - middle, _describe(*cell))
+        for (column, row), cell in cells.items()
+        if cell[0] not in (_UNSEEN, _EMPTY, _WALL)
+    ]
+    walls = [bottom - row for row in range(bottom) if cells[middle, row][0] == _WALL]
     if walls:
         seen.append((min(walls), min(walls), 0, "wall"))
-    lines = [
-        "see: "
-        + (", ".join(f"{what} {_where(ahead, right)}" for _, ahead, right, what in sorted(seen)) or "nothing")
-    ]
-    if world.carrying:
-        lines.append(f"carry: {_describe(world.carrying)}")
+    what = ", ".join(f"{thing} {_where(ahead, right)}" for _, ahead, right, thing in sorted(seen))
+    lines = [f"see: {what or 'nothing'}"]
+    if carried[0] != _EMPTY:
+        lines.append(f"carry: {_describe(*carried)}")
     return "\n".join([*lines, "act:"])
 
 
-def _describe(cell: Any) -> str:
-    if cell.type == "goal":
+def _describe(kind: int, colour: int, state: int) -> str:
+    from minigrid.core.constants import IDX_TO_COLOR, IDX_TO_OBJECT
+
+    if kind == _GOAL:
         return "goal"
-    if cell.type == "door":
-        state = "open " if cell.is_open else "locked " if cell.is_locked else "closed "
-        return f"{state}{cell.color} door"
-    return f"{cell.color} {cell.type}"
+    thing = f"{IDX_TO_COLOR[colour]} {IDX_TO_OBJECT[kind]}"
+    return f"{('open', 'closed', 'locked')[state]} {thing}" if kind == _DOOR else thing
 
 
 def _where(ahead: int, right: int) -> str:
