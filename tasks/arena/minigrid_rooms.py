@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _WALK = ("left", "right", "forward")
+_EXAMPLES = "act: right\nact: forward\n"  # in every prompt, for the form alone: a small model needs it
 _TILE = 16  # pixels
 _UNSEEN, _EMPTY, _WALL, _DOOR, _GOAL = 0, 1, 2, 4, 8  # minigrid.core.constants.OBJECT_TO_IDX
 
@@ -133,7 +134,8 @@ class MiniGrid:
             number = rng.getrandbits(31)
             room = self._begin(number)
             name, mission = f"Room {_number(room.world)}.", f"Mission: {room.world.mission}."
-            prompt = f"{name} {mission} Actions: {', '.join(self.level.actions)}.\n{_observe(room.view)}"
+            actions = f"Actions: {', '.join(self.level.actions)}."
+            prompt = f"{name} {mission} {actions}\n{_EXAMPLES}{_observe(room.view)}"
             yield prompt, {"seed": number}
 
     def _begin(self, seed: int) -> _Room:

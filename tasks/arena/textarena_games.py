@@ -1,8 +1,9 @@
 """Single-player games of textarena, with small levels and short texts.
 
 The rules, the levels and the judgement are textarena's. Ours are the sizes, and the prompts and observations: its own texts
-repeat boards and instructions until a short game is thousands of tokens, ours show the state once in each turn. An action is
-what the player writes, without textarena's brackets.
+repeat boards and instructions until a short game is thousands of tokens, ours show the state once in each turn. Two actions in
+the prompt, always the same, show their form: without them a small model hardly ever writes one. An action is what the player
+writes, without textarena's brackets.
 
 An action that is not possible takes a turn and changes nothing (textarena ends the game at the second). The reward is 1 if
 the game is won, else 0; how near the end was is in the component `score`, as textarena tells it.
@@ -38,6 +39,7 @@ class Rules:
     entry: ClassVar[str]  # module below textarena.envs, and class
     intro: ClassVar[str]
     cue: ClassVar[str] = "move:"  # what an action follows
+    examples: ClassVar[tuple[str, ...]] = ("left", "down")  # shown in every prompt, for the form alone
     max_turns: ClassVar[int]
     max_new_tokens: ClassVar[int] = 6
     longest: ClassVar[int] = (
@@ -150,6 +152,7 @@ class _TowerOfHanoi(Solved):
 
     entry = "TowerOfHanoi.env:TowerOfHanoiEnv"
     intro = "Tower of Hanoi: bring all disks to C, a larger one never on a smaller. A move: A C (from, to).\n"
+    examples = ("A C", "B A")
     max_turns = 20
     longest = 15
 
@@ -181,6 +184,7 @@ class _LightsOut(Solved):
 
     entry = "LightsOut.env:LightsOutEnv"
     intro = "Lights out: turn all lights O off. Pressing one toggles it and its neighbours. A move: 1 2 (row, column).\n"
+    examples = ("1 2", "0 1")
     max_turns = 8
     longest = 4
 
@@ -206,6 +210,7 @@ class _GuessTheNumber(Solved):
 
     entry = "GuessTheNumber.env:GuessTheNumberEnv"
     cue = "guess:"
+    examples = ()  # any number would be taken for a guess
     max_turns = 6
     _WIDTH = 16
 
@@ -241,6 +246,7 @@ class _Mastermind(Solved):
 
     entry = "Mastermind.env:MastermindEnv"
     cue = "guess:"
+    examples = ("2 1 3", "3 4 1")
     max_turns = 8
     max_new_tokens = 8
 
@@ -307,6 +313,7 @@ class _Minesweeper(Rules):
 
     entry = "Minesweeper.env:MinesweeperEnv"
     intro = "Minesweeper: open every cell without a mine (3 mines); a number counts the mines around. A move: 1 2 (row, column).\n"
+    examples = ("1 2", "0 1")
     max_turns = 10
 
     def settings(self, rng: random.Random) -> dict[str, Any]:
@@ -427,7 +434,11 @@ class TextArena:
                 continue
             hidden = self.rules.hidden(game.engine, level)
             name = "" if hidden is None else f"Level {_number(hidden)}. "
-            yield f"{name}{self.rules.introduce(game.engine)}{self._ask(game.engine)}", {"seed": level}
+            examples = "".join(f"{self.rules.cue} {action}\n" for action in self.rules.examples)
+            yield (
+                f"{name}{self.rules.introduce(game.engine)}{examples}{self._ask(game.engine)}",
+                {"seed": level},
+            )
 
     def _suits(self, engine: Any) -> bool:
         return not self.rules.won(engine)
