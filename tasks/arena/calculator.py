@@ -102,7 +102,7 @@ class Calculator:
         """The most common answer, written whatever the tool says."""
         return most_common_share([str(task.payload["answer"]) for task in tasks])
 
-    def random_operator_baseline(self, tasks: Sequence[Task]) -> float:
+    def random_baseline(self, tasks: Sequence[Task], seed: int) -> float:
         """Expected reward of calling the tool on the right numbers with an operator drawn at random."""
         if not tasks:
             raise UsageError("A baseline needs at least one task.")

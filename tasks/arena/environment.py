@@ -2,7 +2,8 @@
 
 An episode is plain text: the task's prompt, then turns. The agent's action is what it writes up to the first
 newline; the environment answers with an observation that is appended as it is, or ends the episode. `step` is
-a pure function of the task and the actions so far, so any episode can be scored again from its text.
+a pure function of the task and the actions so far, so any episode can be scored again from its text. What only some
+environments can do is a protocol of its own: `Listed`, `Pictured`, `Expert`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,15 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from tasks.core.digest import digest_json, sha256_bytes
-from tasks.core.errors import UsageError
+from tasks.core.errors import Unavailable, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Split = Literal["train", "heldout"]
 HELDOUT_SHARE = 0.25  # of all prompts, by hash
@@ -91,7 +97,44 @@ class Environment(Protocol):
         """Answer the last of `actions`, given the ones before it."""
 
     def constant_baseline(self, tasks: Sequence[Task]) -> tuple[str, float]:
-        """The one answer that scores best when given to every task, and its mean reward."""
+        """The one action that scores best when it is all that is ever written, and its mean reward."""
+
+    def random_baseline(self, tasks: Sequence[Task], seed: int) -> float:
+        """Mean reward of choosing blindly among the actions that have the right form.
+
+        The exact expectation where there is one, which no `seed` changes; else of one episode for each task.
+
+        Raises:
+            UsageError: there are no tasks.
+        """
+
+
+@runtime_checkable
+class Listed(Protocol):
+    """An environment whose tasks have a finite list of actions."""
+
+    def choices(self, task: Task) -> Sequence[str]:
+        """Every action that has the right form in this task, whether it is possible at a given moment or not."""
+
+
+@runtime_checkable
+class Pictured(Protocol):
+    """An environment that can be looked at."""
+
+    def picture(self, task: Task, actions: Sequence[str]) -> NDArray[np.uint8]:
+        """What there is to see after `actions`, as [height, width, 3] in RGB."""
+
+
+@runtime_checkable
+class Expert(Protocol):
+    """An environment that knows how its tasks are solved."""
+
+    def expert(self, task: Task, actions: Sequence[str]) -> str:
+        """The action that an expert would write after `actions`, while the episode is not over.
+
+        Raises:
+            UsageError: the task cannot be solved any more.
+        """
 
 
 @runtime_checkable
@@ -212,18 +255,32 @@ def most_common_share(answers: Sequence[str]) -> tuple[str, float]:
     return answer, count / len(answers)
 
 
-def names() -> list[str]:
-    """Every environment that `get` knows."""
-    from tasks.arena.reasoning import dataset_names
+# Packages that bring environments if they are installed; the names of these begin with the package's.
+_PACKAGES = ("minigrid", "textarena")
 
-    return ["calculator", "largest", "python_tool", *(f"reasoning_gym/{name}" for name in dataset_names())]
+
+def names() -> list[str]:
+    """Every environment that `get` knows and that is installed."""
+    from tasks.arena.minigrid_rooms import LEVELS
+    from tasks.arena.reasoning import dataset_names
+    from tasks.arena.textarena_games import GAMES
+
+    others = {"minigrid": LEVELS, "textarena": GAMES}
+    return [
+        "calculator",
+        "largest",
+        "python_tool",
+        *(f"{prefix}/{name}" for prefix, found in others.items() if _installed(prefix) for name in found),
+        *(f"reasoning_gym/{name}" for name in dataset_names()),
+    ]
 
 
 def get(name: str) -> Environment:
-    """Return the environment called `name`: "calculator", "largest", "python_tool" or "reasoning_gym/<dataset>".
+    """Return the environment called `name`, one of `names()`.
 
     Raises:
         UsageError: there is no such environment; the sentence names the nearest one.
+        Unavailable: the package that it comes from is not installed.
     """
     if name == "calculator":
         from tasks.arena.calculator import Calculator
@@ -237,13 +294,31 @@ def get(name: str) -> Environment:
         from tasks.arena.python_tool import PythonTool
 
         return PythonTool()
+    prefix, _, rest = name.partition("/")
+    if prefix in _PACKAGES and not _installed(prefix):
+        raise Unavailable(
+            f"The environment {name} needs the package {prefix}, which is not installed; "
+            "install forebay[arena]."
+        )
     known = names()
-    if name in known:
-        from tasks.arena.reasoning import ReasoningGym
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise UsageError(f"There is no environment {name!r}; the nearest name is {nearest!r}.")
+    if prefix == "minigrid":
+        from tasks.arena import minigrid_rooms
 
-        return ReasoningGym(name.removeprefix("reasoning_gym/"))
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    raise UsageError(f"There is no environment {name!r}; the nearest name is {nearest!r}.")
+        return minigrid_rooms.make(rest)
+    if prefix == "textarena":
+        from tasks.arena import textarena_games
+
+        return textarena_games.make(rest)
+    from tasks.arena.reasoning import ReasoningGym
+
+    return ReasoningGym(rest)
+
+
+def _installed(package: str) -> bool:
+    return find_spec(package) is not None
 
 
 def verifier_digest(env: Environment) -> str:

@@ -113,6 +113,10 @@ class Guarded:
         """See `Environment.constant_baseline`."""
         return self.inside.constant_baseline(tasks)
 
+    def random_baseline(self, tasks: Sequence[Task], seed: int) -> float:
+        """See `Environment.random_baseline`."""
+        return self.inside.random_baseline(tasks, seed)
+
     def step(self, task: Task, actions: Sequence[str]) -> Step:
         """See `Environment.step`.
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tasks.arena.environment import Split, Step, Task, draw_tasks, most_common_share
+from tasks.core.errors import UsageError
 
 PREFIX = "largest of 42, 20, 51: 51\nlargest of 69, 17, 10: 69\nlargest of 15, 92, 56: 92\n"
 
@@ -32,6 +33,12 @@ class Largest:
     def constant_baseline(self, tasks: Sequence[Task]) -> tuple[str, float]:
         """The most common answer."""
         return most_common_share([str(task.payload["answer"]) for task in tasks])
+
+    def random_baseline(self, tasks: Sequence[Task], seed: int) -> float:
+        """Expected reward of copying one of the three numbers, drawn at random."""
+        if not tasks:
+            raise UsageError("A baseline needs at least one task.")
+        return 1 / 3
 
 
 def _family(payload: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from tasks.arena.environment import Split, Step, Task, cut, draw_tasks, most_common_share
 from tasks.arena.sandbox import Limits, run_python
+from tasks.core.errors import UsageError
 
 LIMITS = Limits(seconds=3.0, cpu_seconds=1, memory=128 << 20, files=1 << 20, output=4096)
 LONGEST = 80  # characters of an observation's text
@@ -130,6 +131,17 @@ class PythonTool:
     def constant_baseline(self, tasks: Sequence[Task]) -> tuple[str, float]:
         """The most common answer, written whatever the tool says."""
         return most_common_share([str(task.payload["answer"]) for task in tasks])
+
+    def random_baseline(self, tasks: Sequence[Task], seed: int) -> float:
+        """Expected reward of the code of another form, drawn at random, with the right numbers in it."""
+        if not tasks:
+            raise UsageError("A baseline needs at least one task.")
+        hits: list[bool] = [
+            form.answer(task.payload["a"], task.payload["b"]) == task.payload["answer"]
+            for task in tasks
+            for form in FORMS.values()
+        ]
+        return sum(hits) / len(hits)
 
 
 def _family(payload: Mapping[str, Any]) -> str:

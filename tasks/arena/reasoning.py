@@ -106,12 +106,21 @@ class ReasoningGym:
 
     def constant_baseline(self, tasks: Sequence[Task]) -> tuple[str, float]:
         """The best of the true answers of `tasks`, each scored against every task."""
-        if not tasks:
-            raise UsageError("A constant baseline needs at least one task.")
-        answers = dict.fromkeys(str(task.payload["answer"]) for task in tasks)
-        means = {a: sum(self._score(a, task.payload) for task in tasks) / len(tasks) for a in answers}
+        means = self._means(tasks)
         best = max(means, key=lambda answer: means[answer])
         return best, means[best]
+
+    def random_baseline(self, tasks: Sequence[Task], seed: int) -> float:
+        """Expected reward of the true answer of a task drawn at random, whatever is asked."""
+        means = self._means(tasks)
+        return sum(means[str(task.payload["answer"])] for task in tasks) / len(tasks)
+
+    def _means(self, tasks: Sequence[Task]) -> dict[str, float]:
+        """The mean reward over `tasks` of each of their true answers."""
+        if not tasks:
+            raise UsageError("A baseline needs at least one task.")
+        answers = dict.fromkeys(str(task.payload["answer"]) for task in tasks)
+        return {a: sum(self._score(a, task.payload) for task in tasks) / len(tasks) for a in answers}
 
     def _make(self, seed: int, size: int) -> Any:
         import reasoning_gym

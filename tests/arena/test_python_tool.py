@@ -7,7 +7,7 @@ import pytest
 from tasks.arena.environment import Task
 from tasks.arena.guarded import Guarded
 from tasks.arena.python_tool import FORMS, PREFIX, PythonTool, run_line
-from tasks.core.errors import Unavailable
+from tasks.core.errors import Unavailable, UsageError
 from tests.arena import sandboxed
 
 if not sandboxed.isolation():
@@ -98,3 +98,10 @@ def test_without_a_sandbox_no_task_is_drawn(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(Unavailable, match="did not start"):
         ENV.tasks("train", 1, 0)
+
+
+def test_a_form_drawn_at_random_is_seldom_right() -> None:
+    share = ENV.random_baseline(TASKS, seed=0)
+    assert 1 / len(FORMS) <= share < 0.5  # its own form is right always, another one seldom
+    with pytest.raises(UsageError):
+        ENV.random_baseline([], seed=0)

@@ -1,0 +1,112 @@
+"""How fast do the environments step, and how far do a constant action, blind choice and the expert get?
+
+    python -m benchmarks.environments [NAME ...] [--tasks 40] [--seed 0] [--model DIR]
+
+Held-out tasks, fewer where there are not so many. Speed is of one thread: `steps/s` of episodes of random actions, each played as a rollout
+does it, step after step, eight episodes of a task side by side. `turns` is the mean length of an expert's episode, where there
+is an expert. With --model, the greedy episodes of a language model too, with the share of its actions that have the right form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe
+from tasks.arena.environment import Environment, Expert, Listed, Task, get, names
+from tasks.arena.playing import play
+from tasks.core.errors import UsageError
+
+OWN = ("calculator", "largest", "reasoning_gym/chain_sum", "reasoning_gym/gcd")
+SIDE_BY_SIDE = 8
+
+
+def some_tasks(env: Environment, n: int, seed: int) -> list[Task]:
+    """`n` held-out tasks, or fewer where there are not so many."""
+    while True:
+        try:
+            return env.tasks("heldout", n, seed)
+        except UsageError:
+            n = n * 3 // 4
+            if not n:
+                raise
+
+
+def steps_a_second(env: Environment, tasks: Sequence[Task], seed: int) -> float:
+    rng = random.Random(seed)
+    steps, began = 0, time.perf_counter()
+    for task in tasks:
+        choices = env.choices(task) if isinstance(env, Listed) else ["calc(52 - 11)", "41"]
+        episodes: list[list[str]] = [[] for _ in range(SIDE_BY_SIDE)]
+        while episodes:
+            for actions in episodes:
+                actions.append(rng.choice(choices))
+            steps += len(episodes)
+            episodes = [actions for actions in episodes if not env.step(task, actions).done]
+    return steps / (time.perf_counter() - began)
+
+
+def measure(name: str, n: int, seed: int, model: tuple | None) -> dict[str, Any]:
+    env = get(name)
+    tasks = some_tasks(env, n, seed)
+    action, constant = env.constant_baseline(tasks)
+    row: dict[str, Any] = {
+        "environment": name,
+        "tasks": len(tasks),
+        "max_turns": env.max_turns,
+        "licence": env.licence,
+        "constant_action": action,
+        "constant": constant,
+        "random": env.random_baseline(tasks, seed),
+        "steps_per_second": round(steps_a_second(env, tasks[:20], seed)),
+        "prompt_characters": round(statistics.mean(len(task.prompt) for task in tasks)),
+    }
+    if isinstance(env, Expert):
+        expert = env.expert
+        episodes = [play(env, task, lambda actions, t=task: expert(t, actions)) for task in tasks]
+        row["expert"] = statistics.mean(steps[-1].reward for steps in episodes)
+        row["turns"] = statistics.mean(map(len, episodes))
+    if model is not None:
+        from tasks.rollout.rollout import evaluate
+
+        outcomes = evaluate(*model, env, tasks, batch_rows=16)
+        row["model"] = statistics.mean(outcome.reward for outcome in outcomes)
+        row["valid_format"] = statistics.mean(
+            outcome.components.get("valid_format", 1.0) for outcome in outcomes
+        )
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--tasks", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/environments.json"))
+    words = parser.parse_args()
+    model = None
+    if words.model:
+        from models.causal_lm import load_policy, load_tokenizer
+
+        model = load_policy(words.model), load_tokenizer(words.model)
+    chosen = words.names or [n for n in names() if n in OWN or n.startswith(("minigrid/", "textarena/"))]
+    rows = []
+    print(describe())
+    for name in chosen:
+        rows.append(measure(name, words.tasks, words.seed, model))
+        print(json.dumps(rows[-1]), flush=True)
+    words.out.parent.mkdir(parents=True, exist_ok=True)
+    words.out.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
