@@ -25,7 +25,7 @@ MS_RELATIME, ST_RELATIME, ST_LOCKED = 1 << 21, 4096, 2 | 4 | 8 | 1024 | 2048  # 
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 CAPABILITY_VERSION = 0x20080522
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
-WORK = "/work"
+WORK = "/box"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
