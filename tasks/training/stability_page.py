@@ -64,11 +64,8 @@ def stability_page(run: Run, curve: Sequence[Mapping[str, float]], findings: Seq
         (f.driver, f.metric, str(f.onset), str(f.noticed), f"{f.before:.4g}", f"{f.after:.4g}")
         for f in findings
     )
-    report = Section(
-        "Curves",
-        charts=tuple(charts),
-        table=Table(heads, rows) if rows else None,
-        notes=tuple(plain(f"{f.driver}: {f.advice}.") for f in findings),
-    )
+    notes = tuple(plain(f"{f.driver}: {f.advice}.") for f in findings)
+    departed = Section("What departed, first what began first", table=Table(heads, rows), notes=notes)
+    sections = (*([departed] if rows else []), Section("Curves", charts=tuple(charts)))
     page = template("tasks.training", "stability.html.jinja")
-    return str(page.render(run=run, says=verdict(findings), bad=bool(findings), report=report))
+    return str(page.render(run=run, says=verdict(findings), bad=bool(findings), sections=sections))
