@@ -503,6 +503,10 @@ def test_processes_that_open_at_once_make_it_once(tmp_path, opened, monkeypatch)
     def work() -> None:
         gate.wait()
         answers.put(everything(opened()))
+        for queue in (made, answers):
+            queue.close()
+            queue.join_thread()
+        os._exit(0)  # without the exit handlers of all that this process had imported
 
     workers = [fork.Process(target=work) for _ in range(3)]
     for worker in workers:
