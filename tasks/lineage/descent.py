@@ -163,9 +163,8 @@ class _Descent:
         index = self.index
         whole = {number for number in start if self.refs[number][0][0] == "dataset"}
         asked = dict.fromkeys(number for number in start if number not in whole)
-        parts: dict[
-            int, None
-        ] = {}  # of a version that was asked for: they do not follow from it, what became of them does
+        # The shards of a version that was asked for do not follow from it; what became of them does.
+        parts: dict[int, None] = {}
         if self.selection is None and whole:
             held = index.held(whole)
             parts = dict.fromkeys(sorted(shard for number in whole for shard in held[number]))

@@ -95,8 +95,7 @@ class _Walk:
         self._facts: dict[str, Facts] = {}
         self._agents: dict[str, str] = {}  # digest of a flagged agent: its name
         self._sources: dict[str, str] = {}
-        self._sets: dict[str, str] = {}  # digest of a set of preferences, key of a run: why
-        self._runs: dict[str, str] = {}
+        self._runs: dict[str, str] = {}  # key of a run: why
         self._named = {entry.subject: entry.payload["digest"] for entry in ledger.entries("agent.registered")}
 
     def run(self) -> Iterator[Descendant]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -90,7 +89,7 @@ class Rows:
     def __init__(self, ledger: Ledger, workspace: Workspace, index: Index) -> None:
         self.ledger, self.workspace, self.index = ledger, workspace, index
         self._newest = index.newest_versions()
-        self._open: OrderedDict[str, tuple[RowIndex, ExitStack]] = OrderedDict()
+        self._open: OrderedDict[str, RowIndex] = OrderedDict()
         self._whole: dict[str, bool] = {}
 
     def __enter__(self) -> Self:
@@ -98,7 +97,7 @@ class Rows:
 
     def __exit__(self, *error: object) -> None:
         while self._open:
-            self._open.popitem()[1][1].close()
+            self._open.popitem()[1].close()
 
     def every(self) -> Iterator[RowIndex]:
         """Yield the indices of all datasets, and of what runs collected themselves."""
@@ -140,11 +139,10 @@ class Rows:
     def _opened(self, name: str) -> RowIndex:
         if name not in self._open:
             if len(self._open) == _AT_ONCE:
-                self._open.popitem(last=False)[1][1].close()
-            stack = ExitStack()
-            self._open[name] = stack.enter_context(RowIndex.open(self.workspace, name)), stack
+                self._open.popitem(last=False)[1].close()
+            self._open[name] = RowIndex.open(self.workspace, name)
         self._open.move_to_end(name)
-        return self._open[name][0]
+        return self._open[name]
 
 
 def select(rows: Rows, by: By, value: str) -> Selection:

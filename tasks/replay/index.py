@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from tasks.core.errors import Corrupt, Unavailable
 from tasks.core.workspace import Workspace
@@ -89,8 +89,7 @@ class RowIndex:
         self._db = connection
 
     @classmethod
-    @contextmanager
-    def open(cls, workspace: Workspace, dataset: str) -> Iterator[RowIndex]:
+    def open(cls, workspace: Workspace, dataset: str) -> Self:
         """Open the index of a dataset; one that is damaged, or of an earlier release, is begun anew.
 
         Raises:
@@ -98,11 +97,13 @@ class RowIndex:
         """
         path = workspace.state / "replay" / f"{dataset}.db"
         path.parent.mkdir(parents=True, exist_ok=True)
-        index = cls(workspace, dataset, _connect(path))
-        try:
-            yield index
-        finally:
-            index.close()
+        return cls(workspace, dataset, _connect(path))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the file."""

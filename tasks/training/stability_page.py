@@ -27,7 +27,7 @@ _CURVES = (
     ("phi_dead", "Sequences that teach nothing"),
     ("response_length", "Tokens an episode"),
 )
-"""What ARLArena tracks (arXiv 2602.21534, section 5), as far as every update reports it."""
+"""What ARLArena tracks (arXiv 2602.21534), as far as every update reports it."""
 
 
 @dataclass(frozen=True)
