@@ -55,12 +55,16 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What the environment says after an action. `reward` and `components` count only when `done`."""
+    """What the environment says after an action. `reward` and `components` count only when `done`.
+
+    `valid` is of the action: it had the right form, and was possible.
+    """
 
     observation: str
     done: bool
     reward: float = 0.0
     components: Mapping[str, float] = field(default_factory=dict)
+    valid: bool = True
 
 
 class Environment(Protocol):
@@ -188,8 +192,9 @@ def checked(step: object) -> Step:
             raise TypeError(f"the {name} is of type {type(number).__name__}, not float")
         if not math.isfinite(number):
             raise ValueError(f"the {name} is {number}")
-    if not isinstance(step.done, bool):
-        raise TypeError(f"done is of type {type(step.done).__name__}, not bool")
+    for name, flag in {"done": step.done, "valid": step.valid}.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} is of type {type(flag).__name__}, not bool")
     return step
 
 

@@ -122,7 +122,8 @@ def _reply(env: Environment, limits: Limits, task: Task, actions: Sequence[str])
         if not least <= step.reward <= greatest:
             raise ValueError(f"the reward {step.reward} is not in [{least}, {greatest}]")
         observation = cut(step.observation, limits.observation)
-        reply = json.dumps(["step", observation, step.done, step.reward, dict(step.components)]).encode()
+        fields = [observation, step.done, step.reward, dict(step.components), step.valid]
+        reply = json.dumps(["step", *fields]).encode()
         if len(reply) > LARGEST_REPLY:
             raise ValueError(f"the answer has {len(reply)} bytes")
     except BaseException as error:  # whatever an environment raises

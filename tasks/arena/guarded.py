@@ -204,8 +204,7 @@ class Guarded:
             how = f"signal {-status}" if status < 0 else f"exit status {status}"
             return self._fault(f"ended its process ({how})")
         if kind == "step":
-            observation, done, reward, components = rest
-            return Step(observation, done, reward, components)
+            return Step(*rest)
         what, spent = rest
         if spent:
             self._replace(place)
