@@ -61,6 +61,7 @@ def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -
     from tasks.arena.environment import get
     from tasks.lineage.revocation import revoked
     from tasks.replay.segments import SegmentWriter, open_folder
+    from tasks.rollout.remote import open_engine
     from tasks.rollout.rollout import rollout
 
     folder = context.weights(agent)
@@ -69,7 +70,10 @@ def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -
     segment = open_folder(context.workspace, context.settings.replay.dataset)
     summary = {}
     now = revoked(context.ledger, context.workspace)
-    with SegmentWriter(segment, f"collect-{key[:12]}") as writer:
+    with (
+        SegmentWriter(segment, f"collect-{key[:12]}") as writer,
+        open_engine(settings, model, tokenizer, agent["digest"]) as engine,
+    ):
         for name, groups in allowed(settings.environments, now).items():
             env = get(name)
             seed = derive_seed(context.settings.seed, name, round)
@@ -87,7 +91,7 @@ def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -
             with progress.current().bar(f"collect {name}") as report:
                 report(len(rewards), groups, "groups")
                 for group in rollout(
-                    model,
+                    engine,
                     tokenizer,
                     env,
                     tasks,
