@@ -61,6 +61,7 @@ def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -
     from tasks.arena.environment import get
     from tasks.lineage.revocation import revoked
     from tasks.replay.segments import SegmentWriter, open_folder
+    from tasks.rollout.deep_thinking import measured
     from tasks.rollout.remote import open_engine
     from tasks.rollout.rollout import rollout
 
@@ -102,6 +103,7 @@ def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -
                     identity=identity(agent),
                     done=set(rewards),
                 ):
+                    group = measured(model, group, settings.deep_thinking)
                     writer.append(group)
                     rewards[group[0].task_id] = [episode.reward for episode in group]
                     report(len(rewards), groups, f"mean reward {_mean(rewards):.3f}")

@@ -41,6 +41,7 @@ def fresh_source(
     """
     from models.causal_lm import load_tokenizer
     from tasks.arena.environment import get
+    from tasks.rollout.deep_thinking import measured
     from tasks.rollout.rollout import BehaviourIdentity, rollout
     from tasks.training.shards import ShardRef
 
@@ -80,7 +81,7 @@ def fresh_source(
                     identity=identity,
                     created_at=created_at,
                 ):
-                    episodes += group
+                    episodes += measured(model, group, settings.deep_thinking)
             folder.mkdir(parents=True, exist_ok=True)
             write_file_atomic(path, partial(_write, episodes))
             write_atomic(digest, sha256_file(path).encode())

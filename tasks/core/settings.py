@@ -49,6 +49,15 @@ class EngineServer(Section):
     parallel: int = Field(64, ge=1, description="actions under way at once")
 
 
+class DeepThinking(Section):
+    """How the deep-thinking ratio of a response is measured (arXiv 2602.13517); the paper's values."""
+
+    threshold: float = Field(
+        0.5, ge=0, le=1, description="bits of Jensen-Shannon divergence at which a layer has settled"
+    )
+    rho: float = Field(0.85, ge=0, le=1, description="where the deep layers begin, as a share of all")
+
+
 class Collect(Section):
     """How experience is made."""
 
@@ -57,6 +66,10 @@ class Collect(Section):
     temperature: float = Field(1.0, gt=0)
     batch_rows: int = Field(128, ge=1, description="answers decoded side by side")
     engine: EngineServer | None = Field(None, description="None generates in this process")
+    deep_thinking: DeepThinking | None = Field(
+        None,
+        description="measure the deep-thinking ratio of every answer and keep it in its reward_components",
+    )
 
 
 class Replay(Section):
