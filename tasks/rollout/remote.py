@@ -72,7 +72,7 @@ def open_engine(
     with endpoint.client(parallel) as client, ThreadPoolExecutor(parallel) as pool:
         name = settings.engine.model or digest
         engine = ServedEngine(endpoint, client, pool, name, model.config.get_text_config().vocab_size)
-        engine.require_listed()
+        engine.require_listed(model.name_or_path)
         prompt = tokenizer(_PROBE_TEXT, add_special_tokens=False)["input_ids"]
         require_agreement(engine, model, prompt, settings.temperature)
         yield engine
@@ -92,8 +92,8 @@ class ServedEngine:
         """See `Engine.start`; nothing is sent yet."""
         return ServedRows(self, [list(prompt) for prompt in prompts for _ in range(copies)])
 
-    def require_listed(self) -> None:
-        """Find the model among those that the server lists.
+    def require_listed(self, folder: str) -> None:
+        """Find the model, whose files are in `folder`, among those that the server lists.
 
         Raises:
             Unavailable: the server does not answer.
@@ -102,8 +102,8 @@ class ServedEngine:
         served = self.endpoint.ask(self.client, "models", None, _model_names)
         if self.model not in served:
             raise Refused(
-                f"The engine at {self.endpoint.url} serves {', '.join(served) or 'nothing'}, not {self.model}; start it "
-                f"on the agent's folder with --served-model-name {self.model}."
+                f"The engine at {self.endpoint.url} serves {', '.join(served) or 'nothing'}, not {self.model}; start "
+                f"`vllm serve {folder} --served-model-name {self.model}`."
             )
 
     def write(
