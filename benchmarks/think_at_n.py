@@ -8,9 +8,9 @@ worked ones. Responses without a last number after `so` within 40 tokens have no
 
 Development questions show where tokens settle. If at the paper's threshold of 0.5 bit more than 90 % of tokens are on
 one side, another of 0.25 and 0.75 is chosen there, by the AUROC of whole responses, and stands beside it on the test
-questions. Controls: a random score, length, and on the first `--control` questions the ratio from a model of the same
-form with random weights (prefixes), and with the layers below the last in another order: the same divergences, but which
-of them come late says nothing. Think@n is compared with the vote of all, of half of them, and of samples that are drawn at
+questions. Controls: a random score, length, and on prefixes of the first `--control` questions the ratio from a model of
+the same form with random weights, and with the layers below the last in another order: the same divergences, but which of
+them come late says nothing. Think@n is compared with the vote of all, of half of them, and of samples that are drawn at
 random at its own price (mean of 100 draws), which is majority voting at equal cost. Intervals are 95 %, over questions.
 The paper's models think for thousands of tokens; nothing here says what the ratio is worth for them.
 """
@@ -176,19 +176,19 @@ def score(
         response.scores |= {f"{name}, prefix": started[name] for name in ("mean_log_prob", "self_certainty")}
 
 
-def shuffle_layers(model: Any, question: Question, group: Sequence[Response], seed: int) -> None:
-    """Add the ratio, and what it is when the layers below the last are taken in another order."""
+def shuffle_layers(model: Any, question: Question, group: Sequence[Response], prefix: int, seed: int) -> None:
+    """Add the ratio of the prefix, and what it is when the layers below the last are taken in another order."""
     orders = []
     for number in range(ORDERS):
         order = list(range(model.config.num_hidden_layers - 1))
         random.Random(f"order/{seed}/{number}").shuffle(order)
         orders.append([*order, len(order)])
-    found = divergences(model, question.prompt, [response.ids for response in group], Lens())
+    found = divergences(model, question.prompt, [response.ids[:prefix] for response in group], Lens())
     for response, layers in zip(group, found, strict=True):
-        response.scores["DTR, control's questions"] = deep_thinking_ratio(deep(layers, Lens()))
+        response.scores["DTR, prefix, control's questions"] = deep_thinking_ratio(deep(layers, Lens()))
         for number, order in enumerate(orders, start=1):
             ratio = deep_thinking_ratio(deep(layers[:, order], Lens()))
-            response.scores[f"DTR, layers in order {number}"] = ratio
+            response.scores[f"DTR, prefix, layers in order {number}"] = ratio
 
 
 def discrimination(answered: Sequence[Sequence[Response]]) -> list[dict[str, Any]]:
@@ -359,7 +359,7 @@ def main(arguments: list[str] | None = None) -> None:
             tokens = deep_tokens(control, question.prompt, [r.ids[: words.prefix] for r in group], Lens())
             for response, found in zip(group, tokens, strict=True):
                 response.scores["DTR of random weights, prefix"] = deep_thinking_ratio(found)
-            shuffle_layers(model, question, group, words.seed)
+            shuffle_layers(model, question, group, words.prefix, words.seed)
         answered.append(group)
         note(f"{len(answered)} of {words.questions} questions")
         if time.perf_counter() - began > 60 * words.minutes:

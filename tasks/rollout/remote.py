@@ -72,7 +72,7 @@ def open_engine(
     with endpoint.client(parallel) as client, ThreadPoolExecutor(parallel) as pool:
         name = settings.engine.model or digest
         engine = ServedEngine(endpoint, client, pool, name, model.config.get_text_config().vocab_size)
-        engine.require_listed(model.name_or_path)
+        engine.require_listed(str(model.name_or_path))
         prompt = tokenizer(_PROBE_TEXT, add_special_tokens=False)["input_ids"]
         require_agreement(engine, model, prompt, settings.temperature)
         yield engine
