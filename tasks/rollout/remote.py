@@ -69,7 +69,8 @@ def open_engine(
     )
     endpoint.check()
     parallel = settings.engine.parallel
-    with endpoint.client(parallel) as client, ThreadPoolExecutor(parallel) as pool:
+    # The client is closed first: after an interrupt nobody asks again, and the pool ends.
+    with ThreadPoolExecutor(parallel) as pool, endpoint.client(parallel) as client:
         name = settings.engine.model or digest
         engine = ServedEngine(endpoint, client, pool, name, model.config.get_text_config().vocab_size)
         engine.require_listed(str(model.name_or_path))
@@ -102,7 +103,7 @@ class ServedEngine:
         served = self.endpoint.ask(self.client, "models", None, _model_names)
         if self.model not in served:
             raise Refused(
-                f"The engine at {self.endpoint.url} serves {', '.join(served) or 'nothing'}, not {self.model}; start "
+                f"The engine at {self.endpoint.url} serves {', '.join(served[:10]) or 'nothing'}, not {self.model}; start "
                 f"`vllm serve {folder} --served-model-name {self.model}`."
             )
 
