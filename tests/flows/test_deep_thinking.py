@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from flows.context import Context
-from flows.cycle import Cycle, open_cycle
+from flows.cycle import Cycle, open_cycle, run_stage
 from flows.experience import collect_into_segment, unsealed_rows
-from flows.run import run_stages
 from flows.settings import Settings
+from flows.training import read_curve
 from tasks.core.errors import NotFound, UsageError
 from tasks.replay.schema import DEEP_THINKING
-from tasks.training.curve import read_curve
 from tests.flows.conftest import ENVIRONMENT, forebay, lay_workspace
 
 
@@ -42,25 +42,30 @@ def test_a_collection_keeps_the_ratios_and_everything_else_stays(context: Contex
 
 
 @pytest.mark.slow
-def test_a_cycle_pays_for_the_ratio(tmp_path, tiny_base) -> None:
+def test_a_run_pays_for_the_ratio_of_replayed_and_of_fresh_answers(tmp_path: Path, tiny_base: Path) -> None:
     context = lay_workspace(
         tmp_path / "ws",
         tiny_base,
-        collect={"environments": {ENVIRONMENT: 24}, "group_size": 8, "deep_thinking": {"threshold": 0.3, "rho": 0.5}},
+        collect={
+            "environments": {ENVIRONMENT: 24},
+            "group_size": 8,
+            "deep_thinking": {"threshold": 0.3, "rho": 0.5},
+        },
         training={
             "steps": 2,
             "groups_per_step": 4,
+            "mixture": {"schedule": "constant", "fresh": 0.5},
             "deep_thinking": {"coefficient": 0.2},
             "guards": {"max_kl": 9, "min_ess": 0},
         },
-    )  # fmt: skip
+    )
     cycle = open_cycle(context)
     assert isinstance(cycle, Cycle)
-    run_stages(context, cycle)
-    run = context.ledger.last("run.finished")
-    assert run is not None
-    curve = read_curve(context.workspace.runs / run.subject[:16])
+    for stage in ("collect", "seal", "validate", "reward", "train"):
+        trained = run_stage(context, cycle, stage)
+    curve = read_curve(context, trained["key"])
     assert len(curve) == 2
+    assert sum(update["fresh_groups"] for update in curve) > 0
     assert all(0 <= update["deep_thinking_ratio"] <= 1 for update in curve)
 
 
