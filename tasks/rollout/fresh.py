@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,7 +109,9 @@ def write_episodes(path: Path, episodes: list[Episode]) -> None:
     """Write a shard, or nothing."""
 
     def write(aside: Path) -> None:
-        table = pa.Table.from_pylist([asdict(episode) for episode in episodes], schema=arrow_schema())
+        schema = arrow_schema()
+        columns = {name: [getattr(one, name) for one in episodes] for name in schema.names}
+        table = pa.Table.from_pydict(columns, schema=schema)
         pq.write_table(table, aside, compression="zstd")
 
     path.parent.mkdir(parents=True, exist_ok=True)
