@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import inspect
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -196,6 +197,14 @@ def checked(step: object) -> Step:
         if not isinstance(flag, bool):
             raise TypeError(f"{name} is of type {type(flag).__name__}, not bool")
     return step
+
+
+_NUMBER = re.compile(r"\s*-?\d+\s*", re.ASCII)
+
+
+def is_number(action: str) -> bool:
+    """Whether `action` is one whole number, the form of many answers."""
+    return _NUMBER.fullmatch(action) is not None
 
 
 def cut(text: str, most: int) -> str:
