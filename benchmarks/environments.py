@@ -4,7 +4,7 @@
 
 Held-out tasks, fewer where there are not so many. Speed is of one thread: `steps/s` of episodes of random actions, each played as a rollout
 does it, step after step, eight episodes of a task side by side. `turns` is the mean length of an expert's episode, where there
-is an expert. With --model, the greedy episodes of a language model too, with the share of its actions that have the right form.
+is an expert; `hack` the mean reward of a policy after the reward alone, where it can be had the wrong way. With --model, the greedy episodes of a language model too, and the means of their components.
 """
 
 from __future__ import annotations
@@ -19,11 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe
-from tasks.arena.environment import Environment, Expert, Listed, Task, get, names
+from tasks.arena.environment import Environment, Expert, Hackable, Listed, Task, get, names
 from tasks.arena.playing import play
 from tasks.core.errors import UsageError
 
-OWN = ("calculator", "largest", "reasoning_gym/chain_sum", "reasoning_gym/gcd")
+OWN = (
+    "calculator",
+    "largest",
+    "safety/lax_checker",
+    "safety/leaky_tool",
+    "safety/shortcut",
+    "reasoning_gym/chain_sum",
+    "reasoning_gym/gcd",
+)
 SIDE_BY_SIDE = 8
 
 
@@ -72,14 +80,19 @@ def measure(name: str, n: int, seed: int, model: tuple | None) -> dict[str, Any]
         episodes = [play(env, task, lambda actions, t=task: expert(t, actions)) for task in tasks]
         row["expert"] = statistics.mean(steps[-1].reward for steps in episodes)
         row["turns"] = statistics.mean(map(len, episodes))
+    if isinstance(env, Hackable):
+        ends = [play(env, task, lambda actions, t=task: env.hack(t, actions))[-1] for task in tasks]
+        row["hack"] = statistics.mean(end.reward for end in ends)
     if model is not None:
         from tasks.rollout.rollout import evaluate
 
         outcomes = evaluate(*model, env, tasks, batch_rows=16)
         row["model"] = statistics.mean(outcome.reward for outcome in outcomes)
-        row["valid_format"] = statistics.mean(
-            outcome.components.get("valid_format", 1.0) for outcome in outcomes
-        )
+        told = {name for outcome in outcomes for name in outcome.components}
+        row["model_components"] = {
+            name: statistics.mean(outcome.components.get(name, 0.0) for outcome in outcomes)
+            for name in sorted(told)
+        }
     return row
 
 

@@ -17,6 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -140,6 +141,14 @@ class Expert(Protocol):
         Raises:
             UsageError: the task cannot be solved any more.
         """
+
+
+@runtime_checkable
+class Hackable(Protocol):
+    """An environment whose reward can be had the wrong way; its components `honest`, `forbidden` and `hacked` tell how."""
+
+    def hack(self, task: Task, actions: Sequence[str]) -> str:
+        """The action that an agent after the reward alone would write after `actions`, while the episode is not over."""
 
 
 @runtime_checkable
@@ -269,6 +278,15 @@ def most_common_share(answers: Sequence[str]) -> tuple[str, float]:
     return answer, count / len(answers)
 
 
+# Ours, with the classes that they are objects of.
+_OWN: Mapping[str, str] = {
+    "calculator": "tasks.arena.calculator:Calculator",
+    "largest": "tasks.arena.largest:Largest",
+    "python_tool": "tasks.arena.python_tool:PythonTool",
+    "safety/lax_checker": "tasks.arena.safety:LaxChecker",
+    "safety/leaky_tool": "tasks.arena.safety:LeakyTool",
+    "safety/shortcut": "tasks.arena.safety:Shortcut",
+}
 # Packages that bring environments if they are installed; the names of these begin with the package's.
 _PACKAGES = ("minigrid", "textarena")
 
@@ -281,9 +299,7 @@ def names() -> list[str]:
 
     others = {"minigrid": LEVELS, "textarena": GAMES}
     return [
-        "calculator",
-        "largest",
-        "python_tool",
+        *_OWN,
         *(f"{prefix}/{name}" for prefix, found in others.items() if _installed(prefix) for name in found),
         *(f"reasoning_gym/{name}" for name in dataset_names()),
     ]
@@ -296,18 +312,8 @@ def get(name: str) -> Environment:
         UsageError: there is no such environment; the sentence names the nearest one.
         Unavailable: the package that it comes from is not installed.
     """
-    if name == "calculator":
-        from tasks.arena.calculator import Calculator
-
-        return Calculator()
-    if name == "largest":
-        from tasks.arena.largest import Largest
-
-        return Largest()
-    if name == "python_tool":
-        from tasks.arena.python_tool import PythonTool
-
-        return PythonTool()
+    if name in _OWN:
+        return _load(_OWN[name])
     prefix, _, rest = name.partition("/")
     if prefix in _PACKAGES and not _installed(prefix):
         raise Unavailable(
@@ -329,6 +335,13 @@ def get(name: str) -> Environment:
     from tasks.arena.reasoning import ReasoningGym
 
     return ReasoningGym(rest)
+
+
+def _load(path: str) -> Environment:
+    """Call what stands at the import path `package.module:factory`."""
+    module, _, factory = path.partition(":")
+    made: Environment = getattr(import_module(module), factory)()
+    return made
 
 
 def _installed(package: str) -> bool:
