@@ -288,16 +288,17 @@ _OWN: Mapping[str, str] = {
     "safety/shortcut": "tasks.arena.safety:Shortcut",
 }
 # Packages that bring environments if they are installed; the names of these begin with the package's.
-_PACKAGES = ("minigrid", "textarena")
+_PACKAGES = ("gymnasium", "minigrid", "textarena")
 
 
 def names() -> list[str]:
-    """Every environment that `get` knows and that is installed."""
+    """Every environment that `get` knows by a name of ours and that is installed."""
+    from tasks.arena.gymnasium_adapter import WORLDS
     from tasks.arena.minigrid_rooms import LEVELS
     from tasks.arena.reasoning import dataset_names
     from tasks.arena.textarena_games import GAMES
 
-    others = {"minigrid": LEVELS, "textarena": GAMES}
+    others: Mapping[str, Iterable[str]] = {"gymnasium": WORLDS, "minigrid": LEVELS, "textarena": GAMES}
     return [
         *_OWN,
         *(f"{prefix}/{name}" for prefix, found in others.items() if _installed(prefix) for name in found),
@@ -306,10 +307,12 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Environment:
-    """Return the environment called `name`, one of `names()`.
+    """Return the environment called `name`: one of `names()`, `gymnasium/<id>`, or your own by `package.module:factory`.
+
+    The factory takes no arguments and returns an `Environment` whose `name` is its own path.
 
     Raises:
-        UsageError: there is no such environment; the sentence names the nearest one.
+        UsageError: there is no such environment, and the sentence names the nearest one; or the factory cannot be used.
         Unavailable: the package that it comes from is not installed.
     """
     if name in _OWN:
@@ -320,10 +323,19 @@ def get(name: str) -> Environment:
             f"The environment {name} needs the package {prefix}, which is not installed; "
             "install forebay[arena]."
         )
+    if prefix == "gymnasium" and rest:
+        from tasks.arena import gymnasium_adapter
+
+        return gymnasium_adapter.make(rest)
+    if ":" in name:
+        return _from_path(name)
     known = names()
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise UsageError(f"There is no environment {name!r}; the nearest name is {nearest!r}.")
+        raise UsageError(
+            f"There is no environment {name!r}; the nearest name is {nearest!r}. One of your own is named "
+            "package.module:factory (docs/environments.md#your-own)."
+        )
     if prefix == "minigrid":
         from tasks.arena import minigrid_rooms
 
@@ -335,6 +347,34 @@ def get(name: str) -> Environment:
     from tasks.arena.reasoning import ReasoningGym
 
     return ReasoningGym(rest)
+
+
+def _from_path(path: str) -> Environment:
+    """The environment that somebody else's factory gives.
+
+    Raises:
+        UsageError: the path leads nowhere, the factory fails, or what it gives is no `Environment` of this name.
+    """
+    try:
+        env = _load(path)
+    except UsageError:
+        raise
+    except Exception as error:  # whatever the module does when it is imported
+        raise UsageError(
+            f"The environment {path} cannot be made ({type(error).__name__}: {error}); name package.module:factory, "
+            "with its folder on PYTHONPATH."
+        ) from None
+    lacking = [member for member in _MEMBERS if not hasattr(env, member)]
+    if lacking:
+        raise UsageError(
+            f"{path} gives an object of type {type(env).__name__}, which is no Environment: it lacks {', '.join(lacking)}."
+        )
+    if env.name != path:
+        raise UsageError(f"The environment of {path} calls itself {env.name!r}; its name must be {path!r}.")
+    return env
+
+
+_MEMBERS = sorted(name for name in vars(Environment) if not name.startswith("_"))
 
 
 def _load(path: str) -> Environment:
