@@ -15,6 +15,7 @@ import ast
 import inspect
 import json
 import random
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -71,7 +72,8 @@ def parse_line(line: str) -> list[Call]:
     if line.strip() == _NONE:
         return []
     try:
-        body = ast.parse(line.strip()).body if len(line) <= 2 * _LONGEST else []
+        with warnings.catch_warnings(action="ignore"):  # of what it takes for a slip in a program
+            body = ast.parse(line.strip()).body if len(line) <= 2 * _LONGEST else []
         calls = [_call(statement) for statement in body]
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         calls = []

@@ -287,18 +287,33 @@ _OWN: Mapping[str, str] = {
     "safety/leaky_tool": "tasks.arena.safety:LeakyTool",
     "safety/shortcut": "tasks.arena.safety:Shortcut",
 }
-# Packages that bring environments if they are installed; the names of these begin with the package's.
-_PACKAGES = ("gymnasium", "minigrid", "textarena")
+# Packages that bring environments if they are installed, by how the names of these begin, and how they are installed. The last
+# two ask for old versions of much else (of numpy, say) that they do not need here.
+_PACKAGES: Mapping[str, tuple[str, str]] = {
+    "bfcl": ("bfcl_eval", "pip install --no-deps bfcl-eval==2026.3.23"),
+    "gymnasium": ("gymnasium", "install forebay[arena]"),
+    "minigrid": ("minigrid", "install forebay[arena]"),
+    "textarena": ("textarena", "install forebay[arena]"),
+    "textworld": ("textworld_express", "pip install --no-deps textworld-express==1.1.0 py4j, and have Java"),
+}
 
 
 def names() -> list[str]:
     """Every environment that `get` knows by a name of ours and that is installed."""
+    from tasks.arena.bfcl_calls import CATEGORIES
     from tasks.arena.gymnasium_adapter import WORLDS
     from tasks.arena.minigrid_rooms import LEVELS
     from tasks.arena.reasoning import dataset_names
     from tasks.arena.textarena_games import GAMES
+    from tasks.arena.textworld_games import GAMES as TEXTWORLD
 
-    others: Mapping[str, Iterable[str]] = {"gymnasium": WORLDS, "minigrid": LEVELS, "textarena": GAMES}
+    others: Mapping[str, Iterable[str]] = {
+        "bfcl": CATEGORIES,
+        "textworld": TEXTWORLD,
+        "gymnasium": WORLDS,
+        "minigrid": LEVELS,
+        "textarena": GAMES,
+    }
     return [
         *_OWN,
         *(f"{prefix}/{name}" for prefix, found in others.items() if _installed(prefix) for name in found),
@@ -319,9 +334,9 @@ def get(name: str) -> Environment:
         return _load(_OWN[name])
     prefix, _, rest = name.partition("/")
     if prefix in _PACKAGES and not _installed(prefix):
+        package, how = _PACKAGES[prefix]
         raise Unavailable(
-            f"The environment {name} needs the package {prefix}, which is not installed; "
-            "install forebay[arena]."
+            f"The environment {name} needs the package {package}, which is not installed; {how}."
         )
     if prefix == "gymnasium" and rest:
         from tasks.arena import gymnasium_adapter
@@ -336,6 +351,14 @@ def get(name: str) -> Environment:
             f"There is no environment {name!r}; the nearest name is {nearest!r}. One of your own is named "
             "package.module:factory (docs/environments.md#your-own)."
         )
+    if prefix == "bfcl":
+        from tasks.arena.bfcl_calls import Bfcl
+
+        return Bfcl(rest)
+    if prefix == "textworld":
+        from tasks.arena import textworld_games
+
+        return textworld_games.make(rest)
     if prefix == "minigrid":
         from tasks.arena import minigrid_rooms
 
@@ -384,8 +407,8 @@ def _load(path: str) -> Environment:
     return made
 
 
-def _installed(package: str) -> bool:
-    return find_spec(package) is not None
+def _installed(prefix: str) -> bool:
+    return find_spec(_PACKAGES[prefix][0]) is not None
 
 
 def verifier_digest(env: Environment) -> str:

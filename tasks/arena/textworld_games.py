@@ -2,7 +2,8 @@
 
 The games, their texts and their judgement are TextWorldExpress's; the sizes are ours. Each observation lists the actions that
 are possible. The reward is 1 if the task is solved, else 0; `score` is the game's own. An action that is not possible takes a
-turn.
+turn. Of the package's eight games sorting is left out: two games of one level share their state there. The gold path of
+coin is drawn anew each time, so coin has no expert.
 
 The games run in a Java machine, one for each process that steps, started with the first game. It listens on loopback, for
 those who know its token, and ends with its process, however that ends: its standard input is then closed. It takes less
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import atexit
 import json
-import logging
 import os
 import random
 import shutil
@@ -50,22 +50,30 @@ class Game:
     Attributes:
         settings: as TextWorldExpress reads them.
         max_turns: an episode may have; levels whose gold path is longer than two thirds of it are left out.
+        gold: there is a gold path.
+        trivial: an action that solves a level at once where it is possible at first; such levels are left out.
     """
 
     settings: str
     max_turns: int
+    gold: bool = True
+    trivial: str = ""
 
 
 GAMES: Mapping[str, Game] = {
     "arithmetic": Game("", 12),
-    "coin": Game("numLocations=4,includeDoors=0,numDistractorItems=0", 12),
+    "coin": Game("numLocations=4,includeDoors=0,numDistractorItems=0", 12, gold=False, trivial="take coin"),
     "cookingworld": Game("numLocations=1,numIngredients=1,numDistractorItems=0,includeDoors=0", 24),
     "mapreader": Game("numLocations=4,maxDistanceApart=2,maxDistractorItemsPerLocation=0,includeDoors=0", 18),
     "peckingorder": Game("", 20),
     "simonsays": Game("gameLength=5,numDistractors=3", 8),
-    "sorting": Game("", 16),
     "twc": Game("numLocations=1,numItemsToPutAway=1,includeDoors=0", 8),
 }
+
+
+def make(game: str) -> TextWorld:
+    """The environment of one of `GAMES`."""
+    return GoldTextWorld(game) if GAMES[game].gold else TextWorld(game)
 
 
 class _Machine:
@@ -74,6 +82,8 @@ class _Machine:
     Raises:
         Unavailable: there is no Java, or it does not start.
     """
+
+    _gateway: Any
 
     def __init__(self) -> None:
         from py4j.java_gateway import GatewayParameters, JavaGateway, find_jar_path
@@ -88,7 +98,7 @@ class _Machine:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=BASEPATH,
             env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # else each thread reserves 64 MiB of addresses
         )  # fmt: skip
-        self._owner = os.getpid()
+        self._owner, self._gateway = os.getpid(), None
         atexit.register(self.close)
         assert self.process.stdout
         port, token = (self.process.stdout.readline().decode().strip() for _ in range(2))
@@ -108,21 +118,26 @@ class _Machine:
         """An object that plays one game."""
         return self._gateway.jvm.textworldexpress.runtime.PythonInterface()
 
+    def forget(self) -> None:
+        """Objects that are finalised from now on say nothing to it."""
+        if self._gateway is not None:
+            self._gateway._gateway_client.is_connected = False
+
     def close(self) -> None:
-        """End it; where this is a forked copy of its owner, do nothing."""
-        # What fails is raised too. At the end of the interpreter nobody needs to read that objects went before their machine.
-        logging.getLogger("py4j").setLevel(logging.CRITICAL)
-        if self.process.poll() is None and self._owner == os.getpid():
+        """End it; a forked copy only forgets it."""
+        self.forget()
+        if self._owner == os.getpid():
             self.process.kill()
             self.process.wait()
 
 
-# Objects of a machine that is another process's or dead must not be finalised: py4j would speak to it. So they are kept.
-_MACHINES: list[_Machine] = []
+_MACHINES: list[_Machine] = []  # the newest is this process's, if it is alive
 
 
 def _machine() -> _Machine:
     if not _MACHINES or not _MACHINES[-1].ours:
+        for other in _MACHINES:
+            other.forget()
         _MACHINES.append(_Machine())
     return _MACHINES[-1]
 
@@ -156,10 +171,10 @@ class TextWorld:
         self.name = f"textworld/{game}"
         self.version = f"1+textworld-express-{package_version('textworld-express')}"
         self.max_turns = GAMES[game].max_turns
-        self._kept: list[tuple[_Machine, Games[_Played]]] = []
+        self._played: tuple[_Machine, Games[_Played]] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TextWorld, (self.game,)
+        return make, (self.game,)
 
     def tasks(self, split: Split, n: int, seed: int) -> list[Task]:
         """See `Environment.tasks`; there are at most a thousand levels.
@@ -187,18 +202,6 @@ class TextWorld:
         with self._games.after(task.payload["seed"], actions) as played:
             return played.possible
 
-    def expert(self, task: Task, actions: Sequence[str]) -> str:
-        """See `Expert.expert`: the next action of the gold path.
-
-        Raises:
-            UsageError: the task is over, or the actions have left the gold path.
-        """
-        with self._games.after(task.payload["seed"], ()) as played:
-            gold = played.gold
-        if tuple(action.strip() for action in actions) != gold[: len(actions)] or len(actions) == len(gold):
-            raise UsageError(f"The actions have left the gold path of the task {task.id}, or it is over.")
-        return gold[len(actions)]
-
     def constant_baseline(self, tasks: Sequence[Task]) -> tuple[str, float]:
         """The best of the actions that are most often possible at first, written in every turn."""
         first = Counter(action for task in tasks for action in self.possible(task, ()))
@@ -218,23 +221,24 @@ class TextWorld:
     @property
     def _games(self) -> Games[_Played]:
         machine = _machine()
-        if not self._kept or self._kept[-1][0] is not machine:
-            self._kept.append((machine, Games(partial(self._begin, machine), self._advance, _KEPT)))
-        return self._kept[-1][1]
+        if self._played is None or self._played[0] is not machine:
+            self._played = machine, Games(partial(self._begin, machine), self._advance, _KEPT)
+        return self._played[1]
 
     def _candidates(self, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
         order = list(range(1, _SEEDS + 1))
         random.Random(f"{self.name}/{seed}").shuffle(order)
         for level in order:
             played = self._begin(_machine(), level)
-            if 3 * len(played.gold) <= 2 * self.max_turns:
+            if 3 * len(played.gold) <= 2 * self.max_turns and GAMES[self.game].trivial not in played.possible:
                 yield f"Level {level}. {played.task}\n{_ask(played)}", {"seed": level}
 
     def _begin(self, machine: _Machine, seed: int) -> _Played:
         play = machine.new_game()
         play.load(self.game, GAMES[self.game].settings)
-        said = json.loads(play.generateNewGameJSON(seed, "train", True))
-        return _Played(play, _flat(play.getTaskDescription()), tuple(play.getGoldActionSequence()), said)
+        said = json.loads(play.generateNewGameJSON(seed, "train", GAMES[self.game].gold))
+        gold = tuple(play.getGoldActionSequence()) if GAMES[self.game].gold else ()
+        return _Played(play, _flat(play.getTaskDescription()), gold, said)
 
     def _advance(self, played: _Played, action: str) -> None:
         if played.over:
@@ -247,6 +251,22 @@ class TextWorld:
             played.said = json.loads(played.play.stepJSON(action))
         ended = played.said["tasksuccess"] or played.said["taskfailure"]
         played.over = bool(ended) or played.turns == self.max_turns
+
+
+class GoldTextWorld(TextWorld):
+    """A game with an expert."""
+
+    def expert(self, task: Task, actions: Sequence[str]) -> str:
+        """See `Expert.expert`: the next action of the gold path.
+
+        Raises:
+            UsageError: the task is over, or the actions have left the gold path.
+        """
+        with self._games.after(task.payload["seed"], ()) as played:
+            gold = played.gold
+        if tuple(action.strip() for action in actions) != gold[: len(actions)] or len(actions) == len(gold):
+            raise UsageError(f"The actions have left the gold path of the task {task.id}, or it is over.")
+        return gold[len(actions)]
 
 
 def _always(action: str, task: Task, actions: Sequence[str]) -> str:
