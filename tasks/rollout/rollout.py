@@ -7,7 +7,7 @@ import logging
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -16,7 +16,7 @@ from models.logprobs import token_logprobs
 from tasks.arena.environment import Environment, Step, Task, step_all, verifier_digest
 from tasks.core.digest import canonical_json, digest_json, sha256_bytes
 from tasks.core.errors import UsageError
-from tasks.replay.schema import Episode, FinishReason
+from tasks.replay.schema import INVALID_TURNS, Episode, FinishReason
 from tasks.rollout.engine import Action, Noise, start, uniform
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class BehaviourIdentity:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One greedy episode of an evaluation.
+    """One episode of an evaluation.
 
     `response_text` holds all turns with their observations; `tokens` counts what the policy wrote.
     """
@@ -53,6 +53,7 @@ class Outcome:
     tokens: int
     family: str
     finish_reason: FinishReason
+    invalid_turns: int = 0
 
 
 def rollout(
@@ -127,7 +128,7 @@ def rollout(
                     tokenizer_digest=identity.tokenizer_digest,
                     template_digest=identity.template_digest,
                     reward=draft.end.reward,
-                    reward_components=canonical_json(dict(draft.end.components)).decode(),
+                    reward_components=_components(draft),
                     reward_digest=reward_digest,
                     finish_reason=draft.finish_reason,
                     prompt_sha256=sha256_bytes(task.prompt.encode()),
@@ -151,20 +152,35 @@ def evaluate(
     drafts = [_Draft(task) for task in tasks]
     for batch in _batches(drafts, batch_rows):
         _play(model, tokenizer, env, batch)
-    return [
-        Outcome(
-            task_id=draft.task.id,
-            env=draft.task.env,
-            reward=draft.end.reward,
-            components=dict(draft.end.components),
-            response_text=_decode(tokenizer, draft.ids),
-            turns=len(draft.actions),
-            tokens=sum(draft.mask),
-            family=draft.task.family,
-            finish_reason=draft.finish_reason,
+    return [_outcome(tokenizer, draft) for draft in drafts]
+
+
+def attempts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    env: Environment,
+    tasks: Sequence[Task],
+    *,
+    samples: int,
+    temperature: float,
+    seed: int,
+    batch_rows: int,
+) -> list[list[Outcome]]:
+    """Play every task `samples` times with the noise of `rollout`; a list for each task, in the order of `tasks`.
+
+    Raises:
+        UsageError: the temperature is not above 0, or `samples` below 1.
+    """
+    if not temperature > 0 or samples < 1:
+        raise UsageError(
+            f"Attempts need a temperature above 0 and at least one sample, not {temperature} and {samples}."
         )
-        for draft in drafts
-    ]
+    found: list[list[Outcome]] = []
+    for batch in _batches(tasks, max(1, batch_rows // samples)):
+        drafts = [_Draft(task, n, _noise(seed, task.id, n)) for task in batch for n in range(samples)]
+        _play(model, tokenizer, env, drafts, samples, temperature)
+        found += [[*map(partial(_outcome, tokenizer), group)] for group in _batches(drafts, samples)]
+    return found
 
 
 @torch.inference_mode()
@@ -209,6 +225,7 @@ class _Draft:
     turn_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     actions: list[str] = field(default_factory=list)
+    invalid: list[int] = field(default_factory=list)  # turns
     end: Step = _UNFINISHED
     finish_reason: FinishReason = "turns"
 
@@ -218,6 +235,26 @@ class _Draft:
         self.mask += [logprobs is not None] * len(ids)
         self.turn_ids += [turn] * len(ids)
         self.logprobs += logprobs or [0.0] * len(ids)
+
+
+def _outcome(tokenizer: PreTrainedTokenizerBase, draft: _Draft) -> Outcome:
+    return Outcome(
+        task_id=draft.task.id,
+        env=draft.task.env,
+        reward=draft.end.reward,
+        components=dict(draft.end.components),
+        response_text=_decode(tokenizer, draft.ids),
+        turns=len(draft.actions),
+        tokens=sum(draft.mask),
+        family=draft.task.family,
+        finish_reason=draft.finish_reason,
+        invalid_turns=len(draft.invalid),
+    )
+
+
+def _components(draft: _Draft) -> str:
+    invalid = {INVALID_TURNS: draft.invalid} if draft.invalid else {}
+    return canonical_json({**draft.end.components, **invalid}).decode()
 
 
 def _noise(seed: int, task_id: str, sample: int) -> Noise:
@@ -275,6 +312,8 @@ def _advance(
         draft.end, draft.finish_reason = Step("", done=True, components={"error": 1.0}), "error"
         return []
     draft.end = answer
+    if not answer.valid:
+        draft.invalid.append(turn)
     if answer.done:
         draft.finish_reason = "done" if action.ids[-1] in stop else "length"
         return []
