@@ -3,7 +3,7 @@
     python -m benchmarks.environments [NAME ...] [--tasks 40] [--seed 0] [--model DIR]
 
 Held-out tasks, fewer where there are not so many. Speed is of one thread: `steps/s` of episodes of random actions, each played as a rollout
-does it, step after step, eight episodes of a task side by side. `turns` is the mean length of an expert's episode, where there
+does it, step after step, eight episodes of a task side by side (random ones of an expert's actions where there is no list of all). `turns` is the mean length of an expert's episode, where there
 is an expert; `hack` the mean reward of a policy after the reward alone, where it can be had the wrong way. With --model, the greedy episodes of a language model too, and the means of their components.
 """
 
@@ -46,11 +46,23 @@ def some_tasks(env: Environment, n: int, seed: int) -> list[Task]:
                 raise
 
 
+def actions_for(env: Environment, task: Task) -> Sequence[str]:
+    """Actions to draw from: all of them, or those that the expert writes, or a call and a number."""
+    if isinstance(env, Listed):
+        return env.choices(task)
+    if not isinstance(env, Expert):
+        return ["calc(52 - 11)", "41"]
+    written: list[str] = []
+    while not (written and env.step(task, written).done):
+        written.append(env.expert(task, written))
+    return written
+
+
 def steps_a_second(env: Environment, tasks: Sequence[Task], seed: int) -> float:
     rng = random.Random(seed)
+    drawn = [actions_for(env, task) for task in tasks]
     steps, began = 0, time.perf_counter()
-    for task in tasks:
-        choices = env.choices(task) if isinstance(env, Listed) else ["calc(52 - 11)", "41"]
+    for task, choices in zip(tasks, drawn, strict=True):
         episodes: list[list[str]] = [[] for _ in range(SIDE_BY_SIDE)]
         while episodes:
             for actions in episodes:
