@@ -20,6 +20,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version as package_version
@@ -29,12 +30,12 @@ from tasks.arena.environment import Split, Step, Task, draw_tasks
 from tasks.arena.playing import Games, mean_reward
 from tasks.core.errors import Unavailable, UsageError
 
-_SEEDS = 1000  # of the fold "train", which is the largest
+_LEVELS = 1001  # 1 to 1000 of the fold "train"
 _KEPT = 256  # games in progress; each is an object of the Java machine, of half a megabyte or so
 _TRIED = 10  # actions that the constant baseline tries
 _UNTOLD = ("inventory", "look around", "task")  # possible at any time; they only tell again what was told
 _JAVA = (
-    "-Xmx384m",
+    "-Xmx448m",
     "-Xshare:off",
     "-XX:+UseSerialGC",
     "-XX:TieredStopAtLevel=1",
@@ -108,15 +109,22 @@ class _Machine:
         self._gateway = JavaGateway(
             gateway_parameters=GatewayParameters(port=int(port), auth_token=token, auto_field=True)
         )
+        self.games: Games[_Played] = Games(self._begin, _advance, _KEPT)  # of all environments together
 
     @property
     def ours(self) -> bool:
         """Whether it is this process's, and alive."""
         return self._owner == os.getpid() and self.process.poll() is None
 
-    def new_game(self) -> Any:
-        """An object that plays one game."""
-        return self._gateway.jvm.textworldexpress.runtime.PythonInterface()
+    def load(self, game: str) -> Any:
+        """An object that plays one level of `game` after the other."""
+        play = self._gateway.jvm.textworldexpress.runtime.PythonInterface()
+        play.load(game, GAMES[game].settings)
+        return play
+
+    def _begin(self, number: int) -> _Played:
+        game, level = list(GAMES)[number // _LEVELS], number % _LEVELS
+        return _deal(self.load(game), game, level)
 
     def forget(self) -> None:
         """Objects that are finalised from now on say nothing to it."""
@@ -146,6 +154,7 @@ def _machine() -> _Machine:
 class _Played:
     """An episode in progress; `said` is what the game told after the last action."""
 
+    game: str
     play: Any
     task: str
     gold: tuple[str, ...]
@@ -160,6 +169,26 @@ class _Played:
         return sorted(set(self.said["validActions"]) - set(_UNTOLD))
 
 
+def _deal(play: Any, game: str, level: int) -> _Played:
+    """Begin a level on an object that has loaded its game."""
+    said = json.loads(play.generateNewGameJSON(level, "train", GAMES[game].gold))
+    gold = tuple(play.getGoldActionSequence()) if GAMES[game].gold else ()
+    return _Played(game, play, _flat(play.getTaskDescription()), gold, said)
+
+
+def _advance(played: _Played, action: str) -> None:
+    if played.over:
+        return
+    action = action.strip()
+    played.turns += 1
+    played.valid = action in played.said["validActions"]
+    played.accepted += played.valid
+    if played.valid:
+        played.said = json.loads(played.play.stepJSON(action))
+    ended = played.said["tasksuccess"] or played.said["taskfailure"]
+    played.over = bool(ended) or played.turns == GAMES[played.game].max_turns
+
+
 class TextWorld:
     """One game; see the module's docstring."""
 
@@ -171,7 +200,6 @@ class TextWorld:
         self.name = f"textworld/{game}"
         self.version = f"1+textworld-express-{package_version('textworld-express')}"
         self.max_turns = GAMES[game].max_turns
-        self._played: tuple[_Machine, Games[_Played]] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return make, (self.game,)
@@ -186,7 +214,7 @@ class TextWorld:
 
     def step(self, task: Task, actions: Sequence[str]) -> Step:
         """See `Environment.step`."""
-        with self._games.after(task.payload["seed"], actions) as played:
+        with self._after(task, actions) as played:
             if not played.over:
                 return Step(_ask(played), done=False, valid=played.valid)
             success = float(bool(played.said["tasksuccess"]))
@@ -199,7 +227,7 @@ class TextWorld:
 
     def possible(self, task: Task, actions: Sequence[str]) -> list[str]:
         """The actions that an observation lists."""
-        with self._games.after(task.payload["seed"], actions) as played:
+        with self._after(task, actions) as played:
             return played.possible
 
     def constant_baseline(self, tasks: Sequence[Task]) -> tuple[str, float]:
@@ -218,39 +246,18 @@ class TextWorld:
             self, tasks, lambda task, actions: rng.choice(self.possible(task, actions) or [""])
         )
 
-    @property
-    def _games(self) -> Games[_Played]:
-        machine = _machine()
-        if self._played is None or self._played[0] is not machine:
-            self._played = machine, Games(partial(self._begin, machine), self._advance, _KEPT)
-        return self._played[1]
+    def _after(self, task: Task, actions: Sequence[str]) -> AbstractContextManager[_Played]:
+        number = list(GAMES).index(self.game) * _LEVELS + int(task.payload["level"])
+        return _machine().games.after(number, actions)
 
     def _candidates(self, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        order = list(range(1, _SEEDS + 1))
+        order = list(range(1, _LEVELS))
         random.Random(f"{self.name}/{seed}").shuffle(order)
+        play = _machine().load(self.game)
         for level in order:
-            played = self._begin(_machine(), level)
+            played = _deal(play, self.game, level)
             if 3 * len(played.gold) <= 2 * self.max_turns and GAMES[self.game].trivial not in played.possible:
-                yield f"Level {level}. {played.task}\n{_ask(played)}", {"seed": level}
-
-    def _begin(self, machine: _Machine, seed: int) -> _Played:
-        play = machine.new_game()
-        play.load(self.game, GAMES[self.game].settings)
-        said = json.loads(play.generateNewGameJSON(seed, "train", GAMES[self.game].gold))
-        gold = tuple(play.getGoldActionSequence()) if GAMES[self.game].gold else ()
-        return _Played(play, _flat(play.getTaskDescription()), gold, said)
-
-    def _advance(self, played: _Played, action: str) -> None:
-        if played.over:
-            return
-        action = action.strip()
-        played.turns += 1
-        played.valid = action in played.said["validActions"]
-        played.accepted += played.valid
-        if played.valid:
-            played.said = json.loads(played.play.stepJSON(action))
-        ended = played.said["tasksuccess"] or played.said["taskfailure"]
-        played.over = bool(ended) or played.turns == self.max_turns
+                yield f"Level {level}. {played.task}\n{_ask(played)}", {"level": level}
 
 
 class GoldTextWorld(TextWorld):
@@ -262,7 +269,7 @@ class GoldTextWorld(TextWorld):
         Raises:
             UsageError: the task is over, or the actions have left the gold path.
         """
-        with self._games.after(task.payload["seed"], ()) as played:
+        with self._after(task, actions) as played:
             gold = played.gold
         if tuple(action.strip() for action in actions) != gold[: len(actions)] or len(actions) == len(gold):
             raise UsageError(f"The actions have left the gold path of the task {task.id}, or it is over.")
