@@ -20,7 +20,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version as package_version
@@ -31,7 +31,7 @@ from tasks.arena.playing import Games, mean_reward
 from tasks.core.errors import Unavailable, UsageError
 
 _LEVELS = 1001  # 1 to 1000 of the fold "train"
-_KEPT = 256  # games in progress; each is an object of the Java machine, of half a megabyte or so
+_KEPT = 192  # games in progress; each is an object of the Java machine, of half a megabyte or so
 _TRIED = 10  # actions that the constant baseline tries
 _UNTOLD = ("inventory", "look around", "task")  # possible at any time; they only tell again what was told
 _JAVA = (
@@ -116,11 +116,9 @@ class _Machine:
         """Whether it is this process's, and alive."""
         return self._owner == os.getpid() and self.process.poll() is None
 
-    def load(self, game: str) -> Any:
+    def load(self, game: str) -> _Play:
         """An object that plays one level of `game` after the other."""
-        play = self._gateway.jvm.textworldexpress.runtime.PythonInterface()
-        play.load(game, GAMES[game].settings)
-        return play
+        return _Play(self._gateway, game)
 
     def _begin(self, number: int) -> _Played:
         game, level = list(GAMES)[number // _LEVELS], number % _LEVELS
@@ -139,6 +137,22 @@ class _Machine:
             self.process.wait()
 
 
+class _Play:
+    """An object of a Java machine; it is gone there as soon as it is gone here.
+
+    py4j's own objects refer to themselves, so that they wait for Python's collector, which knows nothing of Java's memory.
+    """
+
+    def __init__(self, gateway: Any, game: str) -> None:
+        self._gateway = gateway
+        self.java = gateway.jvm.textworldexpress.runtime.PythonInterface()
+        self.java.load(game, GAMES[game].settings)
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # at the end of the interpreter
+            self._gateway.detach(self.java)
+
+
 _MACHINES: list[_Machine] = []  # the newest is this process's, if it is alive
 
 
@@ -155,7 +169,7 @@ class _Played:
     """An episode in progress; `said` is what the game told after the last action."""
 
     game: str
-    play: Any
+    play: _Play
     task: str
     gold: tuple[str, ...]
     said: Mapping[str, Any]
@@ -169,11 +183,11 @@ class _Played:
         return sorted(set(self.said["validActions"]) - set(_UNTOLD))
 
 
-def _deal(play: Any, game: str, level: int) -> _Played:
+def _deal(play: _Play, game: str, level: int) -> _Played:
     """Begin a level on an object that has loaded its game."""
-    said = json.loads(play.generateNewGameJSON(level, "train", GAMES[game].gold))
-    gold = tuple(play.getGoldActionSequence()) if GAMES[game].gold else ()
-    return _Played(game, play, _flat(play.getTaskDescription()), gold, said)
+    said = json.loads(play.java.generateNewGameJSON(level, "train", GAMES[game].gold))
+    gold = tuple(play.java.getGoldActionSequence()) if GAMES[game].gold else ()
+    return _Played(game, play, _flat(play.java.getTaskDescription()), gold, said)
 
 
 def _advance(played: _Played, action: str) -> None:
@@ -184,7 +198,7 @@ def _advance(played: _Played, action: str) -> None:
     played.valid = action in played.said["validActions"]
     played.accepted += played.valid
     if played.valid:
-        played.said = json.loads(played.play.stepJSON(action))
+        played.said = json.loads(played.play.java.stepJSON(action))
     ended = played.said["tasksuccess"] or played.said["taskfailure"]
     played.over = bool(ended) or played.turns == GAMES[played.game].max_turns
 
