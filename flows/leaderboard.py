@@ -56,7 +56,7 @@ def plans(context: Context, question: Question) -> list[Plan]:
             raise UsageError(
                 f"There is no method {name}; did you mean {near}? `forebay arena methods` lists them."
             )
-        check(training_settings(known[name], settings.recipe))
+        check(training_settings(known[name], settings.recipe, name))
     for env in question.envs:
         get(env)
     start = settings.start.policy
