@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -98,3 +98,57 @@ def evaluate_attempts(
             table.add_row(name, f"{figure['estimate']:.3f}", f"{figure['low']:.3f} to {figure['high']:.3f}")
         out.print(table)
     out.print(found["evidence"]["path"], soft_wrap=True, highlight=False)
+
+
+@evaluate_app.command("dtr")
+def evaluate_dtr(
+    agent: Annotated[str, typer.Argument(help="champion, candidate, or agent/N.")] = "champion",
+    on: Annotated[
+        str, typer.Option("--on", help="Environment whose held-out tasks are answered.")
+    ] = "calculator",
+    tasks: Annotated[int, typer.Option(min=1, help="How many tasks.")] = 40,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each.")] = 8,
+    workspace: Where = HERE,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the deep-thinking ratio of an agent's answers: does it tell right ones from wrong ones?
+
+    The ratio is the share of a response's tokens that the model settles on in its last layers (arXiv 2602.13517). Answers are
+    sampled at collect.temperature; intervals are 95 %, over tasks. Nothing is written, and nothing is decided by it.
+
+    Examples: `forebay evaluate dtr` · `forebay evaluate dtr agent/3 --on reasoning_gym/chain_sum --samples 16 --json`
+    """
+    from flows.deep_thinking import evaluate_dtr as measure
+
+    watch(as_json)
+    found = measure(open_context(workspace, overrides), agent, on, tasks, samples)
+    if as_json:
+        print_json(found)
+        return
+    out.print(
+        f"{found['agent']} on {found['on']}: {found['answers']} answers to {found['tasks']} tasks, "
+        f"threshold {found['threshold']:g} bit, rho {found['rho']:g}",
+        highlight=False,
+    )
+    table = Table("", "mean", "95 % interval", "tasks", box=None, pad_edge=False)
+    for name, label in _DTR_ROWS.items():
+        table.add_row(label, *_interval(found[name]))
+    out.print(table, highlight=False)
+
+
+_DTR_ROWS = {
+    "accuracy": "accuracy",
+    "ratio": "ratio",
+    "right": "ratio of right answers",
+    "wrong": "ratio of wrong answers",
+    "difference": "right less wrong, same task",
+    "auroc": "AUROC of the ratio, same task",
+    "auroc_shorter": "AUROC of being shorter, same task",
+}
+
+
+def _interval(found: dict[str, Any] | None) -> tuple[str, str, str]:
+    if found is None:
+        return "-", "-", "0"
+    return f"{found['estimate']:.3f}", f"[{found['low']:.3f}, {found['high']:.3f}]", str(found["n"])

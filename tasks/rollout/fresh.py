@@ -16,6 +16,7 @@ from tasks.core.digest import digest_json, sha256_bytes, sha256_file, write_atom
 from tasks.core.settings import Collect
 from tasks.core.stages import derive_seed
 from tasks.replay.schema import Episode, arrow_schema
+from tasks.rollout.deep_thinking import measured
 from tasks.rollout.rollout import BehaviourIdentity, rollout
 from tasks.training.shards import ShardRef
 
@@ -98,7 +99,7 @@ def _collect(
                 identity=identity,
                 created_at=sampling.created_at,
             ):
-                episodes += group
+                episodes += measured(model, group, settings.deep_thinking)
         write_episodes(path, episodes)
         write_atomic(digest, sha256_file(path).encode())
     return ShardRef(str(path.relative_to(sampling.root)), digest.read_text())

@@ -95,6 +95,14 @@ class Diversity(Section):
     )
 
 
+class DeepThinkingReward(Section):
+    """Pay answers for the share of their tokens that the model settled on late; see docs/training.md before use."""
+
+    coefficient: float = Field(
+        0.0, description="times the deep-thinking ratio is added to the reward; needs collect.deep_thinking"
+    )
+
+
 class Overlong(Section):
     """Answers that are too long, as DAPO treats them (arXiv 2503.14476, section 3.4)."""
 
@@ -164,6 +172,7 @@ class TrainingSettings(Section):
     correction: Correction = Correction()
     penalties: Penalties = Penalties()
     diversity: Diversity = Diversity()
+    deep_thinking: DeepThinkingReward = DeepThinkingReward()
     overlong: Overlong = Overlong()
     sampling: Sampling = Sampling()
     admission: Admission = Admission()
