@@ -10,9 +10,13 @@ import pytest
 
 from flows.context import Context
 from flows.leaderboard import Question, last_board, plans
+from models.causal_lm import load_policy, load_tokenizer
+from tasks.arena.environment import get
 from tasks.core.digest import sha256_file
 from tasks.core.errors import NotFound, UsageError
-from tests.flows.conftest import forebay, lay_workspace
+from tasks.leaderboard.cell import heldout_of, run_cell
+from tasks.rollout.rollout import attempts
+from tests.flows.conftest import ENVIRONMENT, forebay, lay_workspace
 
 ENV = "minigrid/BabyAI-GoToLocalS5N2"
 ARENA = {
@@ -129,3 +133,38 @@ def test_a_cell_that_cannot_be_run_is_refused_by_name(context: Context):
     )
     assert done.returncode == 5
     assert "grpo calculator 0: calculator has no list of actions" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_language_model_starts_from_its_own_successes(context: Context):
+    """The tiny model is right now and then; cloning what was right makes it right more often, before any method trains."""
+    asked = Context.open(
+        context.workspace.root,
+        [
+            "arena.start.policy=champion",
+            "arena.start.demonstrations=24",
+            "arena.start.steps=40",
+            "arena.start.learning_rate=0.003",
+            "arena.recipe.steps=2",
+            "arena.recipe.groups_per_step=2",
+            "arena.recipe.first_groups=6",
+            "arena.judging.tasks=40",
+        ],
+    )
+    (plan,) = plans(asked, Question((ENVIRONMENT,), ("vespo",), 1))
+    champion = context.agent("champion").payload
+    assert plan.policy == str(context.workspace.root / champion["path"])
+    found = run_cell(plan, context.workspace.state / "arena")
+    env = get(ENVIRONMENT)
+    bare = attempts(
+        load_policy(Path(plan.policy)),
+        load_tokenizer(Path(plan.policy)),
+        env,
+        heldout_of(env, 40),
+        samples=4,
+        temperature=1.0,
+        seed=0,
+        batch_rows=64,
+    )
+    before = sum(one.reward for group in bare for one in group) / 160
+    assert found["before"]["figures"]["success"]["estimate"] > before + 0.05
