@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
 from flows.context import Context
+from flows.parallel import task_runner
 from tasks.core.digest import sha256_file
+from tasks.core.errors import Unavailable
 from tests.flows.conftest import ENVIRONMENT, forebay
 
 ASKED = ("evaluate", "attempts", "agent/1", "--tasks", "12", "--samples", "3", "--json")
@@ -64,3 +67,22 @@ def test_an_environment_with_too_few_tasks_is_named(context: Context):
     done = forebay(context.workspace.root, *asked)
     assert done.returncode == 5
     assert "in its heldout split, but 60 were asked for" in done.stderr
+
+
+@pytest.mark.slow
+def test_on_ray_the_figures_are_the_same(context: Context):
+    pytest.importorskip("prefect_ray")
+    first = json.loads(forebay(context.workspace.root, *ASKED).stdout)
+    evidence = context.workspace.root / first["evidence"]["path"]
+    evidence.unlink()
+    done = forebay(context.workspace.root, *ASKED, "--runner", "ray")
+    assert done.returncode == 0, done.stderr
+    again = json.loads(done.stdout)
+    assert not again["found"]
+    assert again["slices"][0]["figures"] == first["slices"][0]["figures"]
+
+
+def test_without_ray_the_user_hears_what_to_install(context: Context, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "prefect_ray", None)
+    with pytest.raises(Unavailable, match=r"install forebay\[ray\]"):
+        task_runner("ray", 1)
