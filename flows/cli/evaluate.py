@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -45,6 +45,59 @@ def evaluate_replay(
         raise Refused(
             f"agent/{found['candidate']} earns less than agent/{found['champion']} on {found['on']}."
         )
+
+
+@evaluate_app.command("attempts")
+def evaluate_attempts(
+    agent: Annotated[str, typer.Argument(help="Agent that is asked, as champion or agent/3.")] = "champion",
+    envs: Annotated[
+        str | None,
+        typer.Option(help="Environments, joined by commas; those of evaluation.tasks if not given."),
+    ] = None,
+    tasks: Annotated[int, typer.Option(min=1, help="Held-out tasks of each environment.")] = 50,
+    samples: Annotated[int, typer.Option(min=1, help="Attempts at each task.")] = 4,
+    temperature: Annotated[float, typer.Option(help="Of the sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of tasks and noise; the same one compares agents.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Environments at once.")] = 1,
+    runner: Annotated[
+        Literal["processes", "ray"], typer.Option(help="Processes of this machine, or a Ray cluster.")
+    ] = "processes",
+    ray_address: Annotated[
+        str | None, typer.Option(help="Cluster, as ray://host:10001; not given: one is started here.")
+    ] = None,
+    workspace: Where = HERE,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Let an agent attempt held-out tasks several times: success, score, pass@k, turns, tokens, valid format, cost.
+
+    Every figure has its 95 % interval, over families of tasks; score is avg@k. Beside each environment stand the best constant
+    action and a blind choice. The same request again finds the figures in the ledger.
+
+    Examples: `forebay evaluate attempts` · `forebay evaluate attempts agent/3 --envs calculator,textarena/Sokoban --samples 8` ·
+    `forebay evaluate attempts --json`
+    """
+    from flows.examination import Terms, examine
+
+    watch(as_json)
+    context = open_context(workspace, overrides)
+    named = list(context.settings.evaluation.tasks) if envs is None else envs.split(",")
+    terms = Terms(tuple(name.strip() for name in named if name.strip()), tasks, samples, temperature, seed)
+    found = examine(context, agent, terms, workers, runner, ray_address)
+    if as_json:
+        print_json(found)
+        return
+    for one in found["slices"]:
+        out.print(
+            f"[bold]{one['env']}[/]: {one['tasks']} held-out tasks, {one['samples']} attempts each; constant "
+            f"{one['constant']:.3f}, random {one['random']:.3f}; {one['cpu_seconds']:.2f} CPU s an episode",
+            highlight=False,
+        )
+        table = Table("", "estimate", "95 %", box=None, pad_edge=False)
+        for name, figure in one["figures"].items():
+            table.add_row(name, f"{figure['estimate']:.3f}", f"{figure['low']:.3f} to {figure['high']:.3f}")
+        out.print(table)
+    out.print(found["evidence"]["path"], soft_wrap=True, highlight=False)
 
 
 @evaluate_app.command("dtr")
