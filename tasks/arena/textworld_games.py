@@ -41,7 +41,7 @@ _JAVA = (
     "-XX:TieredStopAtLevel=1",
     "-XX:CompressedClassSpaceSize=32m",
     "-XX:ReservedCodeCacheSize=32m",
-)  # of address space in all some 0.7 GiB
+)  # of address space in all some 0.75 GiB
 
 
 @dataclass(frozen=True)
