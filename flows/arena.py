@@ -19,7 +19,7 @@ from tasks.core.errors import ForebayError, Refused
 
 @task(name="cell", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
 def cell(name: str, job: Mapping[str, Any], root: str) -> dict[str, Any]:
-    """Run one cell in this process; an expected failure comes back as {error: sentence}, for it must not end the others."""
+    """Run one cell in this process; a failure comes back as {error: sentence}, for it must not end the others."""
     import torch
 
     from tasks.leaderboard.cell import from_job, run_cell
@@ -29,8 +29,9 @@ def cell(name: str, job: Mapping[str, Any], root: str) -> dict[str, Any]:
     )  # as many cells side by side as there are processes, and the same bits however many
     try:
         return run_cell(from_job(job), Path(root))
-    except ForebayError as error:
-        return {"error": f"{name}: {error}"}
+    except Exception as error:  # an environment of one's own may raise anything, and its rewards be anything
+        what = str(error) if isinstance(error, ForebayError) else f"{type(error).__name__}: {error}"
+        return {"error": f"{name}: {what}"}
 
 
 @flow(name="arena", flow_run_name="arena", persist_result=False)

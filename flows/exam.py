@@ -14,23 +14,26 @@ from flows import progress
 from flows.context import Context
 from flows.examination import Terms, exams
 from flows.logs import report_to_prefect
+from flows.parallel import end_with_parent
 from tasks.core.errors import ForebayError, Refused
 
 
 @task(name="attempt", task_run_name="attempt {name}", cache_policy=NO_CACHE, persist_result=False)
 def attempt(name: str, exam: Mapping[str, Any]) -> dict[str, Any]:
-    """Sit one exam; an expected failure comes back as {error: sentence}."""
+    """Sit one exam; a failure comes back as {error: sentence}."""
     import torch
 
     from tasks.arena.guarded import Limits
     from tasks.evaluation.attempted import Exam, sit
 
+    end_with_parent()
     if exam["device"] == "cpu":
         torch.set_num_threads(1)  # as many exams side by side as there are processes
     try:
         return sit(Exam(**{**exam, "limits": Limits(**exam["limits"])}))
-    except ForebayError as error:
-        return {"error": f"{name}: {error}"}
+    except Exception as error:  # an environment of one's own may raise anything, and its rewards be anything
+        what = str(error) if isinstance(error, ForebayError) else f"{type(error).__name__}: {error}"
+        return {"error": f"{name}: {what}"}
 
 
 @flow(name="exam", flow_run_name="exam of {ref}", persist_result=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -56,14 +57,14 @@ def examine(
 
     if not terms.envs or len(set(terms.envs)) < len(terms.envs):
         raise UsageError("Name at least one environment, and each once.")
-    if not terms.temperature > 0:
+    if not 0 < terms.temperature < math.inf:
         raise UsageError(f"Attempts need a temperature above 0, not {terms.temperature:g}.")
     agent = context.agent(ref).payload
     inputs = {
         "agent": agent["digest"],
         "terms": {**asdict(terms), "envs": list(terms.envs)},
         "verifiers": {name: verifier_digest(get(name)) for name in terms.envs},
-        "dtype": context.dtype(),
+        "device": [context.device(), context.dtype(), context.settings.evaluation.batch_rows],
         "guard": context.settings.guard.model_dump(mode="json", exclude={"workers"}),
     }
 

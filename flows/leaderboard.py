@@ -14,7 +14,7 @@ from flows.context import Context
 from flows.parallel import Runner, task_runner
 from tasks.core.digest import canonical_json, digest_json, sha256_bytes, write_atomic
 from tasks.core.errors import NotFound, UsageError
-from tasks.core.stages import code_digest, once
+from tasks.core.stages import code_digest, lock_digest, once
 
 if TYPE_CHECKING:
     from tasks.leaderboard.cell import Plan
@@ -38,9 +38,11 @@ def plans(context: Context, question: Question) -> list[Plan]:
     Raises:
         UsageError: a method or an environment does not exist, or one is named twice. Unavailable: a package is missing.
     """
-    from tasks.arena.environment import get
+    from tasks.arena.environment import get, verifier_digest
+    from tasks.arena.guarded import Limits
     from tasks.leaderboard.cell import Plan
     from tasks.leaderboard.methods import training_settings
+    from tasks.leaderboard.starter import require_actions
     from tasks.training.trainer import check
 
     settings = context.settings.arena
@@ -57,20 +59,25 @@ def plans(context: Context, question: Question) -> list[Plan]:
                 f"There is no method {name}; did you mean {near}? `forebay arena methods` lists them."
             )
         check(training_settings(known[name], settings.recipe, name))
+    start, code = settings.start.policy, {}
     for env in question.envs:
-        get(env)
-    start = settings.start.policy
-    policy = None if start == "scratch" else str(context.weights(context.agent(start).payload))
+        found = get(env)
+        if start == "scratch":
+            require_actions(found)
+        code[env] = digest_json([code_digest(), lock_digest(), verifier_digest(found)])
+    agent = None if start == "scratch" else context.agent(start).payload
+    guard = context.settings.guard
     make = partial(
         Plan,
         arena=settings,
-        policy=policy,
-        code=code_digest(),
+        policy=None if agent is None else str(context.weights(agent)),
+        policy_digest=None if agent is None else agent["digest"],
+        limits=Limits(seconds=guard.seconds, memory=guard.memory_mib << 20),
         device=context.device(),
         dtype=context.dtype(),
     )
     return [
-        make(env, name, known[name], seed)
+        make(env, name, known[name], seed, code=code[env])
         for env in question.envs
         for name in question.methods
         for seed in range(question.seeds)
@@ -157,7 +164,9 @@ def keep_board(
             for env in question.envs
         }
         cpu_seconds = sum(one["cpu_seconds"] for one in results)
-        board = Board(ranks(results), lines(results), floors, starts, results, cpu_seconds, _machine())
+        board = Board(
+            ranks(results), lines(results), floors, starts, results, cpu_seconds, _machine(), _recipe(context)
+        )
         data = canonical_json({"results": list(results)})
         file = context.workspace.evidence / "arena" / f"{sha256_bytes(data)}.json"
         write_atomic(file, data)
@@ -169,6 +178,7 @@ def keep_board(
             "lines": [_finite(asdict(one)) for one in board.lines],
             "floors": {name: asdict(floor) for name, floor in floors.items()},
             "starts": {name: _finite(asdict(start)) for name, start in starts.items()},
+            "recipe": board.recipe,
             "results": {"path": context.workspace.relative(file), "sha256": sha256_bytes(data)},
             "page": context.workspace.relative(page),
             "cpu_seconds": round(cpu_seconds, 1),
@@ -209,7 +219,7 @@ def _stands(context: Context, outputs: Mapping[str, Any]) -> bool:
 
 
 def _track(context: Context, results: Sequence[Mapping[str, Any]]) -> None:
-    """One MLflow run a cell; a cell that has one already is left alone."""
+    """One MLflow run a cell, found again by the cell's key."""
     with progress.current().bar("MLflow") as report:
         for number, one in enumerate(results, start=1):
             tracked = context.registry.run(
@@ -228,6 +238,23 @@ def _track(context: Context, results: Sequence[Mapping[str, Any]]) -> None:
                 }
                 run.log({**figures, "cpu_seconds": one["cpu_seconds"]}, len(one["curve"]))
             report(number, len(results), "runs")
+
+
+def _recipe(context: Context) -> str:
+    """What all methods share, in a sentence."""
+    settings = context.settings.arena
+    start, recipe = settings.start, settings.recipe
+    model = (
+        f"a model from scratch ({start.layers} layers, {start.hidden} wide)"
+        if start.policy == "scratch"
+        else start.policy
+    )
+    return (
+        f"Start: {model}, cloned from {start.demonstrations} episodes of full reward. {recipe.steps} updates of "
+        f"{recipe.groups_per_step} groups of {recipe.group_size} answers, {recipe.updates_per_round} a round; learning rate "
+        f"{recipe.learning_rate:g}, KL {recipe.kl:g}, format penalty {recipe.format_penalty:g}. "
+        f"{settings.judging.samples} attempts at each held-out task."
+    )
 
 
 def _machine() -> str:

@@ -89,15 +89,13 @@ def _show(board: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(board)
         return
+    from tasks.leaderboard.page import counted, firmness
+    from tasks.leaderboard.ranking import Rank
+
     order = Table("method", "mean rank", "95 %", "best in", "success", box=None, pad_edge=False)
     for one in board["ranks"]:
-        order.add_row(
-            one["method"],
-            f"{one['rank']:.2f}",
-            f"{one['low']:.1f}-{one['high']:.1f}",
-            f"{one['best']:.0%}",
-            f"{one['success']:.3f}",
-        )
+        rank = Rank(**one)
+        order.add_row(rank.method, f"{rank.rank:.2f}", *firmness(rank), f"{rank.success:.3f}")
     out.print(order)
     for env, floor in board["floors"].items():
         out.print(
@@ -108,17 +106,26 @@ def _show(board: dict[str, Any], as_json: bool) -> None:
         lines = [line for line in board["lines"] if line["env"] == env]
         widest = next(name for name in lines[0]["figures"] if name.startswith("pass@"))
         table = Table(
-            "method", "success", "gain", widest, "turns", "valid", "collapses", box=None, pad_edge=False
+            "method",
+            "success",
+            "gain",
+            widest,
+            "turns",
+            "valid",
+            "collapses",
+            "stopped",
+            box=None,
+            pad_edge=False,
         )
         for line in lines:
             figures = line["figures"]
-            told = ", ".join(f"{driver} {count}" for driver, count in line["collapses"].items())
             table.add_row(
                 line["method"],
                 _mean(figures["success"]),
                 _mean(line["gain"], "+"),
                 *(_mean(figures[name]) for name in (widest, "turns", "valid_format")),
-                told or "none",
+                counted(line["collapses"]),
+                counted(line["stopped"]),
             )
         out.print(table)
     seeds = board["question"]["seeds"]

@@ -16,7 +16,10 @@ STAGES = ("collect", "seal", "validate", "reward", "train", "register", "evaluat
 """Order of the stages; `flows/run.py` and `dvc.yaml` both follow it, and a test holds them to it."""
 
 _PROJECT = Path(__file__).resolve().parents[2]
-_PAGES = (Path("tasks", "pages"), Path("tasks", "promotion", "page"), Path("tasks", "lineage", "page"))
+_PAGES = (
+    *(Path("tasks", *folder) for folder in (("pages",), ("promotion", "page"), ("lineage", "page"))),
+    *(Path("tasks", "leaderboard", name) for name in ("page.py", "ranking.py")),
+)
 _JOINS = ("evidence", "experience", "hybrid", "judging", "rewards", "scoring", "training", "validation")
 
 

@@ -43,7 +43,8 @@ def sit(exam: Exam) -> dict[str, Any]:
     """Return the figures of `report` with what the attempts cost and what no skill at all would earn.
 
     Returns:
-        {env, tasks, samples, figures, cpu_seconds and tokens_sampled (an episode's, mean), constant, constant_action, random}.
+        {env, tasks, samples, figures, cpu_seconds (of an episode, without its environment's process), constant,
+        constant_action, random}.
 
     Raises:
         UsageError: the environment has fewer held-out tasks. Unavailable: its package is missing.

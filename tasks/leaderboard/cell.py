@@ -6,9 +6,10 @@ A cell is a function of its `Plan`: killed and run again it goes on from what it
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from models.causal_lm import load_policy, load_tokenizer, template_digest, tokenizer_digest
 from tasks.arena.environment import Environment, Task, Wrapping
-from tasks.arena.guarded import Environments
+from tasks.arena.guarded import Environments, Limits
 from tasks.core.digest import canonical_json, digest_json, digest_tree, sha256_file, write_atomic
 from tasks.core.locks import file_lock
 from tasks.core.settings import Collect
@@ -45,8 +46,9 @@ class Plan:
 
     Attributes:
         name: of the method; what it does is `method`.
-        policy: directory of the language model to start from; None: from scratch.
-        code: digest of the code, so that another one runs again.
+        policy: directory of the language model to start from, and `policy_digest` of its files; None: from scratch.
+        code: digest of everything else that decides: the code, the environment's verifier, the installed packages.
+        limits: of the environment's steps.
         device, dtype: as in `trainer.train`; what is computed where differs in the last bits.
     """
 
@@ -56,25 +58,34 @@ class Plan:
     seed: int
     arena: Arena
     policy: str | None
+    policy_digest: str | None
     code: str
+    limits: Limits = field(default_factory=Limits)
     device: str = "cpu"
     dtype: str = "float32"
 
     def start_key(self) -> str:
         """Digest of what decides the start: all methods of an environment and a seed share it."""
-        settings = self.arena.start.model_dump(mode="json")
-        policy = digest_tree(Path(self.policy)) if self.policy else None
-        temperature = self.arena.recipe.temperature if policy else None
+        temperature = self.arena.recipe.temperature if self.policy else None
         return digest_json(
-            [self.env, self.seed, settings, policy, temperature, self.code, self.device, self.dtype]
+            {
+                "env": self.env,
+                "seed": self.seed,
+                "start": self.arena.start.model_dump(mode="json"),
+                "policy": self.policy_digest,
+                "temperature": temperature,
+                "judging": self.arena.judging.model_dump(mode="json"),
+                "code": self.code,
+                "limits": asdict(self.limits),
+                "device": [self.device, self.dtype],
+            }
         )
 
     def key(self) -> str:
         """Digest of everything that decides the result."""
-        shared = [
-            part.model_dump(mode="json") for part in (self.arena.recipe, self.arena.judging, self.method)
-        ]
-        return digest_json([self.start_key(), *shared])
+        outside = training_settings(self.method, self.arena.recipe, self.name).outside_code()
+        parts = [part.model_dump(mode="json") for part in (self.arena.recipe, self.method)]
+        return digest_json([self.start_key(), *parts, outside])
 
 
 def run_cell(plan: Plan, root: Path, on_step: OnStep = lambda step, steps, reward: None) -> dict[str, Any]:
@@ -82,7 +93,8 @@ def run_cell(plan: Plan, root: Path, on_step: OnStep = lambda step, steps, rewar
 
     Returns:
         {env, method, seed, key, before, after: `Slice.to_json`, curve: [mean training reward of each update], stop_reason,
-        steps, findings: [driver, onset], cpu_seconds, seconds}; `before` is the start's.
+        steps, findings: [driver, onset], episodes (sampled in training), cpu_seconds, seconds}; `before` is the start's. The
+        times are without the start, and of a cell that was cut short those since it went on.
 
     Raises:
         UsageError: settings that cannot work, or an environment that is not there. Refused: no start could be made.
@@ -97,14 +109,14 @@ def run_cell(plan: Plan, root: Path, on_step: OnStep = lambda step, steps, rewar
 
 
 def _run(plan: Plan, root: Path, folder: Path, on_step: OnStep) -> dict[str, Any]:
-    began, spent = time.perf_counter(), time.process_time()
+    began, spent = time.perf_counter(), _processor_seconds()
     recipe = plan.arena.recipe
     settings = training_settings(plan.method, recipe, plan.name)
     folder.mkdir(parents=True, exist_ok=True)
-    with Environments() as environments:
+    with Environments(plan.limits) as environments:
         env = environments(plan.env)
         start, before = _start(plan, root, env)
-        made_start = time.process_time() - spent
+        made_start = _processor_seconds() - spent
         sampling = Sampling(
             key=plan.key(),
             start=_identity(start),
@@ -152,8 +164,8 @@ def _run(plan: Plan, root: Path, folder: Path, on_step: OnStep) -> dict[str, Any
         "steps": made.steps,
         "stop_reason": made.stop_reason,
         "findings": [{"driver": one.driver, "onset": one.onset} for one in find_collapse(curve)],
-        "episodes": len(made.fresh) and sum(_episodes(folder / shard.path) for shard in made.fresh),
-        "cpu_seconds": round(time.process_time() - spent - made_start, 2),
+        "episodes": sum(map(_episodes, (folder / "fresh").glob("*.parquet"))),
+        "cpu_seconds": round(_processor_seconds() - spent - made_start, 2),
         "seconds": round(time.perf_counter() - began, 2),
     }
 
@@ -172,6 +184,7 @@ def _start(plan: Plan, root: Path, env: Environment) -> tuple[Path, dict[str, An
                 start = start_from_own(
                     env, Path(plan.policy), settings, plan.seed, folder,
                     temperature=plan.arena.recipe.temperature, batch_rows=_BATCH_ROWS,
+                    device=plan.device, dtype=plan.dtype,
                 )  # fmt: skip
             figures = _judged(plan, start, env).to_json()
             write_atomic(done, canonical_json({"path": str(start.relative_to(root)), "figures": figures}))
@@ -217,6 +230,11 @@ def _identity(policy: Path) -> BehaviourIdentity:
     )
 
 
+def _processor_seconds() -> float:
+    """Processor time of this process and of those it has waited for, an environment's guard among them."""
+    return sum(os.times()[:4])
+
+
 def _episodes(path: Path) -> int:
     import pyarrow.parquet as pq
 
@@ -239,4 +257,6 @@ def as_job(plan: Plan) -> dict[str, Any]:
 
 def from_job(job: Mapping[str, Any]) -> Plan:
     """The plan of which `job` are the `as_job`."""
-    return Plan(**{**job, "method": Method(**job["method"]), "arena": Arena(**job["arena"])})
+    limits = Limits(**{**job["limits"], "rewards": tuple(job["limits"]["rewards"])})
+    parts = {"method": Method(**job["method"]), "arena": Arena(**job["arena"]), "limits": limits}
+    return Plan(**{**job, **parts})

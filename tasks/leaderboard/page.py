@@ -11,8 +11,10 @@ from typing import Any
 from tasks.leaderboard.ranking import Line, Mean, Rank
 from tasks.pages import figures
 from tasks.pages.figures import Axis, Interval, Item
-from tasks.pages.parts import Chart, Group, Row, Section, Strips, Table, number
+from tasks.pages.parts import Chart, Group, Row, Section, Strips, Table, listed, number
 from tasks.pages.templates import template
+
+_PLAUSIBLE = 0.05  # share of the resamples in which another method is first, above which the page says so
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class Board:
     results: Sequence[Mapping[str, Any]]
     cpu_seconds: float
     machine: str
+    recipe: str
 
 
 def leaderboard_page(board: Board) -> str:
@@ -46,25 +49,34 @@ def leaderboard_page(board: Board) -> str:
         *(_environment(board, env) for env in envs),
         *(_courses(board, env) for env in envs),
     )
-    first = board.ranks[0]
     runs, seeds = len(board.results), len({one["seed"] for one in board.results})
-    tied = [one.method for one in board.ranks[1:] if one.best > 0.05]
-    says = f"{first.method} leads, with a mean rank of {first.rank:.1f}" + (
-        f"; other seeds might as well put {' or '.join(tied)} first." if tied else "."
-    )
     page = template("tasks.leaderboard", "leaderboard.html.jinja")
     return str(
         page.render(
-            says=says,
+            says=verdict(board.ranks),
             runs=runs,
             seeds=seeds,
             envs=len(envs),
             methods=len(board.ranks),
             cpu_minutes=board.cpu_seconds / 60,
             machine=board.machine,
+            recipe=board.recipe,
             sections=sections,
         )
     )
+
+
+def verdict(ranks: Sequence[Rank]) -> str:
+    """Return in a sentence who leads, and how firmly."""
+    first = [one for one in ranks if one.rank <= ranks[0].rank + 1e-9]
+    names = listed([one.method for one in first])
+    if len(first) == len(ranks) > 1:
+        return f"No order: {names} have the same mean rank."
+    head = f"{names} {'lead' if len(first) > 1 else 'leads'}, with a mean rank of {first[0].rank:.1f}"
+    if first[0].best is None:
+        return f"{head}, by one seed, which says nothing of others."
+    tied = [one.method for one in ranks[len(first) :] if (one.best or 0) > _PLAUSIBLE]
+    return f"{head}; other seeds might as well put {' or '.join(tied)} first." if tied else f"{head}."
 
 
 def _order(board: Board) -> Section:
@@ -76,18 +88,18 @@ def _order(board: Board) -> Section:
                 axis,
                 Item(one.method, "", Interval(one.rank, one.low, one.high), None, None, f"{one.rank:.2f}"),
             ),
-            (f"{one.rank:.2f}", f"{one.low:.1f} to {one.high:.1f}", f"{one.best:.0%}", number(one.success)),
+            (f"{one.rank:.2f}", *firmness(one), number(one.success)),
         )
         for one in board.ranks
     )
-    heads = ("method", "mean rank", "95 % of resampled seeds", "best in", "mean success")
+    heads = ("method", "mean rank", "95 %", "best in", "mean success")
     strips = Strips(heads, (Group(rows, figures.ruler(axis, left="better", right="worse")),))
     return Section(
         "Order of the methods over all environments",
         strips=strips,
         notes=(
-            "A rank is taken on each environment (1 is best) and averaged; the interval says how far it moves when the seeds "
-            "are drawn again.",
+            "A rank is taken on each environment with each seed (1 is best) and averaged; the interval is Student's over seeds. "
+            "“Best in” is told by drawing one seed less than there are again and again. The held-out tasks are always the same.",
         ),
     )
 
@@ -96,7 +108,7 @@ def _environment(board: Board, env: str) -> Section:
     floor, start = board.floors[env], board.starts[env]
     found = [line for line in board.lines if line.env == env]
     names = list(found[0].figures)
-    heads = ("method", *names, "gain", "CPU s a run", "episodes", "collapses")
+    heads = ("method", *names, "gain", "CPU s a run", "episodes", "collapses", "stopped")
     rows = tuple(
         (
             line.method,
@@ -104,7 +116,8 @@ def _environment(board: Board, env: str) -> Section:
             _mean(line.gain, signed=True),
             f"{line.cpu_seconds:.0f}",
             f"{line.episodes:,.0f}",
-            ", ".join(f"{driver} {count}" for driver, count in line.collapses.items()) or "none",
+            counted(line.collapses),
+            counted(line.stopped),
         )
         for line in found
     )
@@ -130,6 +143,18 @@ def _courses(board: Board, env: str) -> Section:
             caption = f"{method}: {points[0][1]:.2f} to {points[-1][1]:.2f}."
             charts.append(Chart(figures.course(points, caption, below="update"), caption))
     return Section(f"Reward in training on {env}, mean over seeds", charts=tuple(charts))
+
+
+def firmness(one: Rank) -> tuple[str, str]:
+    """Write the interval of a rank, and how often it is the best."""
+    if one.low is None or one.high is None or one.best is None:
+        return "", ""
+    return f"{one.low:.1f} to {one.high:.1f}", f"{one.best:.0%}"
+
+
+def counted(runs: Mapping[str, int]) -> str:
+    """Write how many runs there are of each kind."""
+    return ", ".join(f"{name} {count}" for name, count in runs.items()) or "none"
 
 
 def _mean(value: Mean, *, signed: bool = False) -> str:

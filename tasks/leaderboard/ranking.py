@@ -1,12 +1,14 @@
 """What a comparison says: a row for each method on each environment, and how firm the order of the methods is.
 
 The seeds are the sample: methods of one seed share their start, their first tasks and the held-out tasks, so gains and ranks
-are paired by seed. Intervals of means are Student's over seeds; ranks are judged by resampling the seeds.
+are paired by seed. Intervals are Student's over seeds. How often a method would be the best is told by resampling one seed less than
+there are, as the rescaled bootstrap does (Rao and Wu, JASA 83, 1988): as many as there are would look firmer than they are.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -37,7 +39,8 @@ class Line:
             pass@k among them.
         gain: in success, over the start of the same seed.
         seeds: how many.
-        collapses: {driver: runs} of those with a finding; stopped: runs that a guard ended.
+        collapses: {driver: runs} of those with a finding; stopped: {reason: runs} of those that a guard ended, whose last good
+            checkpoint was judged.
         cpu_seconds: of a run, without the shared start, mean. episodes: sampled by a run, mean.
     """
 
@@ -47,7 +50,7 @@ class Line:
     gain: Mean
     seeds: int
     collapses: Mapping[str, int]
-    stopped: int
+    stopped: Mapping[str, int]
     cpu_seconds: float
     episodes: float
 
@@ -58,16 +61,18 @@ class Rank:
 
     Attributes:
         success: mean over environments of the mean over seeds.
-        rank: mean over environments of its rank there (1 is best; equal ones share), low and high its 95 % interval.
+        rank: mean over environments and seeds of its rank among the methods (1 is best; equal ones share); low and high its
+            95 % interval, Student's over seeds.
         best: share of the resamples in which no method had a better mean rank.
+        low, high and best are None with one seed, which says nothing of others.
     """
 
     method: str
     success: float
     rank: float
-    low: float
-    high: float
-    best: float
+    low: float | None
+    high: float | None
+    best: float | None
 
 
 def lines(results: Sequence[Mapping[str, Any]]) -> list[Line]:
@@ -78,6 +83,7 @@ def lines(results: Sequence[Mapping[str, Any]]) -> list[Line]:
         named = runs[0]["after"]["figures"]
         widest = max((name for name in named if name.startswith("pass@")), key=lambda name: int(name[5:]))
         drivers = [one["findings"][0]["driver"] for one in runs if one["findings"]]
+        reasons = [one["stop_reason"] for one in runs if one["stop_reason"] != "finished"]
         found.append(
             Line(
                 env=env,
@@ -90,8 +96,8 @@ def lines(results: Sequence[Mapping[str, Any]]) -> list[Line]:
                     [_figure(one["after"], "success") - _figure(one["before"], "success") for one in runs]
                 ),
                 seeds=len(runs),
-                collapses={driver: drivers.count(driver) for driver in dict.fromkeys(drivers)},
-                stopped=sum(one["stop_reason"] != "finished" for one in runs),
+                collapses=dict(Counter(drivers)),
+                stopped=dict(Counter(reasons)),
                 cpu_seconds=mean(one["cpu_seconds"] for one in runs),
                 episodes=mean(one["episodes"] for one in runs),
             )
@@ -128,25 +134,26 @@ def ranks(results: Sequence[Mapping[str, Any]]) -> list[Rank]:
     if not seeds:
         raise ValueError("no seed was run with every method on every environment")
     success = np.array([[[table[e, m, s] for s in seeds] for m in methods] for e in envs])  # [E, M, S]
+    each = _ranked(success).mean(0)  # [M, S]
     rng = np.random.default_rng(0)
-    drawn = rng.integers(len(seeds), size=(_RESAMPLED, len(seeds)))
-    means = success[:, :, drawn].mean(-1)  # [E, M, R]
-    resampled = _ranked(means).mean(0)  # [M, R]
-    observed = _ranked(success.mean(-1)[:, :, None]).mean(0)[:, 0]
+    drawn = rng.integers(len(seeds), size=(_RESAMPLED, max(1, len(seeds) - 1)))
+    resampled = each[:, drawn].mean(-1)  # [M, R]
     best = (resampled <= resampled.min(0) + 1e-12).mean(1)
-    tail = (1 - CONFIDENCE) / 2
     found = []
     for place, method in enumerate(methods):
-        low, high = (float(np.quantile(resampled[place], q)) for q in (tail, 1 - tail))
-        success_of = float(success[:, place].mean())
-        found.append(Rank(method, success_of, float(observed[place]), low, high, float(best[place])))
+        rank = over_seeds(each[place].tolist())
+        firm: tuple[float | None, ...] = (None, None, None)
+        if len(seeds) > 1:
+            low, high = max(1.0, rank.estimate - rank.half), min(len(methods), rank.estimate + rank.half)
+            firm = (low, float(high), float(best[place]))
+        found.append(Rank(method, float(success[:, place].mean()), rank.estimate, *firm))
     return sorted(found, key=lambda one: one.rank)
 
 
-def _ranked(means: np.ndarray) -> np.ndarray:
-    """Ranks among methods, [E, M, R]: 1 for the greatest, equal ones share the mean of their places."""
-    above = (means[:, None] > means[:, :, None] + 1e-12).sum(2)
-    equal = (np.abs(means[:, None] - means[:, :, None]) <= 1e-12).sum(2)
+def _ranked(success: np.ndarray) -> np.ndarray:
+    """Ranks among methods, [E, M, S]: 1 for the greatest, equal ones share the mean of their places."""
+    above = (success[:, None] > success[:, :, None] + 1e-12).sum(2)
+    equal = (np.abs(success[:, None] - success[:, :, None]) <= 1e-12).sum(2)
     ranked: np.ndarray = above + (equal + 1) / 2
     return ranked
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from tasks.core.settings import Section
 
@@ -16,23 +16,29 @@ class Start(Section):
         "scratch",
         description="`scratch`: a small model without pretraining; else an agent, as champion or agent/1",
     )
-    hidden: int = Field(64, ge=8, description="width of a model from scratch")
-    layers: int = Field(2, ge=1)
-    heads: int = Field(4, ge=1)
-    vocabulary: int = Field(512, ge=257)
+    hidden: int = Field(64, ge=8, le=4096, description="width of a model from scratch")
+    layers: int = Field(2, ge=1, le=64)
+    heads: int = Field(4, ge=1, le=64)
+    vocabulary: int = Field(512, ge=257, le=65536)
     demonstrations: int = Field(256, ge=1, description="episodes to clone, all with full reward")
     noise: float = Field(
         0.3, ge=0, le=1, description="share of the demonstrator's actions that are drawn at random (scratch)"
     )
     steps: int = Field(120, ge=1, description="updates of behaviour cloning")
-    learning_rate: float = Field(3e-3, gt=0)
+    learning_rate: FiniteFloat = Field(3e-3, gt=0)
+
+    @model_validator(mode="after")
+    def _even_heads(self) -> Self:
+        if self.hidden % (2 * self.heads):
+            raise ValueError(f"hidden ({self.hidden}) must be a multiple of twice the heads ({self.heads})")
+        return self
 
 
 class Clipping(Section):
     """How far the ratio of policy and behaviour counts."""
 
     objective: str = "grpo"
-    options: dict[str, float] = Field(default_factory=dict)
+    options: dict[str, FiniteFloat] = Field(default_factory=dict)
     unit: Literal["trajectory", "turn"] = Field("turn", description="what a sequence ratio runs over")
     sequence_mask: float | None = Field(None, gt=0, description="as training.correction.sequence_mask")
 
@@ -46,7 +52,7 @@ class Method(Section):
         False, description="learn only from groups whose rewards differ, and sample again for the others"
     )
     advantage: str = "group_norm_per_turn"
-    advantage_options: dict[str, float] = Field(default_factory=dict)
+    advantage_options: dict[str, FiniteFloat] = Field(default_factory=dict)
 
 
 class Recipe(Section):
@@ -56,12 +62,12 @@ class Recipe(Section):
     groups_per_step: int = Field(8, ge=1)
     updates_per_round: int = Field(2, ge=1, description="updates that learn from what one policy sampled")
     group_size: int = Field(8, ge=2)
-    learning_rate: float = Field(5e-4, gt=0)
-    kl: float = Field(0.01, ge=0, description="coefficient of k3 to the start")
-    format_penalty: float = Field(0.1, ge=0, description="of a turn that is not in the right form")
+    learning_rate: FiniteFloat = Field(5e-4, gt=0)
+    kl: FiniteFloat = Field(0.01, ge=0, description="coefficient of k3 to the start")
+    format_penalty: FiniteFloat = Field(0.1, ge=0, description="of a turn that is not in the right form")
     tries: int = Field(3, ge=1, description="samplings at most, where a method filters")
     first_groups: int = Field(32, ge=1, description="of the start, to fill up what filtering leaves out")
-    temperature: float = Field(1.0, gt=0)
+    temperature: FiniteFloat = Field(1.0, gt=0)
 
 
 class Judging(Section):
@@ -69,7 +75,7 @@ class Judging(Section):
 
     tasks: int = Field(60, ge=2)
     samples: int = Field(4, ge=1, description="attempts at each task")
-    temperature: float = Field(1.0, gt=0)
+    temperature: FiniteFloat = Field(1.0, gt=0)
 
 
 class Arena(Section):
@@ -88,7 +94,7 @@ class Arena(Section):
         from tasks.leaderboard.methods import METHODS
 
         mine = values.get("methods") if isinstance(values, dict) else None
-        taken = sorted(set(mine or ()) & set(METHODS))
+        taken = sorted(set(mine) & set(METHODS)) if isinstance(mine, dict) else []
         if taken:
             raise ValueError(f"arena.methods.{taken[0]} is a method already; choose another name")
         return values

@@ -11,17 +11,19 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from models.causal_lm import load_policy, load_tokenizer, template_digest, tokenizer_digest
+from models.causal_lm import ModelError, load_policy, load_tokenizer, template_digest, tokenizer_digest
 from models.from_scratch import Shape, make_policy
 from tasks.arena.environment import Environment, Expert, Listed, Split, Step, Task, verifier_digest
+from tasks.arena.playing import ListedEnvironment
 from tasks.core.digest import canonical_json, digest_json, digest_tree, sha256_bytes
 from tasks.core.errors import Refused, UsageError
 from tasks.leaderboard.settings import Start
 from tasks.replay.schema import Episode
 from tasks.rollout.fresh import write_episodes
 from tasks.rollout.rollout import BehaviourIdentity, rollout
+from tasks.training.checkpoint import whole_directory
 from tasks.training.settings import Admission, Guards, TrainingSettings
 from tasks.training.shards import ShardRef
 from tasks.training.trainer import FINISHED, train
@@ -45,8 +47,13 @@ def start_from_scratch(env: Environment, settings: Start, seed: int, folder: Pat
     shape = Shape(settings.hidden, settings.layers, settings.heads, settings.vocabulary)
     played = demonstrations(env, settings, seed)
     policy = folder / "random"
-    if not (policy / "model.safetensors").exists():
-        make_policy(policy, [_text(task, *turns) for task, turns in played[:_TOKENISED]], shape, seed)
+    if not policy.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_directory(policy) as aside:
+            try:
+                make_policy(aside, [_text(task, *turns) for task, turns in played[:_TOKENISED]], shape, seed)
+            except ModelError as error:
+                raise UsageError(f"arena.start: {error}") from None
     tokenizer = load_tokenizer(policy)
     who = _identity("start/scratch", policy)
     episodes = [_episode(env, tokenizer, who, *one, seed, number) for number, one in enumerate(played)]
@@ -62,13 +69,15 @@ def start_from_own(
     *,
     temperature: float,
     batch_rows: int,
+    device: str,
+    dtype: str,
 ) -> Path:
     """Make the start for one environment from a language model's own episodes; return its directory.
 
     Raises:
         Refused: too few of its episodes earn the full reward.
     """
-    model, tokenizer = load_policy(policy), load_tokenizer(policy)
+    model, tokenizer = load_policy(policy, device, dtype), load_tokenizer(policy)
     size, kept, played = 8, list[Episode](), 0
     tasks = drawn(env, "train", 4 * settings.demonstrations, seed)
     for group in rollout(
@@ -85,10 +94,18 @@ def start_from_own(
             "to be cloned; lower arena.start.demonstrations, or choose a better policy."
         )
     alone = [replace(one, group_id=one.episode_id, sample_index=0) for one in kept[: settings.demonstrations]]
-    return clone(alone, policy, settings, seed, folder)
+    return clone(alone, policy, settings, seed, folder, device, dtype)
 
 
-def clone(episodes: list[Episode], policy: Path, settings: Start, seed: int, folder: Path) -> Path:
+def clone(
+    episodes: list[Episode],
+    policy: Path,
+    settings: Start,
+    seed: int,
+    folder: Path,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> Path:
     """Train `policy` to write what `episodes` say, each a group of its own with reward 1; return the new directory."""
     path = folder / "demonstrations.parquet"
     write_episodes(path, episodes)
@@ -109,8 +126,8 @@ def clone(episodes: list[Episode], policy: Path, settings: Start, seed: int, fol
             checkpoint_every=settings.steps,
         ),
         seed=seed,
-        device="cpu",
-        dtype="float32",
+        device=device,
+        dtype=dtype,
     )
     if made.stop_reason != FINISHED:
         raise Refused(
@@ -125,17 +142,13 @@ def demonstrations(env: Environment, settings: Start, seed: int) -> list[tuple[T
     Raises:
         UsageError: the environment has no list of actions. Refused: too few earned the full reward.
     """
-    if not isinstance(env, Listed):
-        raise UsageError(
-            f"{env.name} has no list of actions that a model from scratch could be shown; set arena.start.policy to a language "
-            "model, as champion."
-        )
+    listed = require_actions(env)
     rng = random.Random(f"{env.name}/demonstrations/{seed}")
     tasks = drawn(env, "train", settings.demonstrations, seed)
     kept: list[tuple[Task, list[tuple[str, Step]]]] = []
     for _ in range(_ROUNDS):
         for task in tasks:
-            turns = list(_demonstrated(env, task, rng, settings.noise))
+            turns = list(_demonstrated(listed, task, rng, settings.noise))
             if turns[-1][1].reward >= FULL:
                 kept.append((task, turns))
             if len(kept) == settings.demonstrations:
@@ -146,10 +159,23 @@ def demonstrations(env: Environment, settings: Start, seed: int) -> list[tuple[T
     )
 
 
+def require_actions(env: Environment) -> ListedEnvironment:
+    """Return an environment that a model from scratch can be shown.
+
+    Raises:
+        UsageError: it has no list of actions.
+    """
+    if not isinstance(env, Listed):
+        raise UsageError(
+            f"{env.name} has no list of actions that a model from scratch could be shown; set arena.start.policy to a language "
+            "model, as champion."
+        )
+    return cast(ListedEnvironment, env)
+
+
 def _demonstrated(
-    env: Environment, task: Task, rng: random.Random, noise: float
+    env: ListedEnvironment, task: Task, rng: random.Random, noise: float
 ) -> Iterator[tuple[str, Step]]:
-    assert isinstance(env, Listed)
     actions: list[str] = []
     while len(actions) < env.max_turns:
         action = rng.choice(env.choices(task))
@@ -167,19 +193,22 @@ def _demonstrated(
 
 
 def drawn(env: Environment, split: Split, wanted: int, seed: int) -> list[Task]:
-    """Draw `wanted` tasks, or as many as a small environment has, found by halving.
+    """Draw `wanted` tasks, or as many as a small environment has, found by bisection.
 
     Raises:
         UsageError: it has none.
     """
-    n = wanted
-    while True:
+    found: list[Task] = []
+    fewest, most, n = 0, wanted + 1, wanted  # a draw of `fewest` works, one of `most` need not be tried
+    while most - fewest > 1:
         try:
-            return env.tasks(split, n, seed)
+            found, fewest = env.tasks(split, n, seed), n
         except UsageError:
             if n == 1:
                 raise
-            n //= 2
+            most = n
+        n = (fewest + most) // 2
+    return found
 
 
 def _text(task: Task, *turns: tuple[str, Step]) -> str:

@@ -183,7 +183,11 @@ def attempts(
     found: list[list[Outcome]] = []
     for batch in _batches(tasks, max(1, batch_rows // samples)):
         drafts = [_Draft(task, n, _noise(seed, task.id, n)) for task in batch for n in range(samples)]
-        _play(engine, tokenizer, env, drafts, samples, temperature)
+        if samples <= batch_rows:
+            _play(engine, tokenizer, env, drafts, samples, temperature)
+        else:  # then the batch is one task
+            for part in _batches(drafts, batch_rows):
+                _play(engine, tokenizer, env, part, len(part), temperature)
         found += [[*map(partial(_outcome, tokenizer), group)] for group in _batches(drafts, samples)]
     return found
 

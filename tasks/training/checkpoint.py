@@ -91,12 +91,12 @@ def save(
         Unavailable: the disk is full; nothing is left behind.
     """
     target = root / f"step-{step:08d}"
-    shutil.rmtree(target, ignore_errors=True)
     with whole_directory(target) as aside:
         for name, content in {"weights": weights, "moments": moments}.items():
             save_file({k: v.contiguous() for k, v in content.items()}, aside / f"{name}.safetensors")
         state = {"step": step, "progress": progress, "inputs": inputs, "files": _digests(aside)}
         (aside / "state.json").write_bytes(canonical_json({"state": state, "sha256": digest_json(state)}))
+        shutil.rmtree(target, ignore_errors=True)  # of a run that went back to these updates
     old = _steps(root)[:-KEPT]
     spared = [path for path in old if good is not None and _number(path) < good][-1:]
     for path in old:

@@ -9,13 +9,18 @@ FILE = "metrics.jsonl"
 
 
 def read_curve(folder: Path) -> list[dict[str, float]]:
-    """Return the metrics of the run in `folder`, one mapping per step; of a step done twice (after a kill) the last."""
+    """Return the metrics of the run in `folder`, one mapping per step.
+
+    Where a run went back, after a kill or to before a collapse, what it had done from there on counts no more.
+    """
     path = folder / FILE
-    rows = {}
+    rows: list[dict[str, float]] = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue  # the last line of a process that was killed
-        rows[row["step"]] = row
-    return [rows[step] for step in sorted(rows)]
+        while rows and rows[-1]["step"] >= row["step"]:
+            rows.pop()
+        rows.append(row)
+    return rows

@@ -35,6 +35,7 @@ LAYOUT = 4  # a change of the columns below, or of what they mean, raises it
 FOREIGN = -1  # the version of a policy that is not ours
 NO_TIME = -(1 << 62)
 BLOCK_BYTES = 1 << 26  # decoded at once, about
+_LAST_TURN = (1 << 15) - 1  # that the column of turns can hold
 IDLE_SECONDS = 24 * 3600  # a decoded shard that nobody opened for so long may be removed
 
 _SOURCE = pa.schema(
@@ -385,20 +386,28 @@ def _by_value(column: pa.Array, number: Callable[[str], int]) -> np.ndarray:
     return found
 
 
+def _component(components: str, name: str) -> Any:
+    """None where it is missing; experience that others recorded may hold anything."""
+    if f'"{name}"' not in components:
+        return None
+    try:
+        value = json.loads(components)
+    except ValueError:
+        return None
+    return value.get(name) if isinstance(value, dict) else None
+
+
 def _invalid_turns(components: str) -> list[int]:
-    """Experience that others recorded may hold anything under the name; only turns are taken."""
-    if f'"{INVALID_TURNS}"' not in components:
+    found = _component(components, INVALID_TURNS)
+    if not isinstance(found, list):
         return []
-    found = json.loads(components)[INVALID_TURNS]
-    return [turn for turn in found if isinstance(turn, int)] if isinstance(found, list) else []
+    return [turn for turn in found if type(turn) is int and 0 <= turn <= _LAST_TURN]
 
 
 def _deep_thinking(components: str) -> float:
     """NaN where it is missing or no ratio."""
-    if f'"{DEEP_THINKING}"' not in components:
-        return math.nan
-    found = json.loads(components)[DEEP_THINKING]
-    return float(found) if isinstance(found, int | float) and 0 <= found <= 1 else math.nan
+    found = _component(components, DEEP_THINKING)
+    return float(found) if type(found) in (int, float) and 0 <= found <= 1 else math.nan
 
 
 def _registry_version(name: str) -> int:

@@ -39,7 +39,7 @@ _SCORED_AT_ONCE = 64  # groups; bounds the memory of a pass over the whole repla
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a run is: updates made, where sampler and mixture stand, fresh groups asked for, and their shards; what the
-    signals of a collapse say, and the update at which the run reacted to one."""
+    signals of a collapse say, and the update after which the run reacted to one."""
 
     step: int
     frontier: Frontier
@@ -48,6 +48,7 @@ class Progress:
     fresh: tuple[ShardRef, ...] = ()
     watch: Watch = field(default_factory=Watch)
     reacted: int | None = None
+    onset: int | None = None  # of the collapse that it reacted to, if it did not go back to before it
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json`."""
@@ -59,6 +60,7 @@ class Progress:
             "fresh": [[shard.path, shard.sha256] for shard in self.fresh],
             "watch": self.watch.to_json(),
             "reacted": self.reacted,
+            "onset": self.onset,
         }
 
     @classmethod
@@ -72,6 +74,7 @@ class Progress:
             tuple(ShardRef(path, sha256) for path, sha256 in values["fresh"]),
             Watch.from_json(values["watch"]),
             values["reacted"],
+            values["onset"],
         )
 
 

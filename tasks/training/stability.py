@@ -34,6 +34,7 @@ class Signal:
         healthy: up to which value it is harmless; with `relative`, the factor by which it may grow since the start of the
             run (or shrink, where it is below 1).
         advice: what to do about it.
+        relative: it is held against the start of the run, and judged after it: what a policy learns at first is no collapse.
     """
 
     driver: Driver
@@ -140,7 +141,7 @@ def _followed(curve: Sequence[Mapping[str, float]], signal: Signal, rule: Rule) 
         return None
     start = median(value for _, value in points[: rule.start])
     total, onset = 0.0, 0
-    for step, value in points:
+    for step, value in points[rule.start if signal.relative else 0 :]:
         onset = onset if total > 0 else step
         total = max(0.0, total + min(departure(value, start, signal) - 1, rule.most))
         if total >= rule.alarm:
@@ -157,14 +158,12 @@ class Trace:
     """One signal, followed update by update: `find_collapse` without its memory of the whole curve.
 
     Attributes:
-        first: its first values, up to `Rule.start` of them; until all are there nothing is told.
-        began: the update of the first of them.
+        first: its first values, up to `Rule.start` of them; until all are there a relative signal is not judged.
         total, onset: the cumulative sum, and the update at which it last left 0.
         noticed: the update at which it reached the alarm.
     """
 
     first: tuple[float, ...] = ()
-    began: int = 0
     total: float = 0.0
     onset: int = 0
     noticed: int | None = None
@@ -177,16 +176,19 @@ class Watch:
     traces: Mapping[str, Trace] = field(default_factory=dict)
 
     def seen(self, step: int, metrics: Mapping[str, float], rule: Rule = Rule()) -> Watch:
-        """The watch after update `step`, whose number is one above that of the update before."""
-        return Watch(
-            {
-                signal.metric: _after(
-                    self.traces.get(signal.metric, Trace()), step, metrics[signal.metric], signal, rule
-                )
-                for signal in SIGNALS
-                if signal.metric in metrics
-            }
-        )
+        """The watch after update `step`; a metric that is not in `metrics` stays as it was."""
+        seen = {
+            signal.metric: _after(
+                self.traces.get(signal.metric, Trace()), step, metrics[signal.metric], signal, rule
+            )
+            for signal in SIGNALS
+            if signal.metric in metrics
+        }
+        return Watch({**self.traces, **seen})
+
+    def anew(self) -> Watch:
+        """The watch of a run that does something about a collapse: the same starts, nothing added up."""
+        return Watch({metric: Trace(trace.first) for metric, trace in self.traces.items()})
 
     def suspected(self) -> int | None:
         """The earliest update since which a signal is above what is healthy; weights from before it are good."""
@@ -219,12 +221,8 @@ def _after(trace: Trace, step: int, value: float, signal: Signal, rule: Rule) ->
         return trace
     if len(trace.first) == rule.start:
         return _added(trace, step, value, signal, rule)
-    first, began = (*trace.first, value), trace.began or step
-    trace = Trace(first, began)
-    for number, one in enumerate(first):  # again, for its start is the median of more values now
-        trace = _added(trace, began + number, one, signal, rule)
-    # Suspected it may be earlier; an alarm waits until the start is known.
-    return trace if len(first) == rule.start else replace(trace, noticed=None)
+    trace = replace(trace, first=(*trace.first, value))
+    return trace if signal.relative else _added(trace, step, value, signal, rule)
 
 
 def _added(trace: Trace, step: int, value: float, signal: Signal, rule: Rule) -> Trace:

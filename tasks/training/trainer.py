@@ -43,7 +43,6 @@ from tasks.training.rounds import Curriculum, FreshSource, Policies, Progress, a
 from tasks.training.sampler import MEASURED_ORDERS, Sampler
 from tasks.training.settings import Guards, TrainingSettings
 from tasks.training.shards import Policy, ShardRef, read_replay
-from tasks.training.stability import Watch
 from tasks.training.update import Metrics, accumulate_gradients, needs, rehearse
 
 OnMetrics = Callable[[int, Metrics], None]
@@ -244,9 +243,10 @@ def _updates(
     if world.main:
         checkpoint.discard_unfinished(run.checkpoints)
     world.wait()
+    guarded = settings.guards.collapse != "report"
     progress = _restore(run) or curriculum.start()
     if settings.guards.roll_back and not progress.step:
-        _keep(run, progress)  # to go back to, if the first updates are bad already
+        _keep(run, progress, None)  # to go back to, if the first updates are bad already
     metrics: Metrics = {}
     while progress.step < settings.steps:
         began = progress.step
@@ -270,14 +270,14 @@ def _updates(
             metrics["fresh_groups"] = float(len(lesson.episodes.group_ids) - lesson.replayed)
             reason = stop_reason(metrics, settings.guards)
             # These weights tripped the guard; a checkpoint of fewer updates was trained on further and did not.
-            good = step - 1
+            good = _good(progress, step - 1) if guarded else step - 1
             if reason is None:
                 run.optimizer.step()
                 progress = curriculum.learnt(progress, lesson, update)
                 progress = replace(progress, watch=progress.watch.seen(step, metrics))
-            collapse = progress.watch.collapse() if settings.guards.collapse != "report" else None
+            collapse = progress.watch.collapse() if guarded else None
             if collapse is not None and (settings.guards.collapse == "stop" or progress.reacted is not None):
-                reason, good = COLLAPSE, collapse[1]
+                reason, good = COLLAPSE, _good(progress, collapse[1])
             metrics["reacted"] = float(progress.reacted is not None)
             seconds = time.perf_counter() - started
             started = time.perf_counter()
@@ -286,37 +286,50 @@ def _updates(
                 on_metrics(step, metrics)
             if reason is not None:
                 return _restore(run, before=good) or curriculum.start(), reason, metrics
-        collapse = progress.watch.collapse() if settings.guards.collapse != "report" else None
+        collapse = progress.watch.collapse() if guarded else None
         if collapse is not None:  # the whole round was drawn, so it is learnt from before anything changes
-            progress = _react(run, progress, collapse[1], settings.guards)
+            reacted = _react(run, progress, collapse[1], settings.guards)
+            if reacted is None:
+                return curriculum.start(), COLLAPSE, metrics
+            progress = reacted
         due = progress.step // settings.checkpoint_every > began // settings.checkpoint_every
         if due and progress.step < settings.steps:
-            _keep(run, progress)
+            _keep(run, progress, _good(progress) if guarded else None)
     return progress, FINISHED, metrics
 
 
-def _react(run: _Run, progress: Progress, onset: int, guards: Guards) -> Progress:
-    """The progress to go on with against a collapse that began with update `onset`: from here, or from before it."""
-    now = progress
+def _react(run: _Run, progress: Progress, onset: int, guards: Guards) -> Progress | None:
+    """The progress to go on with against a collapse that began with update `onset`: from here, or from before it; None where
+    there is nothing to go back to."""
+    now: Progress | None = replace(progress, watch=progress.watch.anew(), onset=onset)
     if guards.roll_back:
-        now = _restore(run, before=onset) or progress
-        if run.policies.world.main:
-            checkpoint.drop_after(run.checkpoints, now.step)
-        run.policies.world.wait()
+        now = _restore(run, before=onset)
+    if now is None:
+        return None
     # What the other way would have sampled after this point is of other weights: its shards are not taken up again.
-    now = replace(now, reacted=progress.step, watch=Watch(), asked=progress.asked)
-    _keep(run, now)
+    now = replace(now, reacted=progress.step, watch=now.watch.anew(), asked=progress.asked)
+    _keep(run, now, _good(now))
+    if guards.roll_back and run.policies.world.main:
+        checkpoint.drop_after(
+            run.checkpoints, now.step
+        )  # last: killed before it, the run tells the collapse again
+    run.policies.world.wait()
     return now
 
 
-def _keep(run: _Run, progress: Progress) -> None:
+def _keep(run: _Run, progress: Progress, good: int | None) -> None:
     policies = run.policies
     weights = parallel.gather_weights(policies.scorer.model, policies.world)
     moments = parallel.gather_moments(policies.scorer.model, run.optimizer, policies.world)
     if policies.world.main:
         state = progress.to_json() | {"threads": torch.get_num_threads()}
-        good = progress.watch.suspected()
         checkpoint.save(run.checkpoints, progress.step, state, weights, moments, run.inputs, good=good)
+
+
+def _good(progress: Progress, before: int | None = None) -> int | None:
+    """Weights of fewer updates than this are from before any collapse that is told or suspected (or from before `before`)."""
+    bounds = [one for one in (progress.onset, progress.watch.suspected(), before) if one is not None]
+    return min(bounds, default=None)
 
 
 def _restore(run: _Run, before: int | None = None) -> Progress | None:

@@ -125,14 +125,31 @@ def test_methods_are_listed_with_your_own(context: Context):
     assert found["sampo"]["filtering"] is True
 
 
-def test_a_cell_that_cannot_be_run_is_refused_by_name(context: Context):
-    question = Question(("calculator",), ("grpo",), 1)
-    assert [plan.env for plan in plans(context, question)] == ["calculator"]
-    done = forebay(
-        context.workspace.root, "arena", "run", "--methods", "grpo", "--envs", "calculator", "--seeds", "1"
-    )
-    assert done.returncode == 5
-    assert "grpo calculator 0: calculator has no list of actions" in done.stderr
+def test_what_a_model_from_scratch_cannot_be_shown_is_said_at_once(context: Context):
+    with pytest.raises(UsageError, match="calculator has no list of actions"):
+        plans(context, Question(("calculator",), ("grpo",), 1))
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ("arena.methods=5", "arena.methods"),
+        ("arena.start.heads=3", "must be a multiple of twice the heads"),
+        ("arena.recipe.temperature=.inf", "finite"),
+        ("arena.start.hidden=1000000000", "less than or equal to 4096"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(context: Context, changed: str, says: str):
+    with pytest.raises(UsageError, match=says):
+        Context.open(context.workspace.root, [changed])
+
+
+def test_a_changed_environment_is_another_question(context: Context, monkeypatch: pytest.MonkeyPatch):
+    question = Question((ENV,), ("grpo",), 1)
+    (before,) = plans(context, question)
+    monkeypatch.setattr("tasks.arena.environment.verifier_digest", lambda env: "another")
+    (after,) = plans(context, question)
+    assert before.key() != after.key()
 
 
 @pytest.mark.slow

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from tasks.arena.environment import get
+from tasks.arena.guarded import Limits
+from tasks.core.digest import digest_tree
 from tasks.core.errors import Refused, UsageError
 from tasks.leaderboard.cell import Plan, as_job, from_job, run_cell
 from tasks.leaderboard.methods import METHODS, training_settings
 from tasks.leaderboard.settings import Arena, Judging, Recipe, Start
-from tasks.leaderboard.starter import demonstrations, drawn, start_from_own
+from tasks.leaderboard.starter import demonstrations, drawn, start_from_own, start_from_scratch
 from tasks.training.curve import read_curve
 from tasks.training.trainer import check
 
@@ -25,7 +28,7 @@ ARENA = Arena(
 
 
 def plan(method: str = "sampo", seed: int = 0, arena: Arena = ARENA) -> Plan:
-    return Plan(ENV, method, METHODS[method], seed, arena, None, "code")
+    return Plan(ENV, method, METHODS[method], seed, arena, None, None, "code")
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -64,13 +67,34 @@ def test_an_environment_without_a_list_of_actions_cannot_be_shown():
 def test_a_model_that_never_earns_anything_is_no_start(tiny, tmp_path):
     with pytest.raises(Refused, match="only 0 earned the full reward"):
         start_from_own(
-            get("calculator"), tiny, Start(demonstrations=2), 0, tmp_path, temperature=1.0, batch_rows=64
+            get("calculator"),
+            tiny,
+            Start(demonstrations=2),
+            0,
+            tmp_path,
+            temperature=1.0,
+            batch_rows=64,
+            device="cpu",
+            dtype="float32",
         )
 
 
 def test_a_small_environment_gives_what_it_has():
     env = get("minigrid/Empty-Random-6x6")
-    assert 8 <= len(drawn(env, "heldout", 64, 0)) < 64
+    tasks = drawn(env, "heldout", 64, 0)
+    assert 8 <= len(tasks) < 64
+    with pytest.raises(UsageError):
+        env.tasks("heldout", len(tasks) + 1, 0)
+
+
+def test_a_start_whose_writing_was_cut_short_is_made_again(tmp_path):
+    settings = ARENA.start.model_copy(update={"steps": 2, "demonstrations": 8})
+    env = get(ENV)
+    whole = start_from_scratch(env, settings, 0, tmp_path / "whole")
+    aside = tmp_path / "cut" / ".aside-random"  # what a killed writer leaves
+    aside.mkdir(parents=True)
+    (aside / "model.safetensors").write_bytes(b"half")
+    assert digest_tree(start_from_scratch(env, settings, 0, tmp_path / "cut")) == digest_tree(whole)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +143,8 @@ def test_a_finished_cell_is_found_and_another_method_shares_the_start(straight):
     assert len(list((root / "starts").iterdir())) == 1
     assert plan("vespo").start_key() == plan().start_key() != plan(seed=1).start_key()
     assert plan("vespo").key() != plan().key()
+    others = {"code": "other", "limits": Limits(seconds=1), "device": "cuda", "policy_digest": "p", "seed": 2}
+    assert len({plan().key(), *(replace(plan(), **{k: v}).key() for k, v in others.items())}) == 6
 
 
 def test_a_plan_survives_the_way_to_another_process():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
-from tasks.leaderboard.page import Board, Floor, leaderboard_page
+from tasks.leaderboard.page import Board, Floor, leaderboard_page, verdict
 from tasks.leaderboard.ranking import lines, over_seeds, ranks
 
 
@@ -74,10 +75,49 @@ def test_the_order_is_as_firm_as_the_seeds_agree():
             [result("a", name, s, v) for name, values in rewards.items() for s, v in enumerate(values)]
         )
     }
-    # x is ahead of y unless the seed that it lost is drawn at least twice of three times: 7/27.
-    assert found["x"].best == pytest.approx(20 / 27, abs=0.02)
-    assert found["y"].best == pytest.approx(7 / 27, abs=0.02)
-    assert (found["x"].low, found["x"].high) == (1.0, 2.0)
+    # Two of the three seeds are drawn: x is behind if both are the one that it lost (1/9), level if one is (4/9).
+    assert found["x"].best == pytest.approx(8 / 9, abs=0.02)
+    assert found["y"].best == pytest.approx(5 / 9, abs=0.02)
+    assert found["x"].rank == pytest.approx(4 / 3)  # of 1, 1 and 2
+    assert (found["x"].low, found["x"].high) == (1.0, 2.0)  # 4/3 ± 1.43, within what a rank can be
+
+
+def test_one_seed_says_nothing_of_others():
+    (first, second) = ranks([result("a", "x", 0, 0.6), result("a", "y", 0, 0.5)])
+    assert (first.rank, second.rank) == (1.0, 2.0)
+    assert (first.low, first.high, first.best) == (None, None, None)
+    assert (
+        verdict([first, second])
+        == "x leads, with a mean rank of 1.0, by one seed, which says nothing of others."
+    )
+
+
+def test_the_verdict_says_ties_and_who_might_lead():
+    same = ranks([result("a", method, seed, 0.5) for method in ("x", "y") for seed in range(2)])
+    assert verdict(same) == "No order: x and y have the same mean rank."
+    assert verdict(ranks(CLEAR)) == "good leads, with a mean rank of 1.0."
+    close = [result("a", "x", s, v) for s, v in enumerate((0.6, 0.4, 0.6))]
+    close += [result("a", "y", s, 0.5) for s in range(3)]
+    assert verdict(ranks(close)) == "x leads, with a mean rank of 1.3; other seeds might as well put y first."
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_intervals_of_ranks_hold_among_equal_methods(seeds: int):
+    """Six methods that differ by chance alone: the true mean rank of each is 3.5."""
+    draw = np.random.default_rng(0)
+    held = []
+    for _ in range(60):
+        success = draw.normal(0.5, 0.1, (3, 6, seeds))
+        found = ranks(
+            [
+                result(f"e{e}", f"m{m}", s, float(success[e, m, s]))
+                for e in range(3)
+                for m in range(6)
+                for s in range(seeds)
+            ]
+        )
+        held += [one.low <= 3.5 <= one.high for one in found]
+    assert np.mean(held) > 0.91
 
 
 def test_only_seeds_that_all_have_count():
@@ -94,7 +134,7 @@ def test_gains_are_paired_with_the_start_and_collapses_counted():
     ]
     (line,) = lines(ill)
     assert line.gain.estimate == pytest.approx(0.2)
-    assert (line.collapses, line.stopped, line.seeds) == ({"policy drift": 1}, 1, 2)
+    assert (line.collapses, line.stopped, line.seeds) == ({"policy drift": 1}, {"kl_blow_up": 1}, 2)
     assert set(line.figures) == {"success", "score", "pass@4", "turns", "tokens", "valid_format"}
     assert (line.cpu_seconds, line.episodes) == (3.0, 128)
 
@@ -102,11 +142,22 @@ def test_gains_are_paired_with_the_start_and_collapses_counted():
 def test_the_page_says_who_leads_and_against_what():
     floors = {env: Floor(10, 0.15, "<left>", 0.25) for env in ("a", "b")}
     starts = {env: over_seeds([0.2, 0.2, 0.2]) for env in ("a", "b")}
-    page = leaderboard_page(Board(ranks(CLEAR), lines(CLEAR), floors, starts, CLEAR, 120.0, "2 cores"))
+    ill = [{**CLEAR[0], "stop_reason": "kl_blow_up"}, *CLEAR[1:]]
+    page = leaderboard_page(
+        Board(ranks(ill), lines(ill), floors, starts, ill, 120.0, "2 cores", "From scratch.")
+    )
     assert "good leads, with a mean rank of 1.0." in page
     assert "&lt;left&gt;" in page
     assert "<left>" not in page
-    for text in ("0.150", "0.250", "Order of the methods", "fair", "2 CPU minutes on 2 cores"):
+    for text in (
+        "0.150",
+        "0.250",
+        "Order of the methods",
+        "fair",
+        "2 CPU minutes on 2 cores",
+        "kl_blow_up 1",
+        "From scratch.",
+    ):
         assert text in page
     assert page.count("<svg") >= 3 + 6  # ranks, and a curve for each method on each environment
     assert "http://" not in page.replace("http://www.w3.org", "")
