@@ -262,19 +262,25 @@ def most_common_share(answers: Sequence[str]) -> tuple[str, float]:
 
 # Packages that bring environments if they are installed; the names of these begin with the package's.
 _PACKAGES = ("minigrid", "textarena")
+# Conversations with a teacher: a truthful one, one who speaks of another task, a language model.
+_FEEDBACK = ("feedback", "feedback_shuffled", "feedback_endpoint")
 
 
 def names() -> list[str]:
     """Every environment that `get` knows and that is installed."""
     from tasks.arena.minigrid_rooms import LEVELS
     from tasks.arena.reasoning import dataset_names
+    from tasks.arena.teachers import configured
     from tasks.arena.textarena_games import GAMES
+    from tasks.arena.topics import TOPICS
 
+    taught = [prefix for prefix in _FEEDBACK if prefix != "feedback_endpoint" or configured()]
     others = {"minigrid": LEVELS, "textarena": GAMES}
     return [
         "calculator",
         "largest",
         "python_tool",
+        *(f"{prefix}/{name}" for prefix in taught for name in TOPICS),
         *(f"{prefix}/{name}" for prefix, found in others.items() if _installed(prefix) for name in found),
         *(f"reasoning_gym/{name}" for name in dataset_names()),
     ]
@@ -285,6 +291,7 @@ def get(name: str) -> Environment:
 
     Raises:
         UsageError: there is no such environment; the sentence names the nearest one.
+            It is also raised where a teacher behind an endpoint is not named, see `tasks.arena.teachers`.
         Unavailable: the package that it comes from is not installed.
     """
     if name == "calculator":
@@ -305,6 +312,8 @@ def get(name: str) -> Environment:
             f"The environment {name} needs the package {prefix}, which is not installed; "
             "install forebay[arena]."
         )
+    if prefix in _FEEDBACK and (conversation := _conversation(prefix, rest)):
+        return conversation
     known = names()
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -320,6 +329,17 @@ def get(name: str) -> Environment:
     from tasks.arena.reasoning import ReasoningGym
 
     return ReasoningGym(rest)
+
+
+def _conversation(prefix: str, topic: str) -> Environment | None:
+    from tasks.arena.feedback import Feedback
+    from tasks.arena.teachers import Scripted, from_environment
+    from tasks.arena.topics import TOPICS
+
+    if (found := TOPICS.get(topic)) is None:
+        return None
+    teacher = from_environment() if prefix == "feedback_endpoint" else Scripted(found)
+    return Feedback(found, teacher, prefix, shuffled=prefix == "feedback_shuffled")
 
 
 def _installed(package: str) -> bool:

@@ -8,8 +8,6 @@ comes from an environment variable and goes into one header; it is stored nowher
 from __future__ import annotations
 
 import json
-import os
-import random
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tasks.core.digest import canonical_json, digest_json, write_atomic
-from tasks.core.errors import Refused, Unavailable, UsageError
+from tasks.core.endpoint import Endpoint
+from tasks.core.errors import Refused
 from tasks.core.settings import JudgeModel
 from tasks.reward.source import Answer
 
@@ -46,9 +45,8 @@ Mark the answer by the rubric with a whole number from 0 (worst) to {scale} (bes
 Reply: {{"score": <number>}}"""
 _NUMBER = re.compile(r"\s*(?:score\s*[:=]\s*)?(\d{1,4})(?:\s*/\s*(\d{1,4}))?\s*\.?\s*", re.IGNORECASE)
 _OBJECT = re.compile(r"\{[^{}]*\}")
-_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _DECIDING = {"kind", "model", "rubric", "scale", "max_tokens"}
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+SETTING = "reward.model.{}"
 
 Report = Callable[[int, int, str], None]
 
@@ -114,15 +112,13 @@ class JudgeSource:
             Unavailable: the endpoint does not answer, after all attempts.
             Refused: too many replies hold no mark, or the endpoint refuses the request itself.
         """
-        import httpx
-
         distinct = list(dict.fromkeys(answers))
         known = {answer: mark for answer in distinct if (mark := self._kept(answer)) is not None}
         missing = [answer for answer in distinct if answer not in known]
         if missing:
-            self._check()
+            self._endpoint.check()
             with (
-                httpx.Client(timeout=self.settings.timeout_s, headers=self._headers()) as client,
+                self._endpoint.client() as client,
                 ThreadPoolExecutor(self.settings.parallel) as pool,
             ):
                 asked = pool.map(lambda answer: self._ask(client, answer), missing)
@@ -137,35 +133,21 @@ class JudgeSource:
             )
         return [max(known[answer], 0) / self.settings.scale for answer in answers]
 
-    def _check(self) -> None:
-        if not self.settings.model:
-            raise UsageError(
-                "The judge has no model; set reward.model.model to the name its endpoint serves."
-            )
-        require_plain_url(self.settings.url)
-        variable, key = self.settings.api_key_env, self._key()
-        if variable and not key:
-            raise UsageError(f"The environment variable {variable} with the judge's API key is not set.")
-        if not (key.isascii() and key.isprintable()):
-            raise UsageError(
-                f"The environment variable {variable} holds no API key: it has control or non-ASCII characters."
-            )
+    @cached_property
+    def _endpoint(self) -> Endpoint:
+        return Endpoint(
+            self.settings.url,
+            self.settings.model,
+            self.settings.api_key_env,
+            self.settings.timeout_s,
+            self.settings.retries,
+            who="judge",
+            setting=SETTING,
+            advice="the marks it gave are kept, run the same command again",
+            pause=self.pause,
+        )
 
-    def _key(self) -> str:
-        """The API key, "" where none is asked for; mounted secrets end with a line break."""
-        variable = self.settings.api_key_env
-        return os.environ.get(variable, "").strip() if variable else ""
-
-    def _headers(self) -> dict[str, str]:
-        key = self._key()
-        return {"Authorization": f"Bearer {key}"} if key else {}
-
-    def _hide(self, text: str) -> str:
-        """Return what a server or a library said, without the key."""
-        key = self._key()
-        return text.replace(key, "<key>") if key else text
-
-    def _request(self, answer: Answer) -> dict[str, Any]:
+    def _messages(self, answer: Answer) -> list[dict[str, str]]:
         # The fence cannot be guessed by whoever wrote the answer, and is the same for the same question.
         fence = digest_json([self.identity, answer.prompt, answer.response])[:16]
         asked = TEMPLATE.format(
@@ -175,48 +157,21 @@ class JudgeSource:
             prompt=answer.prompt,
             response=answer.response,
         )
-        return {
-            "model": self.settings.model,
-            "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": asked}],
-            "temperature": 0,
-            "max_tokens": self.settings.max_tokens,
-        }
+        return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": asked}]
 
     def _ask(self, client: httpx.Client, answer: Answer) -> int:
         """Return the mark of one answer, -1 where two replies held none; it is kept before it is returned."""
-        request = self._request(answer)
+        messages = self._messages(answer)
         for _ in range(2):
-            reply = self._reply(client, request)
+            reply = self._endpoint.ask(client, messages, self.settings.max_tokens)
             mark = read_mark(reply, self.settings.scale)
             if mark is not None:
                 break
         mark = -1 if mark is None else mark
-        write_atomic(self._place(answer), canonical_json({"mark": mark, "reply": self._hide(reply)[:2000]}))
-        return mark
-
-    def _reply(self, client: httpx.Client, request: dict[str, Any]) -> str:
-        import httpx
-
-        url = f"{self.settings.url.rstrip('/')}/chat/completions"
-        problem = ""
-        for attempt in range(self.settings.retries + 1):
-            asked_to_wait = None
-            try:
-                response = client.post(url, json=request)
-                if response.status_code == 200:
-                    return _content(response)
-                problem = f"it said {response.status_code}: {self._hide(response.text)[:200]}"
-                if response.status_code not in _AGAIN:
-                    raise Refused(f"The judge at {url} refuses the request; {problem}")
-                asked_to_wait = response.headers.get("retry-after")
-            except (httpx.HTTPError, _Garbled) as error:
-                problem = f"{type(error).__name__.lstrip('_')}: {self._hide(str(error))[:200]}"
-            if attempt < self.settings.retries:
-                self.pause(_pause(attempt, asked_to_wait))
-        raise Unavailable(
-            f"The judge at {url} did not answer in {self.settings.retries + 1} attempts ({problem}); "
-            "the marks it gave are kept, run the same command again."
+        write_atomic(
+            self._place(answer), canonical_json({"mark": mark, "reply": self._endpoint.hide(reply)[:2000]})
         )
+        return mark
 
     def _kept(self, answer: Answer) -> int | None:
         try:
@@ -229,31 +184,6 @@ class JudgeSource:
     def _place(self, answer: Answer) -> Path:
         question = digest_json([self.identity, answer.prompt, answer.response])
         return self.cache / question[:2] / f"{question}.json"
-
-
-class _Garbled(Exception):
-    """A reply is no chat completion."""
-
-
-def require_plain_url(url: str) -> None:
-    """Refuse an address that cannot be asked, or that may hold a secret: the address is recorded.
-
-    Raises:
-        UsageError: it is no http(s) address, or has a user, a query or a fragment; it is not repeated.
-    """
-    import httpx
-
-    try:
-        parts = httpx.URL(url)
-    except httpx.InvalidURL:
-        parts = httpx.URL()
-    if parts.scheme not in ("http", "https") or not parts.host:
-        raise UsageError("reward.model.url is no http or https address.")
-    if parts.userinfo or parts.query or parts.fragment:
-        raise UsageError(
-            "reward.model.url has a user, a query or a fragment, and it is recorded; put the key into an environment "
-            "variable and name that in reward.model.api_key_env."
-        )
 
 
 def judge_digest(settings: JudgeModel) -> str:
@@ -269,19 +199,3 @@ def describe_judge(settings: JudgeModel) -> dict[str, Any]:
         "system": SYSTEM,
         "template": TEMPLATE,
     }
-
-
-def _content(response: httpx.Response) -> str:
-    try:
-        content = response.json()["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        raise _Garbled(f"the reply is no chat completion: {response.text}") from None
-    return content if isinstance(content, str) else ""
-
-
-def _pause(attempt: int, asked: str | None) -> float:
-    """Seconds before the next attempt: what the server asks for, else doubled each time, with jitter."""
-    if asked is not None and re.fullmatch(r"\d{1,4}", asked):
-        return min(float(asked), _LONGEST_PAUSE)
-    doubled: float = min(_FIRST_PAUSE * 2.0**attempt, _LONGEST_PAUSE)
-    return doubled * random.uniform(0.5, 1.0)
