@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEMA_VERSION = 1
+INVALID_TURNS = "invalid_turns"  # of `reward_components`: numbers of the turns whose action broke the format
 
 LogprobSource = Literal["engine", "recomputed", "missing"]
 FinishReason = Literal["done", "length", "turns", "error"]
@@ -51,7 +52,7 @@ class Episode:
     template_digest: str
 
     reward: float
-    reward_components: str  # canonical JSON object
+    reward_components: str  # canonical JSON object of numbers; and INVALID_TURNS, a list, if there were any
     reward_digest: str  # of the verifier that gave the reward
     finish_reason: FinishReason
     prompt_sha256: str  # of the prompt text, to find an overlap of training and evaluation

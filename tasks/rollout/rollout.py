@@ -16,7 +16,7 @@ from models.logprobs import token_logprobs
 from tasks.arena.environment import Environment, Step, Task, step_all, verifier_digest
 from tasks.core.digest import canonical_json, digest_json, sha256_bytes
 from tasks.core.errors import UsageError
-from tasks.replay.schema import Episode, FinishReason
+from tasks.replay.schema import INVALID_TURNS, Episode, FinishReason
 from tasks.rollout.engine import Action, Noise, start, uniform
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Outcome:
     tokens: int
     family: str
     finish_reason: FinishReason
+    invalid_turns: int = 0
 
 
 def rollout(
@@ -127,7 +128,7 @@ def rollout(
                     tokenizer_digest=identity.tokenizer_digest,
                     template_digest=identity.template_digest,
                     reward=draft.end.reward,
-                    reward_components=canonical_json(dict(draft.end.components)).decode(),
+                    reward_components=_components(draft),
                     reward_digest=reward_digest,
                     finish_reason=draft.finish_reason,
                     prompt_sha256=sha256_bytes(task.prompt.encode()),
@@ -162,6 +163,7 @@ def evaluate(
             tokens=sum(draft.mask),
             family=draft.task.family,
             finish_reason=draft.finish_reason,
+            invalid_turns=len(draft.invalid),
         )
         for draft in drafts
     ]
@@ -209,6 +211,7 @@ class _Draft:
     turn_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     actions: list[str] = field(default_factory=list)
+    invalid: list[int] = field(default_factory=list)  # turns
     end: Step = _UNFINISHED
     finish_reason: FinishReason = "turns"
 
@@ -218,6 +221,11 @@ class _Draft:
         self.mask += [logprobs is not None] * len(ids)
         self.turn_ids += [turn] * len(ids)
         self.logprobs += logprobs or [0.0] * len(ids)
+
+
+def _components(draft: _Draft) -> str:
+    invalid = {INVALID_TURNS: draft.invalid} if draft.invalid else {}
+    return canonical_json({**draft.end.components, **invalid}).decode()
 
 
 def _noise(seed: int, task_id: str, sample: int) -> Noise:
@@ -275,6 +283,8 @@ def _advance(
         draft.end, draft.finish_reason = Step("", done=True, components={"error": 1.0}), "error"
         return []
     draft.end = answer
+    if not answer.valid:
+        draft.invalid.append(turn)
     if answer.done:
         draft.finish_reason = "done" if action.ids[-1] in stop else "length"
         return []

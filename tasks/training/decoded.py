@@ -8,6 +8,7 @@ the version of this layout, and stands beside its own SHA-256: it is used if tha
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import tempfile
@@ -28,9 +29,9 @@ import torch
 from tasks.core.digest import sha256_file, write_atomic, write_file_atomic
 from tasks.core.errors import Corrupt, NotFound, Refused
 from tasks.core.locks import file_lock
-from tasks.replay.schema import arrow_schema
+from tasks.replay.schema import INVALID_TURNS, arrow_schema
 
-LAYOUT = 2  # a change of the columns below, or of what they mean, raises it
+LAYOUT = 3  # a change of the columns below, or of what they mean, raises it
 FOREIGN = -1  # the version of a policy that is not ours
 NO_TIME = -(1 << 62)
 BLOCK_BYTES = 1 << 26  # decoded at once, about
@@ -54,6 +55,7 @@ _SOURCE = pa.schema(
             "top_p",
             "tokenizer_digest",
             "reward",
+            "reward_components",
             "response_text",
             "created_at",
         )
@@ -91,6 +93,7 @@ _TOKENS = pa.schema(
         ("loss_mask", pa.list_(pa.uint8())),  # bytes, for bits cannot be mapped as an array
         ("turn_ids", pa.list_(pa.int16())),
         ("behaviour_logprobs", pa.list_(pa.float32())),
+        ("invalid_turns", pa.list_(pa.int16())),  # whose action broke the format
         ("response_text", pa.string()),
     ]
 )
@@ -136,6 +139,7 @@ class Block:
     loss_mask: Ragged
     turn_ids: Ragged
     behaviour_logprobs: Ragged
+    invalid_turns: Ragged
     response_text: Ragged  # UTF-8
 
 
@@ -213,6 +217,7 @@ def _block(batch: pa.RecordBatch) -> Block:
         loss_mask=ragged("loss_mask"),
         turn_ids=ragged("turn_ids"),
         behaviour_logprobs=ragged("behaviour_logprobs"),
+        invalid_turns=ragged("invalid_turns"),
         response_text=Ragged(np.frombuffer(letters or b"", np.uint8), np.frombuffer(offsets, np.int32)),
     )
 
@@ -316,6 +321,9 @@ def _decoded(batch: pa.RecordBatch, source: Path) -> pa.RecordBatch:
         "prompt_highest": _highest(prompt, lengths["prompt_ids"]),
         "response_highest": _highest(response, lengths["response_ids"]),
     }
+    invalid = rows["reward_components"].dictionary_encode()
+    lists = pa.array(map(_invalid_turns, invalid.dictionary.to_pylist()), pa.list_(pa.int16()))
+    made["invalid_turns"] = lists.take(invalid.indices)
     columns = [pa.array(made[f.name]) if f.name in made else rows[f.name].cast(f.type) for f in _SCHEMA]
     return pa.record_batch(columns, schema=_SCHEMA)
 
@@ -370,6 +378,14 @@ def _by_value(column: pa.Array, number: Callable[[str], int]) -> np.ndarray:
     numbers = np.array([number(text) for text in encoded.dictionary.to_pylist()], np.int64)
     found: np.ndarray = numbers[encoded.indices.to_numpy()]
     return found
+
+
+def _invalid_turns(components: str) -> list[int]:
+    """Experience that others recorded may hold anything under the name; only turns are taken."""
+    if f'"{INVALID_TURNS}"' not in components:
+        return []
+    found = json.loads(components)[INVALID_TURNS]
+    return [turn for turn in found if isinstance(turn, int)] if isinstance(found, list) else []
 
 
 def _registry_version(name: str) -> int:

@@ -65,6 +65,9 @@ def token_advantages(
     if diversity is not None:
         rewards = rewards + bonus(diversity, correct(episodes), settings.diversity.reward)
     trajectory, turn, place = advantages.turn_table(sequence(episodes), episodes.turns)
+    valid = None
+    if episodes.valid is not None:
+        valid = torch.ones(len(turn), dtype=torch.bool).index_put((place,), episodes.valid)
     outcomes = advantages.Outcomes(
         rewards=rewards,
         groups=torch.tensor(episodes.groups),
@@ -73,6 +76,7 @@ def token_advantages(
         anchors=advantages.turn_anchors(episodes.samples, episodes.turns)
         if "anchors" in estimator.needs
         else None,
+        valid=valid,
         entropies=None
         if entropies is None
         else advantages.turn_means(entropies.double().cpu(), place, len(turn)),
@@ -84,6 +88,15 @@ def entropy_shares(episodes: Episodes, settings: TrainingSettings, diversity: Te
     """DSDR's w: each answer's share of its group's entropy term, [B] float64."""
     groups = torch.tensor(episodes.groups)
     return coupling(diversity, correct(episodes), groups, settings.diversity.temperature)
+
+
+def valid_share(episodes: Episodes) -> float:
+    """Share of the turns whose action kept the environment's format; 1 where nobody judged it."""
+    if episodes.valid is None:
+        return 1.0
+    _, _, place = advantages.turn_table(sequence(episodes), episodes.turns)
+    turns = torch.unique(torch.stack([place, episodes.valid.long()]), dim=1)
+    return float(turns[1].double().mean())
 
 
 def correct(episodes: Episodes) -> Tensor:

@@ -58,12 +58,21 @@ class Episodes:
     behaviour_logprobs: Tensor | None  # [N] float32; None if the dataset has rows without them
     group_ids: tuple[str, ...]
     texts: tuple[str, ...]  # [B] what was answered, observations included
+    valid: Tensor | None = None  # [N] bool, the turn of the token kept the format; None: all did
 
 
 def join(parts: Sequence[Episodes]) -> Episodes:
     """The episodes of all parts, in order; their log-probabilities are None if those of one part are."""
     offsets = accumulate((len(part.group_ids) for part in parts), initial=0)
     logprobs = [part.behaviour_logprobs for part in parts if part.behaviour_logprobs is not None]
+    valid = None
+    if any(part.valid is not None for part in parts):
+        valid = torch.cat(
+            [
+                torch.ones_like(part.turns, dtype=torch.bool) if part.valid is None else part.valid
+                for part in parts
+            ]
+        )
     return Episodes(
         samples=tuple(sample for part in parts for sample in part.samples),
         rewards=tuple(reward for part in parts for reward in part.rewards),
@@ -75,6 +84,7 @@ def join(parts: Sequence[Episodes]) -> Episodes:
         behaviour_logprobs=torch.cat(logprobs) if len(logprobs) == len(parts) else None,
         group_ids=tuple(name for part in parts for name in part.group_ids),
         texts=tuple(text for part in parts for text in part.texts),
+        valid=valid,
     )
 
 
@@ -126,6 +136,11 @@ class Replay:
         if self.mask_truncated:
             mask = mask & ~np.repeat(plain(lambda block: block.truncated).view(bool), np.diff(response_at))
         turns = gather(lambda block: block.turn_ids, np.int64)[0]
+        invalid, invalid_at = gather(lambda block: block.invalid_turns)
+        valid = None
+        if len(invalid):
+            broken = _places(invalid, invalid_at)
+            valid = torch.from_numpy(~np.isin(_places(turns, response_at), broken)[mask])
         text, text_at = gather(lambda block: block.response_text)
         utf8 = text.tobytes()
         temperatures = plain(lambda block: block.temperature).tolist()
@@ -147,6 +162,7 @@ class Replay:
             logprobs,
             tuple(groups),
             tuple(utf8[a:b].decode() for a, b in pairwise(text_at)),
+            valid,
         )
 
     def _places(self, groups: Sequence[str]) -> np.ndarray:
@@ -333,6 +349,11 @@ def _replay(rows: np.ndarray, ids: pa.ChunkedArray, blocks: Sequence[Block], mas
         start=row[first],
         stop=row[first] + np.diff(first, append=len(rows)).astype(np.int32),
     )
+
+
+def _places(turns: np.ndarray, bounds: Sequence[int]) -> np.ndarray:
+    """A number for each pair of a row and a turn; the turns of row i are `turns[bounds[i] : bounds[i + 1]]`."""
+    return np.repeat(np.arange(len(bounds) - 1), np.diff(bounds)) << 16 | turns.astype(np.int64)
 
 
 def _lags(versions: np.ndarray, newest: int) -> np.ndarray:

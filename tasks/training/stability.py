@@ -20,6 +20,7 @@ Driver = Literal[
     "gradient explosion",
     "entropy collapse",
     "length growth",
+    "format loss",
 ]
 
 
@@ -75,6 +76,14 @@ SIGNALS: tuple[Signal, ...] = (
         "response_length",
         2.0,
         "answers grow without end: overlong.longest or overlong.mask",
+        relative=True,
+    ),
+    Signal(
+        "format loss",
+        "valid_format",
+        0.75,
+        "actions lose the form that the environment asks for: pay for it (advantage_options.penalty, with gigpo or "
+        "group_norm_per_turn), or start from behaviour cloning",
         relative=True,
     ),
 )

@@ -26,6 +26,7 @@ _CURVES = (
     ("clipped_positive", "Tokens with A > 0 that teach nothing"),
     ("phi_dead", "Sequences that teach nothing"),
     ("response_length", "Tokens an episode"),
+    ("valid_format", "Share of turns in the right form"),
 )
 """What ARLArena tracks (arXiv 2602.21534), as far as every update reports it."""
 

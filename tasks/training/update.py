@@ -115,7 +115,8 @@ def accumulate_gradients(
         grad_norm (before clipping); kl_reference (the penalty's estimate, where there is one); reward (mean of the
         episodes) and reward_estimate (self-normalised importance-sampling estimate of the policy's own); policy_lag
         (registry versions behind the newest behaviour in the dataset, mean); tokens (prompt and response, as stored),
-        tokens_packed (run through the model), tokens_trained and response_length (of these, an episode). The same in every process.
+        tokens_packed (run through the model), tokens_trained and response_length (of these, an episode);
+        valid_format (share of the turns whose action had the right form). The same in every process.
 
     Raises:
         ValueError: the settings name what does not exist or does not go together, or a field is missing.
@@ -168,6 +169,7 @@ def accumulate_gradients(
         "tokens_packed": float(world.total(packed)),
         "tokens_trained": float(counts.tokens),
         "response_length": counts.tokens / len(samples),
+        "valid_format": fields.valid_share(episodes),
     }
     pushes = objectives.coefficients(losses, units)
     log_ratio = objectives.sequence_log_ratio(whole)

@@ -17,7 +17,7 @@ from tasks.arena.environment import Split, Step, Task, get, verifier_digest
 from tasks.arena.guarded import Guarded
 from tasks.arena.largest import Largest
 from tasks.core.errors import UsageError
-from tasks.replay.schema import Episode, arrow_schema
+from tasks.replay.schema import INVALID_TURNS, Episode, arrow_schema
 from tasks.rollout.rollout import BehaviourIdentity, evaluate, recompute_logprobs, rollout, stop_tokens
 from tests.tiny import make_tiny_model, teach
 
@@ -249,6 +249,49 @@ def test_an_environment_that_fails_costs_one_episode(
     assert {e.reward_components for e in failed} == {'{"error":1.0}'}
     assert {e.reward for e in episodes if e not in failed} == {1.0}
     assert env.name in caplog.text
+
+
+def test_turns_that_broke_the_format_are_kept(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    class Strict(Largest):
+        max_turns = 3
+        max_new_tokens = 2
+
+        def step(self, task: Task, actions: Sequence[str]) -> Step:
+            return Step(
+                "seen ",
+                done=len(actions) == 3,
+                components={"n": 1.0},
+                valid=sum(map(ord, actions[-1])) % 2 == 0,
+            )
+
+    env = Strict()
+    tasks = env.tasks("train", 2, 0)
+    seen = set()
+    for episode in (e for g in play(model, tokenizer, env=env, tasks=tasks) for e in g):
+        written = [
+            _written(
+                tokenizer,
+                [
+                    i
+                    for i, t, m in zip(episode.response_ids, episode.turn_ids, episode.loss_mask, strict=True)
+                    if m and t == turn
+                ],
+            )
+            for turn in range(3)
+        ]
+        broken = [turn for turn, text in enumerate(written) if sum(map(ord, text)) % 2]
+        components = json.loads(episode.reward_components)
+        assert components == {"n": 1.0} | ({INVALID_TURNS: broken} if broken else {})
+        seen.add(len(broken))
+    assert len(seen) > 1
+    outcomes = evaluate(model, tokenizer, env, tasks, 8)
+    assert all(0 <= o.invalid_turns <= 3 for o in outcomes)
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True).partition("\n")[0]
 
 
 def test_an_environment_that_never_ends_is_cut_at_its_turns(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import os
@@ -26,7 +27,7 @@ from models.causal_lm import tokenizer_digest
 from models.packing import Sample, pack
 from tasks.core.digest import sha256_file
 from tasks.core.errors import Corrupt, NotFound, Refused, Unavailable
-from tasks.replay.schema import Episode, arrow_schema
+from tasks.replay.schema import INVALID_TURNS, Episode, arrow_schema
 from tasks.training import decoded
 from tasks.training.shards import Episodes, Policy, Replay, ShardRef, join, read_replay
 from tests.training.replay import changed, write_shards
@@ -246,6 +247,15 @@ def assert_equal_to_naive(replay: Replay, groups: dict[str, list[Episode]], newe
     turns = [t for e in rows for t, m in zip(e.turn_ids, e.loss_mask, strict=True) if m]
     assert found.turns.dtype == torch.int64
     assert found.turns.tolist() == turns
+    broken = [json.loads(e.reward_components or "{}").get(INVALID_TURNS, []) for e in rows]
+    right = [
+        t not in b
+        for e, b in zip(rows, broken, strict=True)
+        for t, m in zip(e.turn_ids, e.loss_mask, strict=True)
+        if m
+    ]
+    assert (found.valid is None) == (not any(broken))
+    assert found.valid is None or found.valid.tolist() == right
     every = [e for group in groups.values() for e in group]
     if any(e.logprob_source == "missing" for e in every):
         assert found.behaviour_logprobs is None
@@ -282,6 +292,12 @@ def episode_rows(draw):
             "temperature": draw(st.sampled_from([0.7, 1.0])),
             "tokenizer_digest": "t",
             "reward": draw(st.sampled_from([0.0, 0.1, 1.0, -3.5])),
+            "reward_components": draw(
+                st.sampled_from(["", "{}", '{"correct":1.0}'])
+                | st.lists(st.integers(0, 3), min_size=1).map(
+                    lambda turns: json.dumps({INVALID_TURNS: turns})
+                )
+            ),
             "response_text": draw(st.text(max_size=3)),
             "created_at": draw(
                 st.sampled_from(

@@ -16,8 +16,16 @@ HEALTHY = {
     "grad_norm": 1.0,
     "entropy": 0.4,
     "response_length": 30.0,
+    "valid_format": 0.7,
 }
-ILL = {"far_negative": 0.3, "kl_k3": 0.8, "grad_norm": 30.0, "entropy": 0.01, "response_length": 200.0}
+ILL = {
+    "far_negative": 0.3,
+    "kl_k3": 0.8,
+    "grad_norm": 30.0,
+    "entropy": 0.01,
+    "response_length": 200.0,
+    "valid_format": 0.1,
+}
 
 
 def curve(steps: int = 200, seed: int = 0, **since: tuple[str, int] | int) -> list[dict[str, float]]:

@@ -375,6 +375,37 @@ def test_gigpo_compares_turns_with_the_same_observation():
             assert len(values[turn == number].unique()) <= 1  # one number a turn
 
 
+def test_a_turn_that_broke_the_format_pays_alone():
+    """The worked example of two trajectories of three turns: B answers its second turn in no proper form."""
+    first, second, third = 10, 11, 12  # observations; the prompt is the first of them
+
+    def played(*seen: int) -> Sample:
+        response = (1, seen[0], 1, seen[1], 1)
+        return Sample((first,), response, (True, False, True, False, True))
+
+    episodes = Episodes(
+        samples=(played(second, third), played(second, second)),
+        rewards=(10.0, 0.0),
+        groups=(0, 0),
+        lags=(0, 0),
+        turns=torch.tensor([0, 1, 2, 0, 1, 2]),
+        behaviour_logprobs=None,
+        group_ids=("g",),
+        texts=("", ""),
+        valid=torch.tensor([True, True, True, True, False, True]),
+    )
+    want = {
+        "gigpo": [1.619957, 2.067503, 0.912851, -1.613892, -1.511376, -1.475044],
+        "gigpo_mean": [9.529167, 11.383333, 5.016667, -9.495833, -8.316667, -8.116667],
+        "group_norm_per_turn": [0.912851] * 3 + [-0.906785, -0.924982, -0.906785],
+    }
+    for name, numbers in want.items():
+        found = fields.token_advantages(episodes, TrainingSettings(advantage=name))
+        torch.testing.assert_close(found, torch.tensor(numbers).double(), rtol=0, atol=1e-5)
+    assert fields.valid_share(episodes) == pytest.approx(5 / 6)
+    assert fields.valid_share(replace(episodes, valid=None)) == 1.0
+
+
 def test_scores_without_the_adapter_are_the_reference():
     scorer = _policy()
     before = parallel.score(scorer, EPISODES.samples, 30, None, ALONE)[0]
