@@ -15,6 +15,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from tasks.arena.environment import Split, Step, Task, draw_tasks, most_common_share
@@ -23,7 +24,7 @@ from tasks.core.errors import UsageError
 
 TURNS = 4  # of a conversation in training (2602.16488)
 WITHHELD = "That is not right."
-_OTHERS = 64  # other tasks that a shuffled teacher may take
+_OTHERS = 32  # other tasks of which a shuffled teacher takes the answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +187,7 @@ class Feedback:
         It is drawn without regard to the task's own answer, with which it may agree by chance: if it never did, it
         would tell what the answer is not.
         """
-        drawn = itertools.islice(self.topic.candidates(f"another/{task.prompt}"), _OTHERS)
-        others: dict[str, None] = dict.fromkeys(payload["answer"] for _, payload in drawn)
+        others = _others(self.topic, task.prompt)
         tried = set(map(str.strip, actions))
         untried = (other for other in others if other not in tried)
         return next(untried, None) or next(other for other in others if other != actions[-1].strip())
@@ -242,6 +242,14 @@ def turns_to_success(solved: Sequence[int | None], turns: int) -> float:
     if not solved:
         raise UsageError("A mean number of turns needs at least one conversation.")
     return sum(turns + 1 if turn is None else turn for turn in solved) / len(solved)
+
+
+@lru_cache(maxsize=4096)
+def _others(topic: Topic, prompt: str) -> tuple[str, ...]:
+    """Answers of other tasks, in an order that the prompt decides."""
+    drawn = itertools.islice(topic.candidates(f"another/{prompt}"), _OTHERS)
+    answers: dict[str, None] = dict.fromkeys(payload["answer"] for _, payload in drawn)
+    return tuple(answers)
 
 
 def _words(text: str) -> list[str]:

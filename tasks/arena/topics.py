@@ -85,7 +85,7 @@ class Ordered:
     def remark(self, answer: str, action: str) -> str:
         """See `Topic`."""
         if action not in self.things:
-            return f"That is no {self.what} from {self.things[0]} to {self.things[-1]}."
+            return f"That is no {self.what} of this game."
         later = self.things.index(answer) > self.things.index(action)
         return f"It is {self.after if later else self.before} than {action}."
 
