@@ -18,10 +18,16 @@ from tasks.core.workspace import Workspace
 from tasks.promotion.policy import Policy, load_policy
 
 if TYPE_CHECKING:
+    from tasks.arena.guarded import Environments
     from tasks.promotion.registry import Registry
 
 # Settings that say where things run, not what is computed: they change no result by more than rounding.
-_PLACEMENT: Any = {"stores": True, "servers": True, "compute": {"threads", "processes"}}
+_PLACEMENT: Any = {
+    "stores": True,
+    "servers": True,
+    "compute": {"threads", "processes"},
+    "guard": {"workers"},
+}
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,13 @@ class Context:
         """Return what the ledger knows of `agent/3` or `reward/2`, None where it is not registered."""
         entry = self.ledger.last(f"{subject.partition('/')[0]}.registered", subject)
         return None if entry is None else entry.payload
+
+    def environments(self) -> Environments:
+        """Return where environments are found, each in processes of its own; a context manager that ends them."""
+        from tasks.arena.guarded import Environments, Limits
+
+        guard = self.settings.guard
+        return Environments(Limits(seconds=guard.seconds, memory=guard.memory_mib << 20), guard.workers)
 
     def weights(self, agent: Mapping[str, Any]) -> Path:
         """Return the folder of a registered agent after hashing its files: nothing is loaded that was changed.

@@ -58,7 +58,6 @@ def finished_collections(context: Context) -> int:
 def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -> dict[str, Any]:
     from flows.hybrid import allowed
     from models.causal_lm import load_policy, load_tokenizer
-    from tasks.arena.environment import get
     from tasks.lineage.revocation import revoked
     from tasks.replay.segments import SegmentWriter, open_folder
     from tasks.rollout.rollout import rollout
@@ -69,9 +68,9 @@ def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -
     segment = open_folder(context.workspace, context.settings.replay.dataset)
     summary = {}
     now = revoked(context.ledger, context.workspace)
-    with SegmentWriter(segment, f"collect-{key[:12]}") as writer:
+    with SegmentWriter(segment, f"collect-{key[:12]}") as writer, context.environments() as environments:
         for name, groups in allowed(settings.environments, now).items():
-            env = get(name)
+            env = environments(name)
             seed = derive_seed(context.settings.seed, name, round)
             tasks = [
                 task

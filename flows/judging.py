@@ -322,16 +322,15 @@ def _answer(
     context: Context, agent: Mapping[str, Any], tasks: Mapping[str, Sequence[Task]], role: str
 ) -> list[Outcome]:
     from models.causal_lm import load_policy, load_tokenizer
-    from tasks.arena.environment import get
     from tasks.rollout.rollout import evaluate
 
     folder = context.weights(agent)
     model, tokenizer = load_policy(folder, context.device(), context.dtype()), load_tokenizer(folder)
     rows, total, answered = context.settings.evaluation.batch_rows, sum(map(len, tasks.values())), []
-    with progress.current().bar(f"evaluate {role}") as report:
+    with progress.current().bar(f"evaluate {role}") as report, context.environments() as environments:
         for name, found in tasks.items():
             for start in range(0, len(found), rows):
-                answered += evaluate(model, tokenizer, get(name), found[start : start + rows], rows)
+                answered += evaluate(model, tokenizer, environments(name), found[start : start + rows], rows)
                 score = sum(o.reward for o in answered) / len(answered)
                 report(len(answered), total, f"agent/{agent['version']}  mean reward {score:.3f}")
     return answered
@@ -346,7 +345,6 @@ def _watched(
 ) -> PairedOutcomes:
     """Let both agents answer chunk by chunk until the gate needs no more; both are in memory meanwhile."""
     from models.causal_lm import load_policy, load_tokenizer
-    from tasks.arena.environment import get
     from tasks.evaluation.stopping import chunks, plan_of
     from tasks.promotion.evidence.watch import running_gain, stop_reason
     from tasks.rollout.rollout import evaluate
@@ -355,11 +353,11 @@ def _watched(
     folders = [context.weights(agent) for agent in agents]
     players = [(load_policy(f, context.device(), context.dtype()), load_tokenizer(f)) for f in folders]
     sides: tuple[list[Outcome], list[Outcome]] = ([], [])
-    with progress.current().bar("evaluate, watched") as report:
+    with progress.current().bar("evaluate, watched") as report, context.environments() as environments:
         for chunk in chunks(tasks, early.first, early.every):
             for side, (model, tokenizer) in zip(sides, players, strict=True):
                 for name, found in chunk.items():
-                    side += evaluate(model, tokenizer, get(name), found, rows)
+                    side += evaluate(model, tokenizer, environments(name), found, rows)
             paired = pair(sides, plan)
             gain = running_gain(paired, context.policy)
             report(

@@ -8,6 +8,7 @@ from tasks.core.settings import (
     Collect,
     Compute,
     Evaluation,
+    Guard,
     Replay,
     Reward,
     Servers,
@@ -29,6 +30,7 @@ class Settings(SettingsBase):
     seed: int = Field(0, ge=0)
     compute: Compute = Compute()
     collect: Collect = Collect()
+    guard: Guard = Guard()
     replay: Replay = Replay()
     validation: Validation = Validation()
     reward: Reward = Reward()

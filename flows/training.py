@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,7 +106,12 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
         dataset=dataset_ref(dataset),
     )
     spent = _processor_seconds()
-    with progress.current().bar("train") as report, tracked as run, _recorded_failure(ledger, key):
+    with (
+        progress.current().bar("train") as report,
+        tracked as run,
+        _recorded_failure(ledger, key),
+        ExitStack() as stack,
+    ):
         report(0, settings.steps, "loading")
 
         def on_metrics(step: int, values: Mapping[str, float]) -> None:
@@ -118,7 +123,7 @@ def train_agent(context: Context, dataset: Mapping[str, Any], champion: int) -> 
             )
             report(step, settings.steps, note)
 
-        result = _trainer(context, agent, key, started.time, watch)(
+        result = stack.enter_context(_trainer(context, agent, key, started.time, watch))(
             run_dir=run_dir,
             init_dir=context.weights(agent),
             shards=[ShardRef(s["path"], s["sha256"]) for s in dataset["shards"]],
@@ -279,18 +284,21 @@ def check_settings(context: Context) -> None:
         )
 
 
+@contextmanager
 def _trainer(
     context: Context, agent: Mapping[str, Any], key: str, started: str, watch: _Revocations
-) -> Callable[..., TrainResult]:
-    """Return `train`, with a source of fresh groups where the settings mix them in, or by several processes."""
+) -> Iterator[Callable[..., TrainResult]]:
+    """`train`, with a source of fresh groups where the settings mix them in, or by several processes."""
     from tasks.training.trainer import train
     from tasks.training.worker import train_in_processes
 
     if context.settings.training.mixture.schedule != "replay":
-        fresh = fresh_source(context, agent, key, started, watch.prompts, watch.environments)
-        return partial(train, fresh=fresh)
+        with context.environments() as found:
+            fresh = fresh_source(context, agent, key, started, watch.prompts, watch.environments, found)
+            yield partial(train, fresh=fresh)
+        return
     processes = context.settings.compute.processes
-    return partial(train_in_processes, processes) if processes > 1 else train
+    yield partial(train_in_processes, processes) if processes > 1 else train
 
 
 @contextmanager

@@ -27,11 +27,11 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Self
 
-from tasks.arena.environment import Environment, Split, Step, Task
+from tasks.arena.environment import Environment, Split, Step, Task, get
 from tasks.arena.guard_server import LARGEST_REPLY, Limits
 from tasks.core.errors import ForebayError, Unavailable, UsageError
 
-__all__ = ["Guarded", "Limits", "StepFault"]
+__all__ = ["Environments", "Guarded", "Limits", "StepFault"]
 
 _LIMITS = Limits()
 _START_SECONDS = 60.0  # to import and load an environment, on a busy machine
@@ -276,3 +276,36 @@ class Guarded:
                 f"The environment {self.name} cannot be loaded in a process of its own ({problem or 'it ended at once'}); "
                 "its class must be importable from a module."
             )
+
+
+class Environments:
+    """Environments by name, each behind a guard that begins when it is first asked for; close it, or use it as a context
+    manager."""
+
+    def __init__(self, limits: Limits = _LIMITS, workers: int = 1) -> None:
+        self._limits, self._workers = limits, workers
+        self._open: dict[str, Guarded] = {}
+
+    def __call__(self, name: str) -> Guarded:
+        """Return the environment called `name`.
+
+        Raises:
+            UsageError: there is none, or it cannot be loaded in another process. Unavailable: its package is not
+                installed, or no process could be started.
+        """
+        if name not in self._open:
+            self._open[name] = Guarded(get(name), self._limits, self._workers)
+        return self._open[name]
+
+    def close(self) -> None:
+        """End the processes of all of them."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import RLock
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from tasks.arena.environment import Environment, Expert, Listed, Step, Task
 from tasks.core.errors import UsageError
@@ -38,6 +38,13 @@ class Games(Generic[G]):
         self._begin, self._advance = begin, advance
         self._kept: OrderedDict[tuple[int, tuple[str, ...]], G] = OrderedDict()
         self._lock = RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Where games begin and how they go on: another process plays its own."""
+        return {"begin": self._begin, "advance": self._advance}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Games.__init__(self, **state)
 
     @contextmanager
     def after(self, seed: int, actions: Sequence[str]) -> Iterator[G]:

@@ -44,6 +44,14 @@ class Collect(Section):
     batch_rows: int = Field(128, ge=1, description="answers decoded side by side")
 
 
+class Guard(Section):
+    """What one step of an environment may take; one that takes more costs its episode."""
+
+    seconds: float = Field(10.0, gt=0, description="by the clock")
+    memory_mib: int = Field(1024, ge=64, description="beyond what its process has when it starts")
+    workers: int = Field(1, ge=1, description="processes of each environment, which step side by side")
+
+
 class Replay(Section):
     """How experience is kept."""
 

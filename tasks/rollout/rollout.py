@@ -7,7 +7,7 @@ import logging
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -39,7 +39,7 @@ class BehaviourIdentity:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One greedy episode of an evaluation.
+    """One episode of an evaluation.
 
     `response_text` holds all turns with their observations; `tokens` counts what the policy wrote.
     """
@@ -152,21 +152,35 @@ def evaluate(
     drafts = [_Draft(task) for task in tasks]
     for batch in _batches(drafts, batch_rows):
         _play(model, tokenizer, env, batch)
-    return [
-        Outcome(
-            task_id=draft.task.id,
-            env=draft.task.env,
-            reward=draft.end.reward,
-            components=dict(draft.end.components),
-            response_text=_decode(tokenizer, draft.ids),
-            turns=len(draft.actions),
-            tokens=sum(draft.mask),
-            family=draft.task.family,
-            finish_reason=draft.finish_reason,
-            invalid_turns=len(draft.invalid),
+    return [_outcome(tokenizer, draft) for draft in drafts]
+
+
+def attempts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    env: Environment,
+    tasks: Sequence[Task],
+    *,
+    samples: int,
+    temperature: float,
+    seed: int,
+    batch_rows: int,
+) -> list[list[Outcome]]:
+    """Play every task `samples` times with the noise of `rollout`; a list for each task, in the order of `tasks`.
+
+    Raises:
+        UsageError: the temperature is not above 0, or `samples` below 1.
+    """
+    if not temperature > 0 or samples < 1:
+        raise UsageError(
+            f"Attempts need a temperature above 0 and at least one sample, not {temperature} and {samples}."
         )
-        for draft in drafts
-    ]
+    found: list[list[Outcome]] = []
+    for batch in _batches(tasks, max(1, batch_rows // samples)):
+        drafts = [_Draft(task, n, _noise(seed, task.id, n)) for task in batch for n in range(samples)]
+        _play(model, tokenizer, env, drafts, samples, temperature)
+        found += [[*map(partial(_outcome, tokenizer), group)] for group in _batches(drafts, samples)]
+    return found
 
 
 @torch.inference_mode()
@@ -221,6 +235,21 @@ class _Draft:
         self.mask += [logprobs is not None] * len(ids)
         self.turn_ids += [turn] * len(ids)
         self.logprobs += logprobs or [0.0] * len(ids)
+
+
+def _outcome(tokenizer: PreTrainedTokenizerBase, draft: _Draft) -> Outcome:
+    return Outcome(
+        task_id=draft.task.id,
+        env=draft.task.env,
+        reward=draft.end.reward,
+        components=dict(draft.end.components),
+        response_text=_decode(tokenizer, draft.ids),
+        turns=len(draft.actions),
+        tokens=sum(draft.mask),
+        family=draft.task.family,
+        finish_reason=draft.finish_reason,
+        invalid_turns=len(draft.invalid),
+    )
 
 
 def _components(draft: _Draft) -> str:

@@ -147,10 +147,12 @@ class Curriculum:
         wanted, mix = mixture.fresh_groups(
             settings.mixture, progress.mix, step, settings.steps, settings.groups_per_step
         )
-        parts, shards, admitted = [], progress.fresh, 0
-        if wanted:
-            shard = self._sample(updates, progress.asked, wanted)
-            shards = (*shards, shard)
+        parts, shards, admitted, asked = [], progress.fresh, 0, progress.asked
+        for _ in range(settings.mixture.tries):
+            if admitted == wanted:
+                break
+            shard = self._sample(updates, asked, wanted - admitted)
+            shards, asked = (*shards, shard), asked + wanted - admitted
             found = read_replay(
                 [shard],
                 self.shard_root,
@@ -160,7 +162,7 @@ class Curriculum:
             )
             rules = settings.admission.model_copy(update={"holdout": 0.0})  # it is of replay
             ids = found.table.ids[admission.passes(found.table, rules)].tolist()
-            admitted = len(ids)
+            admitted += len(ids)
             if ids:
                 parts.append(found.episodes(ids))
         # Replay takes the place of fresh groups that teach nothing; later updates ask for more of them instead.
@@ -169,7 +171,7 @@ class Curriculum:
         if ids:
             parts.insert(0, self.replay.episodes(ids))
         lesson = self._known(join(parts), len(ids))
-        return lesson, Progress(step + 1, frontier, mix, progress.asked + wanted, shards)
+        return lesson, Progress(step + 1, frontier, mix, asked, shards)
 
     def _sample(self, updates: int, before: int, count: int) -> ShardRef:
         if self.fresh is None:

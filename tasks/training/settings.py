@@ -123,6 +123,9 @@ class Mixture(Section):
     fresh: float = Field(0.5, ge=0, le=1, description="share of fresh groups (at the first update)")
     fresh_end: float = Field(0.0, ge=0, le=1, description="share at the last update, for linear")
     target_ess: float = Field(0.5, gt=0, le=1, description="effective sample size that ess steers to")
+    tries: int = Field(
+        1, ge=1, description="samplings at most, until enough fresh groups are admitted; then replay fills up"
+    )
 
 
 class Adapter(Section):

@@ -9,7 +9,6 @@ import pytest
 
 from flows.context import Context
 from flows.cycle import Cycle, open_cycle, run_stage
-from flows.hybrid import shares
 from flows.revoke import revoke
 from flows.training import read_curve
 from tasks.core.digest import sha256_file
@@ -17,6 +16,7 @@ from tasks.core.errors import UsageError
 from tasks.lineage.page.gather import gather
 from tasks.lineage.standards.material import gather as material
 from tasks.lineage.verify import verify
+from tasks.rollout.fresh import shares
 from tests.flows.conftest import lay_workspace
 
 MIXED = ("training.mixture.schedule=constant", "training.mixture.fresh=0.25", "training.steps=4")

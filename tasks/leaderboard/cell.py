@@ -1,0 +1,232 @@
+"""One cell of a comparison: a method on an environment with a seed, from its start to its figures on held-out tasks.
+
+A cell is a function of its `Plan`: killed and run again it goes on from what its folder holds, and a finished one is found.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.causal_lm import load_policy, load_tokenizer, template_digest, tokenizer_digest
+from tasks.arena.environment import Environment, Wrapping
+from tasks.arena.guarded import Environments
+from tasks.core.digest import canonical_json, digest_json, digest_tree, sha256_file, write_atomic
+from tasks.core.locks import file_lock
+from tasks.core.settings import Collect
+from tasks.core.stages import derive_seed
+from tasks.evaluation.report import Slice, report
+from tasks.leaderboard.methods import training_settings
+from tasks.leaderboard.settings import Arena, Method
+from tasks.leaderboard.starter import drawn, start_from_own, start_from_scratch
+from tasks.rollout.fresh import Sampling, fresh_source, write_episodes
+from tasks.rollout.rollout import BehaviourIdentity, attempts, rollout
+from tasks.training.curve import FILE, read_curve
+from tasks.training.shards import ShardRef
+from tasks.training.stability import find_collapse
+from tasks.training.trainer import train
+
+_EPOCH = "1970-01-01T00:00:00+00:00"  # a cell is a function of its plan, and the time is no part of it
+_BATCH_ROWS = 128
+
+OnStep = Callable[[int, int, float], None]
+"""(update, of how many, mean reward of its episodes)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What decides a cell.
+
+    Attributes:
+        name: of the method; what it does is `method`.
+        policy: directory of the language model to start from; None: from scratch.
+        code: digest of the code, so that another one runs again.
+    """
+
+    env: str
+    name: str
+    method: Method
+    seed: int
+    arena: Arena
+    policy: str | None
+    code: str
+
+    def start_key(self) -> str:
+        """Digest of what decides the start: all methods of an environment and a seed share it."""
+        settings = self.arena.start.model_dump(mode="json")
+        policy = digest_tree(Path(self.policy)) if self.policy else None
+        temperature = self.arena.recipe.temperature if policy else None
+        return digest_json([self.env, self.seed, settings, policy, temperature, self.code])
+
+    def key(self) -> str:
+        """Digest of everything that decides the result."""
+        shared = [
+            part.model_dump(mode="json") for part in (self.arena.recipe, self.arena.judging, self.method)
+        ]
+        return digest_json([self.start_key(), *shared])
+
+
+def run_cell(plan: Plan, root: Path, on_step: OnStep = lambda step, steps, reward: None) -> dict[str, Any]:
+    """Return the result of a cell, computed now or found in `root`.
+
+    Returns:
+        {env, method, seed, key, before, after: `Slice.to_json`, curve: [mean training reward of each update], stop_reason,
+        steps, findings: [driver, onset], cpu_seconds, seconds}; `before` is the start's.
+
+    Raises:
+        UsageError: settings that cannot work, or an environment that is not there. Refused: no start could be made.
+    """
+    folder = root / "cells" / plan.key()[:16]
+    done = folder / "result.json"
+    with file_lock(root / "locks" / f"{plan.key()[:16]}.lock", timeout=float("inf")):
+        if not done.exists():
+            write_atomic(done, canonical_json(_run(plan, root, folder, on_step)))
+    found: dict[str, Any] = json.loads(done.read_text())
+    return found
+
+
+def _run(plan: Plan, root: Path, folder: Path, on_step: OnStep) -> dict[str, Any]:
+    began, spent = time.perf_counter(), time.process_time()
+    recipe = plan.arena.recipe
+    settings = training_settings(plan.method, recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Environments() as environments:
+        env = environments(plan.env)
+        start, before = _start(plan, root, env)
+        made_start = time.process_time() - spent
+        sampling = Sampling(
+            key=plan.key(),
+            start=_identity(start),
+            settings=Collect(
+                environments={plan.env: 1},
+                group_size=recipe.group_size,
+                temperature=recipe.temperature,
+                batch_rows=_BATCH_ROWS,
+            ),
+            seed=derive_seed(plan.seed, plan.env, "arena"),
+            environment=environments,
+            root=folder,
+            folder=folder / "fresh",
+            created_at=_EPOCH,
+        )
+        metrics: dict[int, Mapping[str, float]] = {int(row["step"]): row for row in read_curve(folder)}
+
+        def on_metrics(step: int, values: Mapping[str, float]) -> None:
+            metrics[step] = values
+            on_step(step, settings.steps, values["reward"])
+            _keep_curve(folder / FILE, metrics)
+
+        made = train(
+            run_dir=folder / "run",
+            init_dir=start,
+            shards=[_first_groups(plan, start, env, folder)],
+            shard_root=folder,
+            settings=settings,
+            seed=plan.seed,
+            device="cpu",
+            dtype="float32",
+            fresh=fresh_source(sampling, load_tokenizer(start)),
+            on_metrics=on_metrics,
+        )
+        after = _judged(plan, made.export_dir, env)
+    curve = [{**values, "step": step} for step, values in sorted(metrics.items())]
+    return {
+        "env": plan.env,
+        "method": plan.name,
+        "seed": plan.seed,
+        "key": plan.key(),
+        "before": before,
+        "after": after.to_json(),
+        "curve": [row["reward"] for row in curve],
+        "steps": made.steps,
+        "stop_reason": made.stop_reason,
+        "findings": [{"driver": one.driver, "onset": one.onset} for one in find_collapse(curve)],
+        "episodes": len(made.fresh) and sum(_episodes(folder / shard.path) for shard in made.fresh),
+        "cpu_seconds": round(time.process_time() - spent - made_start, 2),
+        "seconds": round(time.perf_counter() - began, 2),
+    }
+
+
+def _start(plan: Plan, root: Path, env: Environment) -> tuple[Path, dict[str, Any]]:
+    """The start of all methods with its figures, made by the first that comes."""
+    folder = root / "starts" / plan.start_key()[:16]
+    done = folder / "start.json"
+    with file_lock(root / "locks" / f"start-{plan.start_key()[:16]}.lock", timeout=float("inf")):
+        if not done.exists():
+            inside = env.inside if isinstance(env, Wrapping) else env  # a guard passes no choices on
+            settings = plan.arena.start
+            if plan.policy is None:
+                start = start_from_scratch(inside, settings, plan.seed, folder)
+            else:
+                start = start_from_own(
+                    env, Path(plan.policy), settings, plan.seed, folder,
+                    temperature=plan.arena.recipe.temperature, batch_rows=_BATCH_ROWS,
+                )  # fmt: skip
+            figures = _judged(plan, start, env).to_json()
+            write_atomic(done, canonical_json({"path": str(start.relative_to(root)), "figures": figures}))
+    found = json.loads(done.read_text())
+    return root / found["path"], found["figures"]
+
+
+def _first_groups(plan: Plan, start: Path, env: Environment, folder: Path) -> ShardRef:
+    """What the start says to the first tasks: a filter that leaves too few fresh groups is filled up from it."""
+    path = folder / "first.parquet"
+    recipe = plan.arena.recipe
+    if not path.exists():
+        seed = derive_seed(plan.seed, plan.env, "first")
+        tasks = drawn(env, "train", recipe.first_groups, seed)
+        groups = rollout(
+            load_policy(start), load_tokenizer(start), env, tasks, group_size=recipe.group_size,
+            temperature=recipe.temperature, seed=seed, batch_rows=_BATCH_ROWS, identity=_identity(start),
+            created_at=_EPOCH,
+        )  # fmt: skip
+        write_episodes(path, [episode for group in groups for episode in group])
+    return ShardRef(path.name, sha256_file(path))
+
+
+def _judged(plan: Plan, policy: Path, env: Environment) -> Slice:
+    judging = plan.arena.judging
+    tasks = drawn(env, "heldout", judging.tasks, derive_seed(0, plan.env, "arena heldout"))
+    with torch.inference_mode():
+        found = attempts(
+            load_policy(policy), load_tokenizer(policy), env, tasks, samples=judging.samples,
+            temperature=judging.temperature, seed=plan.seed, batch_rows=_BATCH_ROWS,
+        )  # fmt: skip
+    return report(found, max_turns=env.max_turns, max_tokens=env.max_turns * env.max_new_tokens)
+
+
+def _identity(policy: Path) -> BehaviourIdentity:
+    return BehaviourIdentity(
+        "agent/0", digest_json(digest_tree(policy)), tokenizer_digest(policy), template_digest(policy)
+    )
+
+
+def _episodes(path: Path) -> int:
+    import pyarrow.parquet as pq
+
+    return int(pq.ParquetFile(path).metadata.num_rows)
+
+
+def _keep_curve(path: Path, metrics: Mapping[int, Mapping[str, float]]) -> None:
+    lines = (json.dumps({**values, "step": step}) for step, values in sorted(metrics.items()))
+    write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
+
+
+def as_job(plan: Plan) -> dict[str, Any]:
+    """Plain values of a plan, for another process."""
+    return {
+        **asdict(plan),
+        "method": plan.method.model_dump(mode="json"),
+        "arena": plan.arena.model_dump(mode="json"),
+    }
+
+
+def from_job(job: Mapping[str, Any]) -> Plan:
+    """The plan of which `job` are the `as_job`."""
+    return Plan(**{**job, "method": Method(**job["method"]), "arena": Arena(**job["arena"])})

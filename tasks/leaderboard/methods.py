@@ -1,0 +1,62 @@
+"""The methods that ARLArena compares, with its settings, and VESPO: points in four independent dimensions.
+
+Aggregation, clipping of the importance weight, filtering with resampling, advantage (arXiv 2602.21534, section 3 and table
+S1; VESPO: 2602.10693). SAMPO is the combination that it ends with.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tasks.leaderboard.settings import Clipping, Method, Recipe
+from tasks.training.settings import Admission, Correction, Mixture, Penalties, TrainingSettings
+
+_WIDE: Final = {"eps_lo": 0.2, "eps_hi": 0.2}
+_SEQUENCE: Final = {"eps_lo": 3e-3, "eps_hi": 4e-3}
+
+METHODS: Final[dict[str, Method]] = {
+    "grpo": Method(clipping=Clipping(objective="grpo", options=_WIDE)),
+    "grpo_st": Method(aggregation="seq-mean-token-mean", clipping=Clipping(objective="grpo", options=_WIDE)),
+    "grpo_sm": Method(clipping=Clipping(objective="grpo", options=_WIDE, sequence_mask=0.15)),
+    "dapo": Method(
+        clipping=Clipping(objective="dapo", options={"eps_lo": 0.2, "eps_hi": 0.28}), filtering=True
+    ),
+    "gspo": Method(
+        aggregation="seq-mean-token-mean", clipping=Clipping(objective="gspo_token", options=_SEQUENCE)
+    ),
+    "sapo": Method(clipping=Clipping(objective="sapo", options={"tau_pos": 1.0, "tau_neg": 1.05})),
+    "cispo": Method(clipping=Clipping(objective="cispo", options={"eps_lo": 1.0, "eps_hi": 0.2})),
+    "vespo": Method(clipping=Clipping(objective="vespo", unit="trajectory")),
+    "gigpo": Method(clipping=Clipping(objective="grpo", options=_WIDE), advantage="gigpo"),
+    "empg": Method(clipping=Clipping(objective="grpo", options=_WIDE), advantage="empg"),
+    "sampo": Method(
+        clipping=Clipping(objective="sampo", options=_SEQUENCE), advantage="gigpo", filtering=True
+    ),
+}
+
+_PENALISED = {"gigpo", "gigpo_mean", "group_norm_per_turn"}  # advantages that know a format penalty
+
+
+def training_settings(method: Method, recipe: Recipe, token_budget: int = 2048) -> TrainingSettings:
+    """Return how the trainer is to run `method`: on fresh groups of the policy in training, several updates a round."""
+    options = dict(method.advantage_options)
+    if method.advantage in _PENALISED:
+        options.setdefault("penalty", recipe.format_penalty)
+    return TrainingSettings(
+        objective=method.clipping.objective,
+        options=method.clipping.options,
+        aggregation=method.aggregation,
+        unit=method.clipping.unit,
+        advantage=method.advantage,
+        advantage_options=options,
+        correction=Correction(sequence_mask=method.clipping.sequence_mask),
+        penalties=Penalties(kl=recipe.kl),
+        admission=Admission(min_reward_std=0.0 if method.filtering else None),
+        mixture=Mixture(schedule="constant", fresh=1.0, tries=recipe.tries if method.filtering else 1),
+        steps=recipe.steps,
+        updates_per_round=recipe.updates_per_round,
+        groups_per_step=recipe.groups_per_step,
+        learning_rate=recipe.learning_rate,
+        token_budget=token_budget,
+        checkpoint_every=max(recipe.updates_per_round, 10),
+    )

@@ -1,0 +1,103 @@
+"""Settings of the leaderboard. Light to import: the command line reads them at start-up."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from tasks.core.settings import Section
+
+
+class Start(Section):
+    """The policy that every method of a seed begins with: behaviour cloning of filtered episodes."""
+
+    policy: str = Field(
+        "scratch",
+        description="`scratch`: a small model without pretraining; else an agent, as champion or agent/1",
+    )
+    hidden: int = Field(64, ge=8, description="width of a model from scratch")
+    layers: int = Field(2, ge=1)
+    heads: int = Field(4, ge=1)
+    vocabulary: int = Field(512, ge=257)
+    demonstrations: int = Field(256, ge=1, description="episodes to clone, all with full reward")
+    noise: float = Field(
+        0.3, ge=0, le=1, description="share of the demonstrator's actions that are drawn at random (scratch)"
+    )
+    steps: int = Field(120, ge=1, description="updates of behaviour cloning")
+    learning_rate: float = Field(3e-3, gt=0)
+
+
+class Clipping(Section):
+    """How far the ratio of policy and behaviour counts."""
+
+    objective: str = "grpo"
+    options: dict[str, float] = Field(default_factory=dict)
+    unit: Literal["trajectory", "turn"] = Field("turn", description="what a sequence ratio runs over")
+    sequence_mask: float | None = Field(None, gt=0, description="as training.correction.sequence_mask")
+
+
+class Method(Section):
+    """A point in ARLArena's four dimensions (arXiv 2602.21534, section 3)."""
+
+    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant"] = "token-mean"
+    clipping: Clipping = Clipping()
+    filtering: bool = Field(
+        False, description="learn only from groups whose rewards differ, and sample again for the others"
+    )
+    advantage: str = "group_norm_per_turn"
+    advantage_options: dict[str, float] = Field(default_factory=dict)
+
+
+class Recipe(Section):
+    """What all methods share."""
+
+    steps: int = Field(40, ge=1, description="optimizer updates")
+    groups_per_step: int = Field(8, ge=1)
+    updates_per_round: int = Field(2, ge=1, description="updates that learn from what one policy sampled")
+    group_size: int = Field(8, ge=2)
+    learning_rate: float = Field(3e-4, gt=0)
+    kl: float = Field(0.01, ge=0, description="coefficient of k3 to the start")
+    format_penalty: float = Field(0.1, ge=0, description="of a turn that is not in the right form")
+    tries: int = Field(3, ge=1, description="samplings at most, where a method filters")
+    first_groups: int = Field(32, ge=1, description="of the start, to fill up what filtering leaves out")
+    temperature: float = Field(1.0, gt=0)
+
+
+class Judging(Section):
+    """How the policies are compared, on held-out tasks."""
+
+    tasks: int = Field(60, ge=2)
+    samples: int = Field(4, ge=1, description="attempts at each task")
+    temperature: float = Field(1.0, gt=0)
+
+
+class Arena(Section):
+    """The leaderboard: `forebay arena run`."""
+
+    start: Start = Start()
+    recipe: Recipe = Recipe()
+    judging: Judging = Judging()
+    methods: dict[str, Method] = Field(
+        default_factory=dict, description="your own, beside those that `forebay arena methods` lists"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, values: Any) -> Any:
+        from tasks.leaderboard.methods import METHODS
+
+        mine = values.get("methods") if isinstance(values, dict) else None
+        taken = sorted(set(mine or ()) & set(METHODS))
+        if taken:
+            raise ValueError(f"arena.methods.{taken[0]} is a method already; choose another name")
+        return values
+
+    def known(self) -> dict[str, Method]:
+        """Every method by name."""
+        from tasks.leaderboard.methods import METHODS
+
+        return {**METHODS, **self.methods}
+
+
+__all__ = ["Arena", "Clipping", "Judging", "Method", "Recipe", "Self", "Start"]

@@ -1,0 +1,225 @@
+"""The policy that a comparison starts from: behaviour cloning of filtered episodes (arXiv 2602.21534, section 3.1).
+
+A language model clones its own episodes that earned the full reward. A model from scratch has none, so a demonstrator plays
+first: the environment's expert, or a blind choice among its actions, and only episodes with the full reward are kept.
+Cloning is the trainer's own: REINFORCE with an advantage of 1 on every kept episode.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.causal_lm import load_policy, load_tokenizer, template_digest, tokenizer_digest
+from models.from_scratch import Shape, make_policy
+from tasks.arena.environment import Environment, Expert, Listed, Split, Step, Task, verifier_digest
+from tasks.core.digest import canonical_json, digest_json, digest_tree, sha256_bytes
+from tasks.core.errors import Refused, UsageError
+from tasks.leaderboard.settings import Start
+from tasks.replay.schema import Episode
+from tasks.rollout.fresh import write_episodes
+from tasks.rollout.rollout import BehaviourIdentity, rollout
+from tasks.training.settings import Admission, Guards, TrainingSettings
+from tasks.training.shards import ShardRef
+from tasks.training.trainer import train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FULL = 1.0  # reward of an episode that is worth cloning
+_EPOCH = "1970-01-01T00:00:00+00:00"  # a start is a function of its inputs, the time is none of them
+_ROUNDS = 64  # of demonstrations over the tasks, until there are enough with full reward
+_TOKENISED = 2000  # episodes from whose texts the vocabulary is made
+
+
+def start_from_scratch(env: Environment, settings: Start, seed: int, folder: Path) -> Path:
+    """Make the start for one environment without a pretrained model; return its directory, made before or now.
+
+    Raises:
+        UsageError: the environment has no list of actions to demonstrate with.
+        Refused: too few demonstrations earned the full reward.
+    """
+    shape = Shape(settings.hidden, settings.layers, settings.heads, settings.vocabulary)
+    played = demonstrations(env, settings, seed)
+    policy = folder / "random"
+    if not (policy / "model.safetensors").exists():
+        make_policy(policy, [_text(task, *turns) for task, turns in played[:_TOKENISED]], shape, seed)
+    tokenizer = load_tokenizer(policy)
+    who = _identity("start/scratch", policy)
+    episodes = [_episode(env, tokenizer, who, *one, seed, number) for number, one in enumerate(played)]
+    return clone(episodes, policy, settings, seed, folder)
+
+
+def start_from_own(
+    env: Environment,
+    policy: Path,
+    settings: Start,
+    seed: int,
+    folder: Path,
+    *,
+    temperature: float,
+    batch_rows: int,
+) -> Path:
+    """Make the start for one environment from a language model's own episodes; return its directory.
+
+    Raises:
+        Refused: too few of its episodes earn the full reward.
+    """
+    model, tokenizer = load_policy(policy), load_tokenizer(policy)
+    size, kept, played = 8, list[Episode](), 0
+    tasks = drawn(env, "train", 4 * settings.demonstrations, seed)
+    for group in rollout(
+        model, tokenizer, env, tasks, group_size=size, temperature=temperature, seed=seed, batch_rows=batch_rows,
+        identity=_identity("start/own", policy), created_at=_EPOCH,
+    ):  # fmt: skip
+        played += size
+        kept += [episode for episode in group if episode.reward >= FULL]
+        if len(kept) >= settings.demonstrations:
+            break
+    if len(kept) < settings.demonstrations:
+        raise Refused(
+            f"Of {played} episodes of {env.name} only {len(kept)} earned the full reward, and {settings.demonstrations} are "
+            "to be cloned; lower arena.start.demonstrations, or choose a better policy."
+        )
+    alone = [replace(one, group_id=one.episode_id, sample_index=0) for one in kept[: settings.demonstrations]]
+    return clone(alone, policy, settings, seed, folder)
+
+
+def clone(episodes: list[Episode], policy: Path, settings: Start, seed: int, folder: Path) -> Path:
+    """Train `policy` to write what `episodes` say, each a group of its own with reward 1; return the new directory."""
+    path = folder / "demonstrations.parquet"
+    write_episodes(path, episodes)
+    made = train(
+        run_dir=folder / "cloning",
+        init_dir=policy,
+        shards=[_shard(path)],
+        shard_root=folder,
+        settings=TrainingSettings(
+            objective="reinforce",
+            advantage="group_mean",  # a group of one keeps its reward
+            admission=Admission(min_reward_std=None),
+            guards=Guards(min_ess=0.0),
+            steps=settings.steps,
+            groups_per_step=min(16, len(episodes)),
+            learning_rate=settings.learning_rate,
+            token_budget=2048,
+            checkpoint_every=settings.steps,
+        ),
+        seed=seed,
+        device="cpu",
+        dtype="float32",
+    )
+    return made.export_dir
+
+
+def demonstrations(env: Environment, settings: Start, seed: int) -> list[tuple[Task, list[tuple[str, Step]]]]:
+    """Play training tasks until enough episodes earned the full reward: [(task, [(action, answer)])].
+
+    Raises:
+        UsageError: the environment has no list of actions. Refused: too few earned the full reward.
+    """
+    if not isinstance(env, Listed):
+        raise UsageError(
+            f"{env.name} has no list of actions that a model from scratch could be shown; set arena.start.policy to a language "
+            "model, as champion."
+        )
+    rng = random.Random(f"{env.name}/demonstrations/{seed}")
+    tasks = drawn(env, "train", settings.demonstrations, seed)
+    kept: list[tuple[Task, list[tuple[str, Step]]]] = []
+    for _ in range(_ROUNDS):
+        for task in tasks:
+            turns = list(_demonstrated(env, task, rng, settings.noise))
+            if turns[-1][1].reward >= FULL:
+                kept.append((task, turns))
+            if len(kept) == settings.demonstrations:
+                return kept
+    raise Refused(
+        f"Of {_ROUNDS * len(tasks)} demonstrations of {env.name} only {len(kept)} earned the full reward; lower "
+        "arena.start.noise or arena.start.demonstrations."
+    )
+
+
+def _demonstrated(
+    env: Environment, task: Task, rng: random.Random, noise: float
+) -> Iterator[tuple[str, Step]]:
+    assert isinstance(env, Listed)
+    actions: list[str] = []
+    while len(actions) < env.max_turns:
+        action = rng.choice(env.choices(task))
+        if isinstance(env, Expert) and rng.random() >= noise:
+            try:
+                action = env.expert(task, actions)
+            except UsageError:  # a random action has spoilt the task
+                yield action, Step("", done=True)
+                return
+        actions.append(action)
+        step = env.step(task, actions)
+        yield action, step
+        if step.done:
+            return
+
+
+def drawn(env: Environment, split: Split, wanted: int, seed: int) -> list[Task]:
+    """Draw `wanted` tasks, or as many as a small environment has, found by halving.
+
+    Raises:
+        UsageError: it has none.
+    """
+    n = wanted
+    while True:
+        try:
+            return env.tasks(split, n, seed)
+        except UsageError:
+            if n == 1:
+                raise
+            n //= 2
+
+
+def _text(task: Task, *turns: tuple[str, Step]) -> str:
+    return task.prompt + "".join(f" {action}\n{step.observation}" for action, step in turns)
+
+
+def _episode(
+    env: Environment,
+    tokenizer: PreTrainedTokenizerBase,
+    who: BehaviourIdentity,
+    task: Task,
+    turns: Sequence[tuple[str, Step]],
+    seed: int,
+    number: int,
+) -> Episode:
+    encode: Callable[[str], list[int]] = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    ids: list[int] = []
+    mask: list[bool] = []
+    numbers: list[int] = []
+    for turn, (action, step) in enumerate(turns):
+        for text, written in ((f" {action}\n", True), (step.observation, False)):
+            more = encode(text)
+            ids, mask, numbers = ids + more, mask + [written] * len(more), numbers + [turn] * len(more)
+    name = digest_json([env.name, task.id, seed, number])[:32]
+    return Episode(
+        episode_id=f"{name}-0", group_id=name, sample_index=0, task_id=task.id, env=task.env,
+        env_version=task.env_version, split=task.split, seed=seed, prompt_ids=encode(task.prompt), response_ids=ids,
+        loss_mask=mask, turn_ids=numbers, behaviour_logprobs=[0.0] * len(ids), logprob_source="missing",
+        behaviour_version=who.version, behaviour_digest=who.digest, temperature=1.0, top_p=1.0,
+        max_new_tokens=env.max_new_tokens, tokenizer_digest=who.tokenizer_digest, template_digest=who.template_digest,
+        reward=turns[-1][1].reward, reward_components=canonical_json(dict(turns[-1][1].components)).decode(),
+        reward_digest=verifier_digest(env), finish_reason="done", prompt_sha256=sha256_bytes(task.prompt.encode()),
+        response_text=_text(task, *turns).removeprefix(task.prompt), source="demonstration", licence=env.licence,
+        created_at=_EPOCH,
+    )  # fmt: skip
+
+
+def _identity(version: str, policy: Path) -> BehaviourIdentity:
+    return BehaviourIdentity(
+        version, digest_json(digest_tree(policy)), tokenizer_digest(policy), template_digest(policy)
+    )
+
+
+def _shard(path: Path) -> ShardRef:
+    from tasks.core.digest import sha256_file
+
+    return ShardRef(path.name, sha256_file(path))
