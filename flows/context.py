@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from tasks.arena.guarded import Environments
     from tasks.promotion.registry import Registry
 
-# Settings that say where things run, not what is computed: they change no result by more than rounding.
+# Settings that say where things run, or that no cycle reads: they change no result by more than rounding.
 _PLACEMENT: Any = {
     "stores": True,
     "servers": True,
     "compute": {"threads", "processes"},
     "guard": {"workers"},
+    "arena": True,  # no cycle reads it
 }
 
 

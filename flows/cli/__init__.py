@@ -22,6 +22,7 @@ import flows.cli.revoke
 import flows.cli.export
 import flows.cli.steps
 import flows.cli.evaluate
+import flows.cli.arena
 import flows.cli.reward  # noqa: F401
 
 # isort: on

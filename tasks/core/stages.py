@@ -73,6 +73,11 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
+def stage_key(stage: str, inputs: Mapping[str, Any]) -> str:
+    """Return the name under which the ledger holds the result of a stage for these inputs, code and environment."""
+    return digest_json({"stage": stage, "inputs": dict(inputs), "code": code_digest(), "lock": lock_digest()})
+
+
 def once(
     ledger: Ledger,
     stage: str,
@@ -89,7 +94,7 @@ def once(
     Returns:
         The outputs, and True if they were found rather than made.
     """
-    key = digest_json({"stage": stage, "inputs": dict(inputs), "code": code_digest(), "lock": lock_digest()})
+    key = stage_key(stage, inputs)
     done = ledger.last("stage.done", key)
     if done is not None and usable(done.payload["outputs"]):
         return dict(done.payload["outputs"]), True

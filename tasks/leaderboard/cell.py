@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from models.causal_lm import load_policy, load_tokenizer, template_digest, tokenizer_digest
-from tasks.arena.environment import Environment, Wrapping
+from tasks.arena.environment import Environment, Task, Wrapping
 from tasks.arena.guarded import Environments
 from tasks.core.digest import canonical_json, digest_json, digest_tree, sha256_file, write_atomic
 from tasks.core.locks import file_lock
@@ -47,6 +47,7 @@ class Plan:
         name: of the method; what it does is `method`.
         policy: directory of the language model to start from; None: from scratch.
         code: digest of the code, so that another one runs again.
+        device, dtype: as in `trainer.train`; what is computed where differs in the last bits.
     """
 
     env: str
@@ -56,13 +57,17 @@ class Plan:
     arena: Arena
     policy: str | None
     code: str
+    device: str = "cpu"
+    dtype: str = "float32"
 
     def start_key(self) -> str:
         """Digest of what decides the start: all methods of an environment and a seed share it."""
         settings = self.arena.start.model_dump(mode="json")
         policy = digest_tree(Path(self.policy)) if self.policy else None
         temperature = self.arena.recipe.temperature if policy else None
-        return digest_json([self.env, self.seed, settings, policy, temperature, self.code])
+        return digest_json(
+            [self.env, self.seed, settings, policy, temperature, self.code, self.device, self.dtype]
+        )
 
     def key(self) -> str:
         """Digest of everything that decides the result."""
@@ -129,8 +134,8 @@ def _run(plan: Plan, root: Path, folder: Path, on_step: OnStep) -> dict[str, Any
             shard_root=folder,
             settings=settings,
             seed=plan.seed,
-            device="cpu",
-            dtype="float32",
+            device=plan.device,
+            dtype=plan.dtype,
             fresh=fresh_source(sampling, load_tokenizer(start)),
             on_metrics=on_metrics,
         )
@@ -182,7 +187,7 @@ def _first_groups(plan: Plan, start: Path, env: Environment, folder: Path) -> Sh
         seed = derive_seed(plan.seed, plan.env, "first")
         tasks = drawn(env, "train", recipe.first_groups, seed)
         groups = rollout(
-            load_policy(start), load_tokenizer(start), env, tasks, group_size=recipe.group_size,
+            load_policy(start, plan.device, plan.dtype), load_tokenizer(start), env, tasks, group_size=recipe.group_size,
             temperature=recipe.temperature, seed=seed, batch_rows=_BATCH_ROWS, identity=_identity(start),
             created_at=_EPOCH,
         )  # fmt: skip
@@ -192,13 +197,18 @@ def _first_groups(plan: Plan, start: Path, env: Environment, folder: Path) -> Sh
 
 def _judged(plan: Plan, policy: Path, env: Environment) -> Slice:
     judging = plan.arena.judging
-    tasks = drawn(env, "heldout", judging.tasks, derive_seed(0, plan.env, "arena heldout"))
+    tasks = heldout_of(env, judging.tasks)
     with torch.inference_mode():
         found = attempts(
-            load_policy(policy), load_tokenizer(policy), env, tasks, samples=judging.samples,
+            load_policy(policy, plan.device, plan.dtype), load_tokenizer(policy), env, tasks, samples=judging.samples,
             temperature=judging.temperature, seed=plan.seed, batch_rows=_BATCH_ROWS,
         )  # fmt: skip
     return report(found, max_turns=env.max_turns, max_tokens=env.max_turns * env.max_new_tokens)
+
+
+def heldout_of(env: Environment, wanted: int) -> list[Task]:
+    """The held-out tasks of every comparison on `env`; a small environment may have fewer than wanted."""
+    return drawn(env, "heldout", wanted, derive_seed(0, env.name, "arena heldout"))
 
 
 def _identity(policy: Path) -> BehaviourIdentity:

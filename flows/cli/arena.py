@@ -1,0 +1,134 @@
+"""The leaderboard."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from flows.cli.console import HERE, Json, Set, Where, arena_app, open_context, out, print_json, watch
+
+METHODS = "grpo,gspo,sapo,cispo,vespo,sampo"
+ENVS = "minigrid/BabyAI-GoToLocalS5N2,textarena/FrozenLake,textarena/Sokoban"
+
+
+@arena_app.command("run")
+def arena_run(
+    methods: Annotated[str, typer.Option(help="Methods, joined by commas.")] = METHODS,
+    envs: Annotated[str, typer.Option(help="Environments, joined by commas.")] = ENVS,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of every cell, from 0 on.")] = 3,
+    workers: Annotated[int, typer.Option(min=1, help="Cells at once.")] = 1,
+    runner: Annotated[
+        Literal["processes", "ray"], typer.Option(help="Processes of this machine, or a Ray cluster.")
+    ] = "processes",
+    ray_address: Annotated[
+        str | None, typer.Option(help="Cluster, as ray://host:10001; not given: one is started here.")
+    ] = None,
+    workspace: Where = HERE,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Train every method on every environment with every seed, from one start, and rank them.
+
+    All methods of a seed begin with the same policy, cloned from filtered episodes, and share one recipe (`arena.recipe`).
+    Interrupted, the same command goes on with the cells that are left; asked again, it finds the answer. The table comes
+    with a page and with a run in MLflow for every cell.
+
+    Examples: `forebay arena run` · `forebay arena run --methods grpo,sampo --envs textarena/Sokoban --seeds 5 --workers 2` ·
+    `forebay arena run --set arena.recipe.steps=100 --json`
+    """
+    from flows.leaderboard import Question, run_arena
+
+    watch(as_json)
+    question = Question(_names(envs), _names(methods), seeds)
+    _show(run_arena(open_context(workspace, overrides), question, workers, runner, ray_address), as_json)
+
+
+@arena_app.command("show")
+def arena_show(workspace: Where = HERE, as_json: Json = False) -> None:
+    """Print the newest comparison again.
+
+    Examples: `forebay arena show` · `forebay arena show --json`
+    """
+    from flows.leaderboard import last_board
+
+    _show(last_board(open_context(workspace)), as_json)
+
+
+@arena_app.command("methods")
+def arena_methods(workspace: Where = HERE, overrides: Set = None, as_json: Json = False) -> None:
+    """List the methods, each a point in four dimensions; your own stand in `arena.methods` of params.yaml.
+
+    Examples: `forebay arena methods` · `forebay arena methods --set arena.methods.mine.advantage=gigpo`
+    """
+    known = open_context(workspace, overrides).settings.arena.known()
+    if as_json:
+        print_json({name: method.model_dump(mode="json") for name, method in known.items()})
+        return
+    table = Table("method", "aggregation", "clipping", "filter", "advantage", box=None, pad_edge=False)
+    for name, method in known.items():
+        clipping = method.clipping
+        bounds = ", ".join(f"{key}={value:g}" for key, value in clipping.options.items())
+        mask = "" if clipping.sequence_mask is None else f", mask {clipping.sequence_mask:g}"
+        table.add_row(
+            name,
+            method.aggregation,
+            f"{clipping.objective} {bounds}{mask}".strip(),
+            "yes" if method.filtering else "",
+            method.advantage,
+        )
+    out.print(table)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _show(board: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(board)
+        return
+    order = Table("method", "mean rank", "95 %", "best in", "success", box=None, pad_edge=False)
+    for one in board["ranks"]:
+        order.add_row(
+            one["method"],
+            f"{one['rank']:.2f}",
+            f"{one['low']:.1f}-{one['high']:.1f}",
+            f"{one['best']:.0%}",
+            f"{one['success']:.3f}",
+        )
+    out.print(order)
+    for env, floor in board["floors"].items():
+        out.print(
+            f"\n[bold]{env}[/]: {floor['tasks']} held-out tasks; start {_mean(board['starts'][env])}, constant "
+            f"{floor['constant']:.3f}, random {floor['random']:.3f}",
+            highlight=False,
+        )
+        lines = [line for line in board["lines"] if line["env"] == env]
+        widest = next(name for name in lines[0]["figures"] if name.startswith("pass@"))
+        table = Table(
+            "method", "success", "gain", widest, "turns", "valid", "collapses", box=None, pad_edge=False
+        )
+        for line in lines:
+            figures = line["figures"]
+            told = ", ".join(f"{driver} {count}" for driver, count in line["collapses"].items())
+            table.add_row(
+                line["method"],
+                _mean(figures["success"]),
+                _mean(line["gain"], "+"),
+                *(_mean(figures[name]) for name in (widest, "turns", "valid_format")),
+                told or "none",
+            )
+        out.print(table)
+    seeds = board["question"]["seeds"]
+    out.print(
+        f"\n± half of a 95 % interval over {seeds} seeds; {board['cpu_seconds'] / 60:.1f} CPU minutes on {board['machine']}",
+        highlight=False,
+    )
+    out.print(board["page"], soft_wrap=True, highlight=False)
+
+
+def _mean(value: dict[str, Any], sign: str = "") -> str:
+    half = "" if value["half"] is None else f"±{value['half']:.2f}"
+    return f"{value['estimate']:{sign}.3f}{half}"

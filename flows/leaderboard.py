@@ -1,0 +1,264 @@
+"""A comparison of methods: what is asked, the cells that answer it, and what is kept of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from flows import progress
+from flows.context import Context
+from tasks.core.digest import canonical_json, digest_json, sha256_bytes, write_atomic
+from tasks.core.errors import NotFound, Unavailable, UsageError
+from tasks.core.stages import code_digest, once
+
+if TYPE_CHECKING:
+    from tasks.leaderboard.cell import Plan
+    from tasks.leaderboard.page import Floor
+
+Runner = Literal["processes", "ray"]
+STAGE = "arena"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Which methods are compared on which environments, over the seeds 0 .. seeds - 1."""
+
+    envs: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: int
+
+
+def plans(context: Context, question: Question) -> list[Plan]:
+    """Return the cells, the seeds of a method and environment side by side.
+
+    Raises:
+        UsageError: a method or an environment does not exist, or one is named twice. Unavailable: a package is missing.
+    """
+    from tasks.arena.environment import get
+    from tasks.leaderboard.cell import Plan
+    from tasks.leaderboard.methods import training_settings
+    from tasks.training.trainer import check
+
+    settings = context.settings.arena
+    known = settings.known()
+    for what, names in (("method", question.methods), ("environment", question.envs)):
+        if not names:
+            raise UsageError(f"Name at least one {what}.")
+        if len(set(names)) < len(names):
+            raise UsageError(f"The {what} {max(names, key=names.count)} is named twice.")
+    for name in question.methods:
+        if name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise UsageError(
+                f"There is no method {name}; did you mean {near}? `forebay arena methods` lists them."
+            )
+        check(training_settings(known[name], settings.recipe))
+    for env in question.envs:
+        get(env)
+    start = settings.start.policy
+    policy = None if start == "scratch" else str(context.weights(context.agent(start).payload))
+    make = partial(
+        Plan,
+        arena=settings,
+        policy=policy,
+        code=code_digest(),
+        device=context.device(),
+        dtype=context.dtype(),
+    )
+    return [
+        make(env, name, known[name], seed)
+        for env in question.envs
+        for name in question.methods
+        for seed in range(question.seeds)
+    ]
+
+
+def floors_of(context: Context, envs: Sequence[str]) -> dict[str, Floor]:
+    """Return what the held-out tasks of each environment give without any skill."""
+    from tasks.arena.environment import get
+    from tasks.leaderboard.cell import heldout_of
+    from tasks.leaderboard.page import Floor
+
+    floors = {}
+    for name in envs:
+        env = get(name)
+        tasks = heldout_of(env, context.settings.arena.judging.tasks)
+        action, constant = env.constant_baseline(tasks)
+        floors[name] = Floor(len(tasks), constant, action, env.random_baseline(tasks, 0))
+    return floors
+
+
+def run_arena(
+    context: Context,
+    question: Question,
+    workers: int,
+    runner: Runner = "processes",
+    address: str | None = None,
+) -> dict[str, Any]:
+    """Return the comparison, run now by Prefect or found in the ledger; see `keep_board` for what it holds.
+
+    Cells that were finished before an interruption are found again.
+
+    Args:
+        workers: cells at once.
+        runner: processes of this machine, or a Ray cluster.
+        address: of the cluster, as ray://host:10001; None starts one here.
+
+    Raises:
+        Unavailable: Ray is not installed. Refused: some cells could not be run.
+    """
+    wanted = plans(context, question)
+    found = context.ledger.last("stage.done", _key(wanted, context))
+    if found is not None and _stands(context, found.payload["outputs"]):
+        return {**found.payload["outputs"], "found": True}
+    from flows.environment import prefect_api
+
+    with prefect_api(context.workspace) as api:
+        import tasks.leaderboard.cell  # noqa: F401 - torch takes seconds to import; the server starts meanwhile
+        from flows.arena import arena
+
+        api.wait()
+        flow = arena.with_options(task_runner=_task_runner(runner, workers, address))
+        root, overrides = str(context.workspace.root), list(context.overrides)
+        board: dict[str, Any] = flow(
+            root, list(question.methods), list(question.envs), question.seeds, overrides
+        )
+        return {**board, "found": False}
+
+
+def _task_runner(runner: Runner, workers: int, address: str | None) -> Any:
+    if runner == "processes":
+        from prefect.task_runners import ProcessPoolTaskRunner
+
+        return ProcessPoolTaskRunner(max_workers=workers)
+    try:
+        from prefect_ray import RayTaskRunner
+    except ImportError:
+        raise Unavailable("Ray is not installed; install forebay[ray], or leave --runner out.") from None
+    if address is not None:
+        return RayTaskRunner(address=address)
+    return RayTaskRunner(init_kwargs={"num_cpus": workers, "include_dashboard": False})
+
+
+def keep_board(
+    context: Context,
+    question: Question,
+    results: Sequence[Mapping[str, Any]],
+    floors: Mapping[str, Floor],
+) -> dict[str, Any]:
+    """Record a comparison: results as evidence, a page, MLflow runs, an entry in the ledger.
+
+    Returns:
+        {question, ranks, lines, floors, starts, results: {path, sha256}, page, cpu_seconds, machine}.
+    """
+    from tasks.leaderboard.page import Board, leaderboard_page
+    from tasks.leaderboard.ranking import lines, over_seeds, ranks
+
+    def work(key: str) -> dict[str, Any]:
+        _track(context, results)
+        starts = {
+            env: over_seeds(
+                [
+                    one["before"]["figures"]["success"]["estimate"]
+                    for one in results
+                    if (one["env"], one["method"]) == (env, question.methods[0])
+                ]
+            )
+            for env in question.envs
+        }
+        cpu_seconds = sum(one["cpu_seconds"] for one in results)
+        board = Board(ranks(results), lines(results), floors, starts, results, cpu_seconds, _machine())
+        data = canonical_json({"results": list(results)})
+        file = context.workspace.evidence / "arena" / f"{sha256_bytes(data)}.json"
+        write_atomic(file, data)
+        page = context.workspace.state / "arena" / f"leaderboard-{key[:12]}.html"
+        write_atomic(page, leaderboard_page(board).encode())
+        return {
+            "question": asdict(question),
+            "ranks": [asdict(one) for one in board.ranks],
+            "lines": [_finite(asdict(one)) for one in board.lines],
+            "floors": {name: asdict(floor) for name, floor in floors.items()},
+            "starts": {name: _finite(asdict(start)) for name, start in starts.items()},
+            "results": {"path": context.workspace.relative(file), "sha256": sha256_bytes(data)},
+            "page": context.workspace.relative(page),
+            "cpu_seconds": round(cpu_seconds, 1),
+            "machine": board.machine,
+        }
+
+    inputs = _inputs([str(one["key"]) for one in results])
+    outputs, _ = once(context.ledger, STAGE, inputs, work, partial(_stands, context))
+    return outputs
+
+
+def last_board(context: Context) -> dict[str, Any]:
+    """Return the newest comparison of this workspace.
+
+    Raises:
+        NotFound: there is none.
+    """
+    for entry in reversed(list(context.ledger.entries("stage.done"))):
+        if entry.payload["stage"] == STAGE:
+            return {**entry.payload["outputs"], "found": True}
+    raise NotFound("Nothing was compared here yet; `forebay arena run` does it.")
+
+
+def _key(wanted: Sequence[Plan], context: Context) -> str:
+    from tasks.core.stages import stage_key
+
+    return stage_key(STAGE, _inputs([plan.key() for plan in wanted]))
+
+
+def _inputs(keys: Sequence[str]) -> dict[str, Any]:
+    return {"cells": digest_json(list(keys))}
+
+
+def _stands(context: Context, outputs: Mapping[str, Any]) -> bool:
+    from flows.experience import intact
+
+    return intact(context, outputs["results"]) and (context.workspace.root / outputs["page"]).exists()
+
+
+def _track(context: Context, results: Sequence[Mapping[str, Any]]) -> None:
+    """One MLflow run a cell; a cell that has one already is left alone."""
+    with progress.current().bar("MLflow") as report:
+        for number, one in enumerate(results, start=1):
+            tracked = context.registry.run(
+                "arena",
+                one["key"],
+                name=f"{one['method']} {one['env']} {one['seed']}",
+                params={name: one[name] for name in ("env", "method", "seed", "stop_reason", "steps")},
+            )
+            with tracked as run:
+                for step, reward in enumerate(one["curve"], start=1):
+                    run.log({"reward": reward}, step)
+                figures = {
+                    f"{name.replace('@', '_at_')}/{when}": figure["estimate"]
+                    for when in ("before", "after")
+                    for name, figure in one[when]["figures"].items()
+                }
+                run.log({**figures, "cpu_seconds": one["cpu_seconds"]}, len(one["curve"]))
+            report(number, len(results), "runs")
+
+
+def _machine() -> str:
+    import os
+    import platform
+
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} cores {names[0] if names else platform.machine()}, torch {torch.__version__}"
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: the half width of an interval over one seed is null."""
+    return {
+        name: _finite(value) if isinstance(value, dict) else None if value == float("inf") else value
+        for name, value in values.items()
+    }

@@ -1,0 +1,137 @@
+"""A comparison on a page: the order of the methods, a table for each environment, and the curves of training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from tasks.leaderboard.ranking import Line, Mean, Rank
+from tasks.pages import figures
+from tasks.pages.figures import Axis, Interval, Item
+from tasks.pages.parts import Chart, Group, Row, Section, Strips, Table, number
+from tasks.pages.templates import template
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """What an environment's held-out tasks give without any skill: the best constant action and a blind choice."""
+
+    tasks: int
+    constant: float
+    constant_action: str
+    random: float
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """Everything that a page shows."""
+
+    ranks: Sequence[Rank]
+    lines: Sequence[Line]
+    floors: Mapping[str, Floor]
+    starts: Mapping[str, Mean]
+    results: Sequence[Mapping[str, Any]]
+    cpu_seconds: float
+    machine: str
+
+
+def leaderboard_page(board: Board) -> str:
+    """Return the page as HTML; it loads nothing from elsewhere."""
+    envs = list(dict.fromkeys(line.env for line in board.lines))
+    sections = (
+        _order(board),
+        *(_environment(board, env) for env in envs),
+        *(_courses(board, env) for env in envs),
+    )
+    first = board.ranks[0]
+    runs, seeds = len(board.results), len({one["seed"] for one in board.results})
+    tied = [one.method for one in board.ranks[1:] if one.best > 0.05]
+    says = f"{first.method} leads, with a mean rank of {first.rank:.1f}" + (
+        f"; other seeds might as well put {' or '.join(tied)} first." if tied else "."
+    )
+    page = template("tasks.leaderboard", "leaderboard.html.jinja")
+    return str(
+        page.render(
+            says=says,
+            runs=runs,
+            seeds=seeds,
+            envs=len(envs),
+            methods=len(board.ranks),
+            cpu_minutes=board.cpu_seconds / 60,
+            machine=board.machine,
+            sections=sections,
+        )
+    )
+
+
+def _order(board: Board) -> Section:
+    axis = Axis(1 - 0.2, len(board.ranks) + 0.2)
+    rows = tuple(
+        Row(
+            one.method,
+            figures.strip(
+                axis,
+                Item(one.method, "", Interval(one.rank, one.low, one.high), None, None, f"{one.rank:.2f}"),
+            ),
+            (f"{one.rank:.2f}", f"{one.low:.1f} to {one.high:.1f}", f"{one.best:.0%}", number(one.success)),
+        )
+        for one in board.ranks
+    )
+    heads = ("method", "mean rank", "95 % of resampled seeds", "best in", "mean success")
+    strips = Strips(heads, (Group(rows, figures.ruler(axis, left="better", right="worse")),))
+    return Section(
+        "Order of the methods over all environments",
+        strips=strips,
+        notes=(
+            "A rank is taken on each environment (1 is best) and averaged; the interval says how far it moves when the seeds "
+            "are drawn again.",
+        ),
+    )
+
+
+def _environment(board: Board, env: str) -> Section:
+    floor, start = board.floors[env], board.starts[env]
+    found = [line for line in board.lines if line.env == env]
+    names = list(found[0].figures)
+    heads = ("method", *names, "gain", "CPU s a run", "episodes", "collapses")
+    rows = tuple(
+        (
+            line.method,
+            *(_mean(line.figures[name]) for name in names),
+            _mean(line.gain, signed=True),
+            f"{line.cpu_seconds:.0f}",
+            f"{line.episodes:,.0f}",
+            ", ".join(f"{driver} {count}" for driver, count in line.collapses.items()) or "none",
+        )
+        for line in found
+    )
+    return Section(
+        env,
+        says=(
+            f"{floor.tasks} held-out tasks. Start {_mean(start)}; always “{floor.constant_action}” "
+            f"{number(floor.constant)}; a blind choice {number(floor.random)}.",
+        ),
+        table=Table(heads, rows),
+    )
+
+
+def _courses(board: Board, env: str) -> Section:
+    charts = []
+    for method in dict.fromkeys(one["method"] for one in board.results):
+        runs = [one["curve"] for one in board.results if (one["env"], one["method"]) == (env, method)]
+        points = [
+            (float(step + 1), mean(run[step] for run in runs if len(run) > step))
+            for step in range(max(map(len, runs), default=0))
+        ]
+        if len(points) > 1:
+            caption = f"{method}: {points[0][1]:.2f} to {points[-1][1]:.2f}."
+            charts.append(Chart(figures.course(points, caption, below="update"), caption))
+    return Section(f"Reward in training on {env}, mean over seeds", charts=tuple(charts))
+
+
+def _mean(value: Mean, *, signed: bool = False) -> str:
+    written = number(value.estimate, signed=signed)
+    return f"{written} ± {number(value.half)}" if math.isfinite(value.half) else written
