@@ -49,7 +49,7 @@ def start_from_scratch(env: Environment, settings: Start, seed: int, folder: Pat
         make_policy(policy, [_text(task, *turns) for task, turns in played[:_TOKENISED]], shape, seed)
     tokenizer = load_tokenizer(policy)
     who = _identity("start/scratch", policy)
-    episodes = [_episode(env, tokenizer, who, *one, seed, number) for number, one in enumerate(played)]
+    episodes = [as_episode(env, tokenizer, who, *one, seed, number) for number, one in enumerate(played)]
     return clone(episodes, policy, settings, seed, folder)
 
 
@@ -182,7 +182,7 @@ def _text(task: Task, *turns: tuple[str, Step]) -> str:
     return task.prompt + "".join(f" {action}\n{step.observation}" for action, step in turns)
 
 
-def _episode(
+def as_episode(
     env: Environment,
     tokenizer: PreTrainedTokenizerBase,
     who: BehaviourIdentity,
@@ -191,6 +191,12 @@ def _episode(
     seed: int,
     number: int,
 ) -> Episode:
+    """Return what was played as an episode in a group of its own, to be cloned; the actions are what is trained.
+
+    Args:
+        turns: (action, the environment's answer).
+        number: tells episodes of one task apart.
+    """
     encode: Callable[[str], list[int]] = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     ids: list[int] = []
     mask: list[bool] = []
