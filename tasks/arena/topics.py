@@ -49,6 +49,9 @@ class Topic(Protocol):
     def remark(self, answer: str, action: str) -> str:
         """What a teacher who takes `answer` for the truth says of another action than that."""
 
+    def __hash__(self) -> int:
+        """Equal topics, equal hash: what is drawn of a topic is kept."""
+
 
 @dataclass(frozen=True)
 class Ordered:
