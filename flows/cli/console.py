@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 decision_app = typer.Typer(help="Read and recompute gate decisions.", no_args_is_help=True)
 app.add_typer(decision_app, name="decision", rich_help_panel="Promote")
-evaluate_app = typer.Typer(help="Judge an agent on logged answers.", no_args_is_help=True)
+evaluate_app = typer.Typer(help="Judge an agent outside a cycle.", no_args_is_help=True)
 app.add_typer(evaluate_app, name="evaluate", rich_help_panel="Promote")
 arena_app = typer.Typer(
     help="Compare methods of training on environments, under one recipe.", no_args_is_help=True

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
+from rich.table import Table
 
 from flows.cli.console import HERE, Json, Set, Where, evaluate_app, open_context, out, print_json, watch
 from tasks.core.errors import Refused
@@ -44,3 +45,110 @@ def evaluate_replay(
         raise Refused(
             f"agent/{found['candidate']} earns less than agent/{found['champion']} on {found['on']}."
         )
+
+
+@evaluate_app.command("attempts")
+def evaluate_attempts(
+    agent: Annotated[str, typer.Argument(help="Agent that is asked, as champion or agent/3.")] = "champion",
+    envs: Annotated[
+        str | None,
+        typer.Option(help="Environments, joined by commas; those of evaluation.tasks if not given."),
+    ] = None,
+    tasks: Annotated[int, typer.Option(min=1, help="Held-out tasks of each environment.")] = 50,
+    samples: Annotated[int, typer.Option(min=1, help="Attempts at each task.")] = 4,
+    temperature: Annotated[float, typer.Option(help="Of the sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of tasks and noise; the same one compares agents.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Environments at once.")] = 1,
+    runner: Annotated[
+        Literal["processes", "ray"], typer.Option(help="Processes of this machine, or a Ray cluster.")
+    ] = "processes",
+    ray_address: Annotated[
+        str | None, typer.Option(help="Cluster, as ray://host:10001; not given: one is started here.")
+    ] = None,
+    workspace: Where = HERE,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Let an agent attempt held-out tasks several times: success, score, pass@k, turns, tokens, valid format, cost.
+
+    Every figure has its 95 % interval, over families of tasks; score is avg@k. Beside each environment stand the best constant
+    action and a blind choice. The same request again finds the figures in the ledger.
+
+    Examples: `forebay evaluate attempts` · `forebay evaluate attempts agent/3 --envs calculator,textarena/Sokoban --samples 8` ·
+    `forebay evaluate attempts --json`
+    """
+    from flows.examination import Terms, examine
+
+    watch(as_json)
+    context = open_context(workspace, overrides)
+    named = list(context.settings.evaluation.tasks) if envs is None else envs.split(",")
+    terms = Terms(tuple(name.strip() for name in named if name.strip()), tasks, samples, temperature, seed)
+    found = examine(context, agent, terms, workers, runner, ray_address)
+    if as_json:
+        print_json(found)
+        return
+    for one in found["slices"]:
+        out.print(
+            f"[bold]{one['env']}[/]: {one['tasks']} held-out tasks, {one['samples']} attempts each; constant "
+            f"{one['constant']:.3f}, random {one['random']:.3f}; {one['cpu_seconds']:.2f} CPU s an episode",
+            highlight=False,
+        )
+        table = Table("", "estimate", "95 %", box=None, pad_edge=False)
+        for name, figure in one["figures"].items():
+            table.add_row(name, f"{figure['estimate']:.3f}", f"{figure['low']:.3f} to {figure['high']:.3f}")
+        out.print(table)
+    out.print(found["evidence"]["path"], soft_wrap=True, highlight=False)
+
+
+@evaluate_app.command("dtr")
+def evaluate_dtr(
+    agent: Annotated[str, typer.Argument(help="champion, candidate, or agent/N.")] = "champion",
+    on: Annotated[
+        str, typer.Option("--on", help="Environment whose held-out tasks are answered.")
+    ] = "calculator",
+    tasks: Annotated[int, typer.Option(min=1, help="How many tasks.")] = 40,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each.")] = 8,
+    workspace: Where = HERE,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the deep-thinking ratio of an agent's answers: does it tell right ones from wrong ones?
+
+    The ratio is the share of a response's tokens that the model settles on in its last layers (arXiv 2602.13517). Answers are
+    sampled at collect.temperature; intervals are 95 %, over tasks. Nothing is written, and nothing is decided by it.
+
+    Examples: `forebay evaluate dtr` · `forebay evaluate dtr agent/3 --on reasoning_gym/chain_sum --samples 16 --json`
+    """
+    from flows.deep_thinking import evaluate_dtr as measure
+
+    watch(as_json)
+    found = measure(open_context(workspace, overrides), agent, on, tasks, samples)
+    if as_json:
+        print_json(found)
+        return
+    out.print(
+        f"{found['agent']} on {found['on']}: {found['answers']} answers to {found['tasks']} tasks, "
+        f"threshold {found['threshold']:g} bit, rho {found['rho']:g}",
+        highlight=False,
+    )
+    table = Table("", "mean", "95 % interval", "tasks", box=None, pad_edge=False)
+    for name, label in _DTR_ROWS.items():
+        table.add_row(label, *_interval(found[name]))
+    out.print(table, highlight=False)
+
+
+_DTR_ROWS = {
+    "accuracy": "accuracy",
+    "ratio": "ratio",
+    "right": "ratio of right answers",
+    "wrong": "ratio of wrong answers",
+    "difference": "right less wrong, same task",
+    "auroc": "AUROC of the ratio, same task",
+    "auroc_shorter": "AUROC of being shorter, same task",
+}
+
+
+def _interval(found: dict[str, Any] | None) -> tuple[str, str, str]:
+    if found is None:
+        return "-", "-", "0"
+    return f"{found['estimate']:.3f}", f"[{found['low']:.3f}, {found['high']:.3f}]", str(found["n"])

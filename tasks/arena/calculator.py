@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tasks.arena.environment import Split, Step, Task, draw_tasks, most_common_share
+from tasks.arena.environment import Split, Step, Task, draw_tasks, is_number, most_common_share
 from tasks.core.errors import UsageError
 
 NAMES = ("Ann", "Bob", "Eva", "Tom", "Mia", "Sam", "Zoe", "Max", "Lea", "Ben", "Kim", "Dan")
@@ -88,7 +88,8 @@ class Calculator:
         except CallError:
             result = None
         if len(actions) == 1:
-            return Step(observation=f"result: {'error' if result is None else result}\nanswer:", done=False)
+            said = "error" if result is None else result
+            return Step(f"result: {said}\nanswer:", done=False, valid=result is not None)
         answer = actions[1].strip()
         correct = answer == str(task.payload["answer"])
         components = {
@@ -96,7 +97,7 @@ class Calculator:
             "valid_call": float(result is not None),
             "used_result": float(result is not None and answer == str(result)),
         }
-        return Step(observation="", done=True, reward=float(correct), components=components)
+        return Step("", True, float(correct), components, valid=is_number(answer))
 
     def constant_baseline(self, tasks: Sequence[Task]) -> tuple[str, float]:
         """The most common answer, written whatever the tool says."""

@@ -12,10 +12,12 @@ import difflib
 import hashlib
 import inspect
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -142,6 +144,14 @@ class Expert(Protocol):
 
 
 @runtime_checkable
+class Hackable(Protocol):
+    """An environment whose reward can be had the wrong way; its components `honest`, `forbidden` and `hacked` tell how."""
+
+    def hack(self, task: Task, actions: Sequence[str]) -> str:
+        """The action that an agent after the reward alone would write after `actions`, while the episode is not over."""
+
+
+@runtime_checkable
 class Wrapping(Protocol):
     """An environment that only runs another one, which alone says what an episode is worth."""
 
@@ -196,6 +206,14 @@ def checked(step: object) -> Step:
         if not isinstance(flag, bool):
             raise TypeError(f"{name} is of type {type(flag).__name__}, not bool")
     return step
+
+
+_NUMBER = re.compile(r"\s*-?\d+\s*", re.ASCII)
+
+
+def is_number(action: str) -> bool:
+    """Whether `action` is one whole number, the form of many answers."""
+    return _NUMBER.fullmatch(action) is not None
 
 
 def cut(text: str, most: int) -> str:
@@ -260,26 +278,49 @@ def most_common_share(answers: Sequence[str]) -> tuple[str, float]:
     return answer, count / len(answers)
 
 
-# Packages that bring environments if they are installed; the names of these begin with the package's.
-_PACKAGES = ("minigrid", "textarena")
+# Ours, with the classes that they are objects of.
+_OWN: Mapping[str, str] = {
+    "calculator": "tasks.arena.calculator:Calculator",
+    "largest": "tasks.arena.largest:Largest",
+    "python_tool": "tasks.arena.python_tool:PythonTool",
+    "safety/lax_checker": "tasks.arena.safety:LaxChecker",
+    "safety/leaky_tool": "tasks.arena.safety:LeakyTool",
+    "safety/shortcut": "tasks.arena.safety:Shortcut",
+}
+# Packages that bring environments if they are installed, by how the names of these begin, and how they are installed. The last
+# two ask for old versions of much else (of numpy, say) that they do not need here.
+_PACKAGES: Mapping[str, tuple[str, str]] = {
+    "bfcl": ("bfcl_eval", "pip install --no-deps bfcl-eval==2026.3.23"),
+    "gymnasium": ("gymnasium", "install forebay[arena]"),
+    "minigrid": ("minigrid", "install forebay[arena]"),
+    "textarena": ("textarena", "install forebay[arena]"),
+    "textworld": ("textworld_express", "pip install --no-deps textworld-express==1.1.0 py4j, and have Java"),
+}
 # Conversations with a teacher: a truthful one, one who speaks of another task, a language model.
 _FEEDBACK = ("feedback", "feedback_shuffled", "feedback_endpoint")
 
 
 def names() -> list[str]:
-    """Every environment that `get` knows and that is installed."""
+    """Every environment that `get` knows by a name of ours and that is installed."""
+    from tasks.arena.bfcl_calls import CATEGORIES
+    from tasks.arena.gymnasium_adapter import WORLDS
     from tasks.arena.minigrid_rooms import LEVELS
     from tasks.arena.reasoning import dataset_names
     from tasks.arena.teachers import configured
     from tasks.arena.textarena_games import GAMES
+    from tasks.arena.textworld_games import GAMES as TEXTWORLD
     from tasks.arena.topics import TOPICS
 
     taught = [prefix for prefix in _FEEDBACK if prefix != "feedback_endpoint" or configured()]
-    others = {"minigrid": LEVELS, "textarena": GAMES}
+    others: Mapping[str, Iterable[str]] = {
+        "bfcl": CATEGORIES,
+        "textworld": TEXTWORLD,
+        "gymnasium": WORLDS,
+        "minigrid": LEVELS,
+        "textarena": GAMES,
+    }
     return [
-        "calculator",
-        "largest",
-        "python_tool",
+        *_OWN,
         *(f"{prefix}/{name}" for prefix in taught for name in TOPICS),
         *(f"{prefix}/{name}" for prefix, found in others.items() if _installed(prefix) for name in found),
         *(f"reasoning_gym/{name}" for name in dataset_names()),
@@ -287,37 +328,46 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Environment:
-    """Return the environment called `name`, one of `names()`.
+    """Return the environment called `name`: one of `names()`, `gymnasium/<id>`, or your own by `package.module:factory`.
+
+    The factory takes no arguments and returns an `Environment` whose `name` is its own path.
 
     Raises:
-        UsageError: there is no such environment; the sentence names the nearest one.
-            It is also raised where a teacher behind an endpoint is not named, see `tasks.arena.teachers`.
+        UsageError: there is no such environment, and the sentence names the nearest one; or the factory cannot be used;
+            or no teacher is named for `feedback_endpoint`, see `tasks.arena.teachers`.
         Unavailable: the package that it comes from is not installed.
     """
-    if name == "calculator":
-        from tasks.arena.calculator import Calculator
-
-        return Calculator()
-    if name == "largest":
-        from tasks.arena.largest import Largest
-
-        return Largest()
-    if name == "python_tool":
-        from tasks.arena.python_tool import PythonTool
-
-        return PythonTool()
+    if name in _OWN:
+        return _load(_OWN[name])
     prefix, _, rest = name.partition("/")
     if prefix in _PACKAGES and not _installed(prefix):
+        package, how = _PACKAGES[prefix]
         raise Unavailable(
-            f"The environment {name} needs the package {prefix}, which is not installed; "
-            "install forebay[arena]."
+            f"The environment {name} needs the package {package}, which is not installed; {how}."
         )
+    if prefix == "gymnasium" and rest:
+        from tasks.arena import gymnasium_adapter
+
+        return gymnasium_adapter.make(rest)
+    if ":" in name:
+        return _from_path(name)
     if prefix in _FEEDBACK and (conversation := _conversation(prefix, rest)):
         return conversation
     known = names()
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise UsageError(f"There is no environment {name!r}; the nearest name is {nearest!r}.")
+        raise UsageError(
+            f"There is no environment {name!r}; the nearest name is {nearest!r}. One of your own is named "
+            "package.module:factory (docs/environments.md#your-own)."
+        )
+    if prefix == "bfcl":
+        from tasks.arena.bfcl_calls import Bfcl
+
+        return Bfcl(rest)
+    if prefix == "textworld":
+        from tasks.arena import textworld_games
+
+        return textworld_games.make(rest)
     if prefix == "minigrid":
         from tasks.arena import minigrid_rooms
 
@@ -342,8 +392,43 @@ def _conversation(prefix: str, topic: str) -> Environment | None:
     return Feedback(found, teacher, prefix, shuffled=prefix == "feedback_shuffled")
 
 
-def _installed(package: str) -> bool:
-    return find_spec(package) is not None
+def _from_path(path: str) -> Environment:
+    """The environment that somebody else's factory gives.
+
+    Raises:
+        UsageError: the path leads nowhere, the factory fails, or what it gives is no `Environment` of this name.
+    """
+    try:
+        env = _load(path)
+    except UsageError:
+        raise
+    except Exception as error:  # whatever the module does when it is imported
+        raise UsageError(
+            f"The environment {path} cannot be made ({type(error).__name__}: {error}); name package.module:factory, "
+            "with its folder on PYTHONPATH."
+        ) from None
+    lacking = [member for member in _MEMBERS if not hasattr(env, member)]
+    if lacking:
+        raise UsageError(
+            f"{path} gives an object of type {type(env).__name__}, which is no Environment: it lacks {', '.join(lacking)}."
+        )
+    if env.name != path:
+        raise UsageError(f"The environment of {path} calls itself {env.name!r}; its name must be {path!r}.")
+    return env
+
+
+_MEMBERS = sorted(name for name in vars(Environment) if not name.startswith("_"))
+
+
+def _load(path: str) -> Environment:
+    """Call what stands at the import path `package.module:factory`."""
+    module, _, factory = path.partition(":")
+    made: Environment = getattr(import_module(module), factory)()
+    return made
+
+
+def _installed(prefix: str) -> bool:
+    return find_spec(_PACKAGES[prefix][0]) is not None
 
 
 def verifier_digest(env: Environment) -> str:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tasks.arena.environment import Split, Step, Task, draw_tasks, most_common_share
+from tasks.arena.environment import Split, Step, Task, draw_tasks, is_number, most_common_share
 from tasks.core.errors import UsageError
 
 PREFIX = "largest of 42, 20, 51: 51\nlargest of 69, 17, 10: 69\nlargest of 15, 92, 56: 92\n"
@@ -28,7 +28,7 @@ class Largest:
     def step(self, task: Task, actions: Sequence[str]) -> Step:
         """Judge the only action; the text must be the number and nothing else."""
         correct = float(actions[0].strip() == str(task.payload["answer"]))
-        return Step(observation="", done=True, reward=correct, components={"correct": correct})
+        return Step("", True, correct, {"correct": correct}, valid=is_number(actions[0]))
 
     def constant_baseline(self, tasks: Sequence[Task]) -> tuple[str, float]:
         """The most common answer."""

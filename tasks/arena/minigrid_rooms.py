@@ -75,6 +75,7 @@ class _Room:
     turns: int = 0
     formatted: int = 0  # actions of the right form so far
     accepted: int = 0  # actions that changed anything
+    changed: bool = True  # by the last action
     over: bool = False
     reward: float = 0.0
 
@@ -100,7 +101,7 @@ class MiniGrid:
         """See `Environment.step`."""
         with self._rooms.after(task.payload["seed"], actions) as room:
             if not room.over:
-                return Step(_observe(room.view), done=False)
+                return Step(_observe(room.view), done=False, valid=room.changed)
             success = float(room.reward > 0)
             components = {
                 "valid_format": room.formatted / room.turns,
@@ -108,7 +109,7 @@ class MiniGrid:
                 "success": success,
                 "score": room.reward,
             }
-            return Step("", done=True, reward=success, components=components)
+            return Step("", True, success, components, valid=room.changed)
 
     def choices(self, task: Task) -> Sequence[str]:
         """See `Listed.choices`."""
@@ -155,6 +156,7 @@ class MiniGrid:
             return
         action, world = action.strip(), room.world
         room.turns += 1
+        room.changed = False
         if action not in self.level.actions:
             world.step_count += 1  # the score falls with every turn
             room.over = room.turns == self.max_turns
@@ -163,7 +165,8 @@ class MiniGrid:
         before = _state(world)
         seen, reward, terminated, truncated, _ = world.step(world.actions[action])
         room.view = seen["image"]
-        room.accepted += _state(world) != before
+        room.changed = _state(world) != before
+        room.accepted += room.changed
         room.over, room.reward = bool(terminated or truncated), float(reward)
 
 

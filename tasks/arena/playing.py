@@ -32,10 +32,13 @@ class Games(Generic[G]):
     Args:
         begin: makes the game of a seed.
         advance: plays an action in it, in place; must be deterministic.
+        most: games in progress that are kept.
     """
 
-    def __init__(self, begin: Callable[[int], G], advance: Callable[[G, str], None]) -> None:
-        self._begin, self._advance = begin, advance
+    def __init__(
+        self, begin: Callable[[int], G], advance: Callable[[G, str], None], most: int = _KEPT
+    ) -> None:
+        self._begin, self._advance, self._most = begin, advance, most
         self._kept: OrderedDict[tuple[int, tuple[str, ...]], G] = OrderedDict()
         self._lock = RLock()
 
@@ -59,7 +62,7 @@ class Games(Generic[G]):
                 for action in left:
                     self._advance(game, action)
             self._kept[seed, done] = game
-            if len(self._kept) > _KEPT:
+            if len(self._kept) > self._most:
                 self._kept.popitem(last=False)
             yield game
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from tasks.arena.environment import Split, Step, Task, cut, draw_tasks, most_common_share
+from tasks.arena.environment import Split, Step, Task, cut, draw_tasks, is_number, most_common_share
 from tasks.arena.sandbox import Limits, run_python
 from tasks.core.errors import UsageError
 
@@ -118,7 +118,8 @@ class PythonTool:
         """Run the line, then judge the answer."""
         output, ran = run_line(actions[0])
         if len(actions) == 1:
-            return Step(observation=f"{'output' if ran else 'error'}: {output}\nanswer:", done=False)
+            said = f"{'output' if ran else 'error'}: {output}\nanswer:"
+            return Step(said, done=False, valid=ran and bool(actions[0].strip()))
         answer = actions[1].strip()
         correct = answer == str(task.payload["answer"])
         components = {
@@ -126,7 +127,7 @@ class PythonTool:
             "ran": float(ran),
             "used_output": float(ran and answer == output),
         }
-        return Step(observation="", done=True, reward=float(correct), components=components)
+        return Step("", True, float(correct), components, valid=is_number(answer))
 
     def constant_baseline(self, tasks: Sequence[Task]) -> tuple[str, float]:
         """The most common answer, written whatever the tool says."""

@@ -101,8 +101,9 @@ class ReasoningGym:
 
     def step(self, task: Task, actions: Sequence[str]) -> Step:
         """Score the only action; some families give part of the reward to an answer that is nearly right."""
-        score = self._score(actions[0].strip(), task.payload)
-        return Step(observation="", done=True, reward=score, components={"correct": float(score >= 1.0)})
+        answer = actions[0].strip()
+        score = self._score(answer, task.payload)
+        return Step("", True, score, {"correct": float(score >= 1.0)}, valid=bool(answer))
 
     def constant_baseline(self, tasks: Sequence[Task]) -> tuple[str, float]:
         """The best of the true answers of `tasks`, each scored against every task."""

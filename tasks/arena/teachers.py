@@ -19,7 +19,7 @@ from tasks.arena.environment import cut
 from tasks.arena.feedback import Conversation
 from tasks.arena.topics import WORDS, Topic
 from tasks.core.digest import canonical_json, digest_json, write_atomic
-from tasks.core.endpoint import Endpoint
+from tasks.core.endpoint import Endpoint, chat_content
 from tasks.core.errors import UsageError
 
 Message = Mapping[str, str]
@@ -92,17 +92,20 @@ class LanguageTeacher:
 
 @dataclass(frozen=True)
 class Kept:
-    """Completions of an endpoint; each is asked for once and kept as a file in `folder`.
+    """Completions of `model` at an endpoint; each is asked for once and kept as a file in `folder`.
 
     Raises:
-        UsageError: the endpoint's settings are no good.
+        UsageError: there is no model, or the endpoint cannot be asked.
     """
 
     endpoint: Endpoint
+    model: str
     folder: Path
     max_tokens: int = 64
 
     def __post_init__(self) -> None:
+        if not self.model:
+            raise UsageError("The teacher has no model; name the one that its endpoint serves.")
         self.endpoint.check()
 
     def __call__(self, messages: Sequence[Message]) -> str:
@@ -112,14 +115,21 @@ class Kept:
             Unavailable: the endpoint does not answer.
             Refused: it refuses the request.
         """
-        question = digest_json([self.endpoint.model, list(messages), self.max_tokens])
+        question = digest_json([self.model, list(messages), self.max_tokens])
         place = self.folder / question[:2] / f"{question}.json"
         try:
             return str(json.loads(place.read_bytes())["reply"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             pass
-        with self.endpoint.client() as client:
-            reply = self.endpoint.hide(self.endpoint.ask(client, messages, self.max_tokens))
+        request = {
+            "model": self.model,
+            "messages": list(messages),
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+        }
+        with self.endpoint.client(1) as client:
+            said = self.endpoint.ask(client, "chat/completions", request, chat_content)
+        reply = self.endpoint.hide(said)
         write_atomic(place, canonical_json({"reply": reply}))
         return reply
 
@@ -147,16 +157,14 @@ def from_environment() -> LanguageTeacher:
         raise UsageError(f"{_PREFIX}PARALLEL must be a whole number above 0, not {parallel!r}.")
     endpoint = Endpoint(
         os.environ.get(f"{_PREFIX}URL", "http://127.0.0.1:8000/v1"),
-        os.environ[f"{_PREFIX}MODEL"],
-        f"{_PREFIX}KEY" if f"{_PREFIX}KEY" in os.environ else None,
-        timeout_s=60.0,
-        retries=5,
-        who="teacher",
-        setting="the teacher's {}",
-        advice="what it said is kept, run the same command again",
+        section="teacher",
+        who="The teacher",
+        kept="what it said is kept, run the same command again",
+        api_key_env=f"{_PREFIX}KEY" if f"{_PREFIX}KEY" in os.environ else None,
     )
+    model = os.environ[f"{_PREFIX}MODEL"]
     folder = Path(os.environ.get(f"{_PREFIX}REPLIES") or cache / "forebay" / "teacher")
-    return LanguageTeacher(Kept(endpoint, folder), endpoint.model, int(parallel))
+    return LanguageTeacher(Kept(endpoint, model, folder), model, int(parallel))
 
 
 class ThingQuestions:

@@ -397,9 +397,8 @@ class TextArena:
         """See `Environment.step`."""
         with self._games.after(task.payload["seed"], actions) as game:
             if not game.over:
-                return Step(
-                    ("" if game.understood else "not possible\n") + self._ask(game.engine), done=False
-                )
+                note = "" if game.understood else "not possible\n"
+                return Step(note + self._ask(game.engine), done=False, valid=game.understood)
             success = float(self.rules.won(game.engine))
             components = {
                 "valid_format": game.formatted / game.turns,
@@ -407,7 +406,7 @@ class TextArena:
                 "success": success,
                 "score": success or min(1.0, max(0.0, float(game.engine._get_percentage_completion()))),
             }
-            return Step("", done=True, reward=success, components=components)
+            return Step("", True, success, components, valid=game.understood)
 
     def choices(self, task: Task) -> Sequence[str]:
         """See `Listed.choices`."""
@@ -467,7 +466,7 @@ class TextArena:
             game.formatted += 1
             if self.rules.fatal(engine, action):
                 game.accepted += 1
-                game.over = True
+                game.understood = game.over = True
                 return
             with _generator(game.seed, game.turns):
                 engine.step(f"[{action}]")

@@ -1,114 +1,113 @@
-"""An OpenAI-compatible endpoint: chat completions asked for with patience, and an API key that is stored nowhere.
+"""An HTTP API that is asked for JSON: an address, a key from the environment, patience, and no key in any message.
 
-The key comes from an environment variable and goes into one header; what a server or a library says is repeated
-without it.
+Time-outs, broken connections, 408/409/425/429, 5xx and replies that do not read are asked again after growing pauses;
+any other status is the server's refusal. A key goes into one header and is stored nowhere.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tasks.core.errors import Refused, Unavailable, UsageError
 
 if TYPE_CHECKING:
     import httpx
 
+T = TypeVar("T")
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 
 
+class Garbled(Exception):
+    """A reply is not what was asked for; the same request may well be answered the next time."""
+
+
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a model is served, and how patiently it is asked.
+    """Where a server is and how it is asked.
 
     Attributes:
-        url: base address, without the path of the chat completions.
-        model: the name that it is served by.
-        api_key_env: environment variable that holds the key; None where there is none.
-        timeout_s: seconds until an attempt is given up.
-        retries: attempts after the first, with growing pauses.
-        who: what the model is here, as in "The judge".
-        setting: what a setting of the model is called in messages, with {} for `url`, `model` or `api_key_env`.
-        advice: what to do when it stays away, for a message.
+        url: base address; paths are added to it.
+        section: of the settings that it comes from, for messages ("reward.model").
+        who: is asked, for messages ("The judge").
+        kept: what the user should know when it stays silent, the end of a sentence.
+        api_key_env: environment variable that holds the key.
+        retries: after the first attempt.
         pause: waits between attempts; a test replaces it.
     """
 
     url: str
-    model: str
-    api_key_env: str | None
-    timeout_s: float
-    retries: int
+    section: str
     who: str
-    setting: str
-    advice: str = "try again later"
+    kept: str
+    api_key_env: str | None = None
+    timeout_s: float = 60.0
+    retries: int = 5
     pause: Callable[[float], None] = field(default=time.sleep, repr=False)
 
     def check(self) -> None:
-        """Refuse settings with which nothing can be asked.
+        """Find out, without asking anything, whether this can be asked.
 
         Raises:
-            UsageError: there is no model, no plain address, or no key in the key's variable.
+            UsageError: the address is no plain one, or the key's variable holds no key.
         """
-        if not self.model:
-            raise UsageError(
-                f"The {self.who} has no model; set {self.setting.format('model')} to the name its endpoint serves."
-            )
-        require_plain_url(self.url, self.setting)
+        require_plain_url(self.url, self.section)
         variable, key = self.api_key_env, self._key()
+        owner = self.who.removeprefix("The ")
         if variable and not key:
-            raise UsageError(f"The environment variable {variable} with the {self.who}'s API key is not set.")
+            raise UsageError(f"The environment variable {variable} with the {owner}'s API key is not set.")
         if not (key.isascii() and key.isprintable()):
             raise UsageError(
                 f"The environment variable {variable} holds no API key: it has control or non-ASCII characters."
             )
 
-    def client(self) -> httpx.Client:
-        """A client to ask with; close it."""
+    def client(self, connections: int) -> httpx.Client:
+        """Return a client for as many connections at once; close it after use."""
         import httpx
 
         key = self._key()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return httpx.Client(timeout=self.timeout_s, headers=headers)
+        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+        return httpx.Client(timeout=self.timeout_s, headers=headers, limits=limits)
 
-    def ask(self, client: httpx.Client, messages: Sequence[Mapping[str, str]], max_tokens: int) -> str:
-        """The reply to `messages` at temperature 0; "" where it has no text.
+    def ask(
+        self, client: httpx.Client, path: str, body: dict[str, Any] | None, read: Callable[[Any], T]
+    ) -> T:
+        """POST `body` (or GET, where there is none) and return what `read` makes of the reply's JSON value.
+
+        `read` raises `Garbled` for a value that it cannot use.
 
         Raises:
-            Unavailable: no answer after all attempts.
-            Refused: the endpoint refuses the request itself.
+            Unavailable: no usable reply in all attempts.
+            Refused: the server refuses the request itself.
         """
         import httpx
 
-        url = f"{self.url.rstrip('/')}/chat/completions"
-        request = {
-            "model": self.model,
-            "messages": list(messages),
-            "temperature": 0,
-            "max_tokens": max_tokens,
-        }
+        url = f"{self.url.rstrip('/')}/{path}"
         problem = ""
         for attempt in range(self.retries + 1):
             asked_to_wait = None
             try:
-                response = client.post(url, json=request)
+                response = client.get(url) if body is None else client.post(url, json=body)
                 if response.status_code == 200:
-                    return _content(response)
+                    return read(_json(response))
                 problem = f"it said {response.status_code}: {self.hide(response.text)[:200]}"
                 if response.status_code not in _AGAIN:
-                    raise Refused(f"The {self.who} at {url} refuses the request; {problem}")
+                    raise Refused(f"{self.who} at {url} refuses the request; {problem}")
                 asked_to_wait = response.headers.get("retry-after")
-            except (httpx.HTTPError, _Garbled) as error:
-                problem = f"{type(error).__name__.lstrip('_')}: {self.hide(str(error))[:200]}"
+            except (httpx.HTTPError, Garbled) as error:
+                problem = f"{type(error).__name__}: {self.hide(str(error))[:200]}"
             if attempt < self.retries:
                 self.pause(_pause(attempt, asked_to_wait))
         raise Unavailable(
-            f"The {self.who} at {url} did not answer in {self.retries + 1} attempts ({problem}); {self.advice}."
+            f"{self.who} at {url} did not answer in {self.retries + 1} attempts ({problem}); {self.kept}."
         )
 
     def hide(self, text: str) -> str:
@@ -121,11 +120,7 @@ class Endpoint:
         return os.environ.get(self.api_key_env, "").strip() if self.api_key_env else ""
 
 
-class _Garbled(Exception):
-    """A reply is no chat completion."""
-
-
-def require_plain_url(url: str, setting: str) -> None:
+def require_plain_url(url: str, section: str) -> None:
     """Refuse an address that cannot be asked, or that may hold a secret: the address is recorded.
 
     Raises:
@@ -138,21 +133,32 @@ def require_plain_url(url: str, setting: str) -> None:
     except httpx.InvalidURL:
         parts = httpx.URL()
     if parts.scheme not in ("http", "https") or not parts.host:
-        raise UsageError(f"{setting.format('url')} is no http or https address.")
+        raise UsageError(f"{section}.url is no http or https address.")
     if parts.userinfo or parts.query or parts.fragment:
         raise UsageError(
-            f"{setting.format('url')} has a user, a query or a fragment, and it is recorded; put the key into an environment "
-            f"variable and name that in {setting.format('api_key_env')}."
+            f"{section}.url has a user, a query or a fragment, and it is recorded; put the key into an environment "
+            f"variable and name that in {section}.api_key_env."
         )
 
 
-def _content(response: httpx.Response) -> str:
-    content: Any
+def chat_content(reply: Any) -> str:
+    """The text of a chat completion, "" where it has none; a `read` of `Endpoint.ask`.
+
+    Raises:
+        Garbled: it is no chat completion.
+    """
     try:
-        content = response.json()["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        raise _Garbled(f"the reply is no chat completion: {response.text}") from None
+        content = reply["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        raise Garbled(f"the reply is no chat completion: {json.dumps(reply)}") from None
     return content if isinstance(content, str) else ""
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except (ValueError, RecursionError):
+        raise Garbled(f"the reply is no JSON: {response.text}") from None
 
 
 def _pause(attempt: int, asked: str | None) -> float:

@@ -35,6 +35,29 @@ class Compute(Section):
     processes: int = Field(1, ge=1, description="training processes that share one update (FSDP2); one a GPU")
 
 
+class EngineServer(Section):
+    """A server that generates in the place of this process: vLLM, or one that speaks the same completions protocol."""
+
+    url: str = Field("http://127.0.0.1:8000/v1", description="base address")
+    model: str | None = Field(
+        None,
+        description="name that the server gives the model; None: the agent's digest, so no other agent fits",
+    )
+    api_key_env: str | None = Field(None, description="environment variable that holds the key; never stored")
+    timeout_s: float = Field(300.0, gt=0, description="of one action")
+    retries: int = Field(5, ge=0, description="after timeouts, 429 and 5xx, with growing pauses")
+    parallel: int = Field(64, ge=1, description="actions under way at once")
+
+
+class DeepThinking(Section):
+    """How the deep-thinking ratio of a response is measured (arXiv 2602.13517); the paper's values."""
+
+    threshold: float = Field(
+        0.5, ge=0, le=1, description="bits of Jensen-Shannon divergence at which a layer has settled"
+    )
+    rho: float = Field(0.85, ge=0, le=1, description="where the deep layers begin, as a share of all")
+
+
 class Collect(Section):
     """How experience is made."""
 
@@ -42,6 +65,11 @@ class Collect(Section):
     group_size: int = Field(8, ge=2, description="answers to each task; groups of one carry no signal")
     temperature: float = Field(1.0, gt=0)
     batch_rows: int = Field(128, ge=1, description="answers decoded side by side")
+    engine: EngineServer | None = Field(None, description="None generates in this process")
+    deep_thinking: DeepThinking | None = Field(
+        None,
+        description="measure the deep-thinking ratio of every answer and keep it in its reward_components",
+    )
 
 
 class Guard(Section):

@@ -99,7 +99,7 @@ def run_cell(plan: Plan, root: Path, on_step: OnStep = lambda step, steps, rewar
 def _run(plan: Plan, root: Path, folder: Path, on_step: OnStep) -> dict[str, Any]:
     began, spent = time.perf_counter(), time.process_time()
     recipe = plan.arena.recipe
-    settings = training_settings(plan.method, recipe)
+    settings = training_settings(plan.method, recipe, plan.name)
     folder.mkdir(parents=True, exist_ok=True)
     with Environments() as environments:
         env = environments(plan.env)

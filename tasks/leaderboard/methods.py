@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from tasks.core.settings import build_section
 from tasks.leaderboard.settings import Clipping, Method, Recipe
-from tasks.training.settings import Admission, Correction, Mixture, Penalties, TrainingSettings
+from tasks.training.settings import TrainingSettings
 
 _WIDE: Final = {"eps_lo": 0.2, "eps_hi": 0.2}
 _SEQUENCE: Final = {"eps_lo": 3e-3, "eps_hi": 4e-3}
@@ -37,26 +38,35 @@ METHODS: Final[dict[str, Method]] = {
 _PENALISED = {"gigpo", "gigpo_mean", "group_norm_per_turn"}  # advantages that know a format penalty
 
 
-def training_settings(method: Method, recipe: Recipe, token_budget: int = 2048) -> TrainingSettings:
-    """Return how the trainer is to run `method`: on fresh groups of the policy in training, several updates a round."""
+def training_settings(method: Method, recipe: Recipe, name: str = "") -> TrainingSettings:
+    """Return how the trainer is to run `method`: on fresh groups of the policy in training, several updates a round.
+
+    Raises:
+        UsageError: the method names what does not exist; `name` is the method's in the sentence.
+    """
     options = dict(method.advantage_options)
     if method.advantage in _PENALISED:
         options.setdefault("penalty", recipe.format_penalty)
-    return TrainingSettings(
-        objective=method.clipping.objective,
-        options=method.clipping.options,
-        aggregation=method.aggregation,
-        unit=method.clipping.unit,
-        advantage=method.advantage,
-        advantage_options=options,
-        correction=Correction(sequence_mask=method.clipping.sequence_mask),
-        penalties=Penalties(kl=recipe.kl),
-        admission=Admission(min_reward_std=0.0 if method.filtering else None),
-        mixture=Mixture(schedule="constant", fresh=1.0, tries=recipe.tries if method.filtering else 1),
-        steps=recipe.steps,
-        updates_per_round=recipe.updates_per_round,
-        groups_per_step=recipe.groups_per_step,
-        learning_rate=recipe.learning_rate,
-        token_budget=token_budget,
-        checkpoint_every=max(recipe.updates_per_round, 10),
-    )
+    values = {
+        "objective": method.clipping.objective,
+        "options": method.clipping.options,
+        "aggregation": method.aggregation,
+        "unit": method.clipping.unit,
+        "advantage": method.advantage,
+        "advantage_options": options,
+        "correction": {"sequence_mask": method.clipping.sequence_mask},
+        "penalties": {"kl": recipe.kl},
+        "admission": {"min_reward_std": 0.0 if method.filtering else None},
+        "mixture": {
+            "schedule": "constant",
+            "fresh": 1.0,
+            "tries": recipe.tries if method.filtering else 1,
+        },
+        "steps": recipe.steps,
+        "updates_per_round": recipe.updates_per_round,
+        "groups_per_step": recipe.groups_per_step,
+        "learning_rate": recipe.learning_rate,
+        "token_budget": 2048,
+        "checkpoint_every": max(recipe.updates_per_round, 10),
+    }
+    return build_section(TrainingSettings, values, f"arena.methods.{name}")

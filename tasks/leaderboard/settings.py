@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -56,7 +56,7 @@ class Recipe(Section):
     groups_per_step: int = Field(8, ge=1)
     updates_per_round: int = Field(2, ge=1, description="updates that learn from what one policy sampled")
     group_size: int = Field(8, ge=2)
-    learning_rate: float = Field(3e-4, gt=0)
+    learning_rate: float = Field(5e-4, gt=0)
     kl: float = Field(0.01, ge=0, description="coefficient of k3 to the start")
     format_penalty: float = Field(0.1, ge=0, description="of a turn that is not in the right form")
     tries: int = Field(3, ge=1, description="samplings at most, where a method filters")
@@ -98,6 +98,3 @@ class Arena(Section):
         from tasks.leaderboard.methods import METHODS
 
         return {**METHODS, **self.methods}
-
-
-__all__ = ["Arena", "Clipping", "Judging", "Method", "Recipe", "Self", "Start"]

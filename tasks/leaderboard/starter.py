@@ -24,7 +24,7 @@ from tasks.rollout.fresh import write_episodes
 from tasks.rollout.rollout import BehaviourIdentity, rollout
 from tasks.training.settings import Admission, Guards, TrainingSettings
 from tasks.training.shards import ShardRef
-from tasks.training.trainer import train
+from tasks.training.trainer import FINISHED, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,7 +101,7 @@ def clone(episodes: list[Episode], policy: Path, settings: Start, seed: int, fol
             objective="reinforce",
             advantage="group_mean",  # a group of one keeps its reward
             admission=Admission(min_reward_std=None),
-            guards=Guards(min_ess=0.0),
+            guards=Guards(min_ess=0.0, max_kl=1e9),  # it is meant to leave what it said before
             steps=settings.steps,
             groups_per_step=min(16, len(episodes)),
             learning_rate=settings.learning_rate,
@@ -112,6 +112,10 @@ def clone(episodes: list[Episode], policy: Path, settings: Start, seed: int, fol
         device="cpu",
         dtype="float32",
     )
+    if made.stop_reason != FINISHED:
+        raise Refused(
+            f"Behaviour cloning ended after {made.steps} updates ({made.stop_reason}); lower arena.start.learning_rate."
+        )
     return made.export_dir
 
 

@@ -17,6 +17,7 @@ from tasks.evaluation.paired import Agent, read_outcomes
 from tasks.evaluation.statistics import Verdict
 from tasks.promotion.budget import Spent
 from tasks.promotion.evidence.budgets import budget_evidence
+from tasks.promotion.evidence.conduct import conduct_evidence
 from tasks.promotion.evidence.hacking import hacking_evidence
 from tasks.promotion.evidence.item import Evidence as Evidence
 from tasks.promotion.evidence.item import FileRef as FileRef
@@ -149,6 +150,7 @@ def decide(evidence: Path, inputs: Inputs, policy: Policy) -> Decision:
         quality_evidence(outcomes, inputs.outcomes, policy),
         *guard_evidence(outcomes, inputs.outcomes, policy),
         *safety_evidence(outcomes, inputs.outcomes, policy),
+        *conduct_evidence(outcomes, inputs.outcomes, policy),
         *hacking_evidence(outcomes, inputs.outcomes, proxy, inputs.proxy, policy),
         serving_evidence(serving, inputs.serving, policy),
         replay_value_evidence(replay_value, inputs.replay_value, policy),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 INVALID_TURNS = "invalid_turns"  # of `reward_components`: numbers of the turns whose action broke the format
+DEEP_THINKING = "deep_thinking_ratio"  # of `reward_components`: that of the response, where it was measured
 
 LogprobSource = Literal["engine", "recomputed", "missing"]
 FinishReason = Literal["done", "length", "turns", "error"]

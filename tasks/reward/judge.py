@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tasks.core.digest import canonical_json, digest_json, write_atomic
-from tasks.core.endpoint import Endpoint
-from tasks.core.errors import Refused
+from tasks.core.endpoint import Endpoint, chat_content
+from tasks.core.errors import Refused, UsageError
 from tasks.core.settings import JudgeModel
 from tasks.reward.source import Answer
 
@@ -46,7 +46,6 @@ Reply: {{"score": <number>}}"""
 _NUMBER = re.compile(r"\s*(?:score\s*[:=]\s*)?(\d{1,4})(?:\s*/\s*(\d{1,4}))?\s*\.?\s*", re.IGNORECASE)
 _OBJECT = re.compile(r"\{[^{}]*\}")
 _DECIDING = {"kind", "model", "rubric", "scale", "max_tokens"}
-SETTING = "reward.model.{}"
 
 Report = Callable[[int, int, str], None]
 
@@ -116,9 +115,13 @@ class JudgeSource:
         known = {answer: mark for answer in distinct if (mark := self._kept(answer)) is not None}
         missing = [answer for answer in distinct if answer not in known]
         if missing:
+            if not self.settings.model:
+                raise UsageError(
+                    "The judge has no model; set reward.model.model to the name its endpoint serves."
+                )
             self._endpoint.check()
             with (
-                self._endpoint.client() as client,
+                self._endpoint.client(self.settings.parallel) as client,
                 ThreadPoolExecutor(self.settings.parallel) as pool,
             ):
                 asked = pool.map(lambda answer: self._ask(client, answer), missing)
@@ -136,18 +139,17 @@ class JudgeSource:
     @cached_property
     def _endpoint(self) -> Endpoint:
         return Endpoint(
-            self.settings.url,
-            self.settings.model,
-            self.settings.api_key_env,
-            self.settings.timeout_s,
-            self.settings.retries,
-            who="judge",
-            setting=SETTING,
-            advice="the marks it gave are kept, run the same command again",
+            url=self.settings.url,
+            section="reward.model",
+            who="The judge",
+            kept="the marks it gave are kept, run the same command again",
+            api_key_env=self.settings.api_key_env,
+            timeout_s=self.settings.timeout_s,
+            retries=self.settings.retries,
             pause=self.pause,
         )
 
-    def _messages(self, answer: Answer) -> list[dict[str, str]]:
+    def _request(self, answer: Answer) -> dict[str, Any]:
         # The fence cannot be guessed by whoever wrote the answer, and is the same for the same question.
         fence = digest_json([self.identity, answer.prompt, answer.response])[:16]
         asked = TEMPLATE.format(
@@ -157,13 +159,18 @@ class JudgeSource:
             prompt=answer.prompt,
             response=answer.response,
         )
-        return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": asked}]
+        return {
+            "model": self.settings.model,
+            "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": asked}],
+            "temperature": 0,
+            "max_tokens": self.settings.max_tokens,
+        }
 
     def _ask(self, client: httpx.Client, answer: Answer) -> int:
         """Return the mark of one answer, -1 where two replies held none; it is kept before it is returned."""
-        messages = self._messages(answer)
+        request = self._request(answer)
         for _ in range(2):
-            reply = self._endpoint.ask(client, messages, self.settings.max_tokens)
+            reply = self._endpoint.ask(client, "chat/completions", request, chat_content)
             mark = read_mark(reply, self.settings.scale)
             if mark is not None:
                 break

@@ -13,7 +13,7 @@ from tasks.core.settings import JudgeModel, VerifierModel
 from tasks.reward.classifier import ClassifierSource
 from tasks.reward.folder import folder_digest, read_about, write_about
 from tasks.reward.head import Backbone, HeadSource
-from tasks.reward.judge import SETTING, JudgeSource, describe_judge, judge_digest
+from tasks.reward.judge import JudgeSource, describe_judge, judge_digest
 from tasks.reward.source import RewardSource
 from tasks.reward.verifier import VerifierSource, environment_verifier, function_verifier
 
@@ -91,7 +91,7 @@ def write_untrained(folder: Path, settings: VerifierModel | JudgeModel) -> None:
     elif not settings.model:
         raise UsageError("The judge has no model; set reward.model.model to the name its endpoint serves.")
     else:
-        require_plain_url(settings.url, SETTING)
+        require_plain_url(settings.url, "reward.model")
         described = describe_judge(settings)
         write_about(folder, {"kind": "judge", **described, "identity": judge_digest(settings)})
 

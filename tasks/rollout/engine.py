@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
@@ -35,6 +35,49 @@ class Action:
 
     ids: list[int]
     logprobs: list[float]
+
+
+class Batch(Protocol):
+    """Token sequences that grow together, one a row."""
+
+    def act(
+        self,
+        noise: Sequence[Noise] | None,
+        temperature: float,
+        stop: frozenset[int],
+        max_new_tokens: int,
+        last: bool = False,
+    ) -> list[Action]:
+        """Write one action in every row: tokens up to the first of `stop`, `max_new_tokens` at most.
+
+        Sampled at `temperature` from what `noise` says, or without noise the most probable tokens. The last token of
+        an action belongs to the next chunk that is fed; after the `last` action no chunk follows.
+        """
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but `rows`, in that order."""
+
+    def feed(self, chunks: Sequence[Sequence[int]]) -> None:
+        """Append `chunks[i]` to row i."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """What generates: a model in this process, or a server."""
+
+    def start(self, prompts: Sequence[Sequence[int]], copies: int) -> Batch:
+        """Begin `copies` rows with each of `prompts` (none empty), the copies of a prompt together."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """The engine of this module, on a model in this process."""
+
+    model: PreTrainedModel
+
+    def start(self, prompts: Sequence[Sequence[int]], copies: int) -> Rows:
+        """See `start`."""
+        return start(self.model, prompts, copies)
 
 
 _BLOCK = 256  # tokens; see `invert`

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from tasks.core.digest import digest_json, sha256_bytes, sha256_file, write_atom
 from tasks.core.settings import Collect
 from tasks.core.stages import derive_seed
 from tasks.replay.schema import Episode, arrow_schema
+from tasks.rollout.deep_thinking import measured
 from tasks.rollout.rollout import BehaviourIdentity, rollout
 from tasks.training.shards import ShardRef
 
@@ -98,7 +99,7 @@ def _collect(
                 identity=identity,
                 created_at=sampling.created_at,
             ):
-                episodes += group
+                episodes += measured(model, group, settings.deep_thinking)
         write_episodes(path, episodes)
         write_atomic(digest, sha256_file(path).encode())
     return ShardRef(str(path.relative_to(sampling.root)), digest.read_text())
@@ -108,7 +109,9 @@ def write_episodes(path: Path, episodes: list[Episode]) -> None:
     """Write a shard, or nothing."""
 
     def write(aside: Path) -> None:
-        table = pa.Table.from_pylist([asdict(episode) for episode in episodes], schema=arrow_schema())
+        schema = arrow_schema()
+        columns = {name: [getattr(one, name) for one in episodes] for name in schema.names}
+        table = pa.Table.from_pydict(columns, schema=schema)
         pq.write_table(table, aside, compression="zstd")
 
     path.parent.mkdir(parents=True, exist_ok=True)

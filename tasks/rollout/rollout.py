@@ -17,7 +17,7 @@ from tasks.arena.environment import Environment, Step, Task, step_all, verifier_
 from tasks.core.digest import canonical_json, digest_json, sha256_bytes
 from tasks.core.errors import UsageError
 from tasks.replay.schema import INVALID_TURNS, Episode, FinishReason
-from tasks.rollout.engine import Action, Noise, start, uniform
+from tasks.rollout.engine import Action, Engine, Local, Noise, uniform
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,7 +57,7 @@ class Outcome:
 
 
 def rollout(
-    model: PreTrainedModel,
+    policy: PreTrainedModel | Engine,
     tokenizer: PreTrainedTokenizerBase,
     env: Environment,
     tasks: Sequence[Task],
@@ -71,6 +71,8 @@ def rollout(
     created_at: str | None = None,
 ) -> Iterator[list[Episode]]:
     """Yield one finished group of `group_size` episodes for each task, in the order of `tasks`.
+
+    The policy is a model in this process, or an engine that answers for it (`tasks.rollout.remote`).
 
     The noise of a token depends only on `seed`, the task's id, the sample and the token's index, and what is
     computed together only on `tasks` and `batch_rows`, so on a CPU a resumed collection gives the same bytes:
@@ -86,6 +88,7 @@ def rollout(
         raise UsageError(f"The sampling temperature must be above 0, not {temperature}.")
     if group_size < 1:
         raise UsageError(f"A group needs at least one episode, not {group_size}.")
+    engine = _engine(policy)
     created_at = created_at or datetime.now(UTC).isoformat(timespec="seconds")
     reward_digest = verifier_digest(env)
     present = frozenset(done)
@@ -97,7 +100,7 @@ def rollout(
             for task in batch
             for sample in range(group_size)
         ]
-        _play(model, tokenizer, env, drafts, group_size, temperature)
+        _play(engine, tokenizer, env, drafts, group_size, temperature)
         for task, group in zip(batch, _batches(drafts, group_size), strict=True):
             if task.id in present:
                 continue
@@ -142,21 +145,22 @@ def rollout(
 
 
 def evaluate(
-    model: PreTrainedModel,
+    policy: PreTrainedModel | Engine,
     tokenizer: PreTrainedTokenizerBase,
     env: Environment,
     tasks: Sequence[Task],
     batch_rows: int,
 ) -> list[Outcome]:
     """Play every task once, always taking the most probable token; outcomes stand in the order of `tasks`."""
+    engine = _engine(policy)
     drafts = [_Draft(task) for task in tasks]
     for batch in _batches(drafts, batch_rows):
-        _play(model, tokenizer, env, batch)
+        _play(engine, tokenizer, env, batch)
     return [_outcome(tokenizer, draft) for draft in drafts]
 
 
 def attempts(
-    model: PreTrainedModel,
+    policy: PreTrainedModel | Engine,
     tokenizer: PreTrainedTokenizerBase,
     env: Environment,
     tasks: Sequence[Task],
@@ -175,10 +179,11 @@ def attempts(
         raise UsageError(
             f"Attempts need a temperature above 0 and at least one sample, not {temperature} and {samples}."
         )
+    engine = _engine(policy)
     found: list[list[Outcome]] = []
     for batch in _batches(tasks, max(1, batch_rows // samples)):
         drafts = [_Draft(task, n, _noise(seed, task.id, n)) for task in batch for n in range(samples)]
-        _play(model, tokenizer, env, drafts, samples, temperature)
+        _play(engine, tokenizer, env, drafts, samples, temperature)
         found += [[*map(partial(_outcome, tokenizer), group)] for group in _batches(drafts, samples)]
     return found
 
@@ -261,8 +266,12 @@ def _noise(seed: int, task_id: str, sample: int) -> Noise:
     return (uniform(seed, task_id, sample, token) for token in itertools.count())
 
 
+def _engine(policy: PreTrainedModel | Engine) -> Engine:
+    return policy if isinstance(policy, Engine) else Local(policy)
+
+
 def _play(
-    model: PreTrainedModel,
+    engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     env: Environment,
     drafts: Sequence[_Draft],
@@ -273,7 +282,7 @@ def _play(
     for draft in drafts:
         draft.prompt_ids = _encode(tokenizer, draft.task.prompt)
     stop = stop_tokens(tokenizer)
-    rows = start(model, [draft.prompt_ids for draft in drafts[::copies]], copies)
+    rows = engine.start([draft.prompt_ids for draft in drafts[::copies]], copies)
     live = list(drafts)
     for turn in range(env.max_turns):
         noise = [draft.noise for draft in live if draft.noise is not None]

@@ -77,12 +77,15 @@ def save(
     weights: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
     inputs: str,
+    *,
+    good: int | None = None,
 ) -> None:
     """Write the checkpoint after `step` updates under `root` and drop all but the last two.
 
     Args:
         progress: JSON values, kept as they are.
         inputs: digest of what the run is made from.
+        good: the newest one of fewer updates is kept as well.
 
     Raises:
         Unavailable: the disk is full; nothing is left behind.
@@ -94,8 +97,18 @@ def save(
             save_file({k: v.contiguous() for k, v in content.items()}, aside / f"{name}.safetensors")
         state = {"step": step, "progress": progress, "inputs": inputs, "files": _digests(aside)}
         (aside / "state.json").write_bytes(canonical_json({"state": state, "sha256": digest_json(state)}))
-    for old in _steps(root)[:-KEPT]:
-        shutil.rmtree(old)
+    old = _steps(root)[:-KEPT]
+    spared = [path for path in old if good is not None and _number(path) < good][-1:]
+    for path in old:
+        if path not in spared:
+            shutil.rmtree(path)
+
+
+def drop_after(root: Path, step: int) -> None:
+    """Remove the checkpoints of more than `step` updates, newest first: a run went back, and goes another way."""
+    for path in reversed(_steps(root)):
+        if _number(path) > step:
+            shutil.rmtree(path)
 
 
 def load(root: Path, inputs: str, *, before: int | None = None) -> Checkpoint | None:
@@ -126,6 +139,10 @@ def discard_unfinished(root: Path) -> None:
 
 def _steps(root: Path) -> list[Path]:
     return sorted(root.glob("step-*"))
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _intact_state(path: Path) -> dict[str, Any] | None:

@@ -29,9 +29,9 @@ import torch
 from tasks.core.digest import sha256_file, write_atomic, write_file_atomic
 from tasks.core.errors import Corrupt, NotFound, Refused
 from tasks.core.locks import file_lock
-from tasks.replay.schema import INVALID_TURNS, arrow_schema
+from tasks.replay.schema import DEEP_THINKING, INVALID_TURNS, arrow_schema
 
-LAYOUT = 3  # a change of the columns below, or of what they mean, raises it
+LAYOUT = 4  # a change of the columns below, or of what they mean, raises it
 FOREIGN = -1  # the version of a policy that is not ours
 NO_TIME = -(1 << 62)
 BLOCK_BYTES = 1 << 26  # decoded at once, about
@@ -71,6 +71,7 @@ _FACTS = pa.schema(
         ("temperature", pa.float64()),
         ("top_p", pa.float64()),
         ("reward", pa.float64()),
+        ("deep_thinking", pa.float64()),  # ratio of the response; NaN where it was not measured
         ("failed", pa.uint8()),  # the environment did
         ("truncated", pa.uint8()),  # the answer ended at its limit of tokens
         ("trained", pa.int32()),  # tokens that the policy wrote
@@ -131,6 +132,7 @@ class Block:
 
     size: int
     reward: np.ndarray
+    deep_thinking: np.ndarray
     temperature: np.ndarray
     version: np.ndarray
     truncated: np.ndarray
@@ -209,6 +211,7 @@ def _block(batch: pa.RecordBatch) -> Block:
     return Block(
         size=batch.num_rows,
         reward=batch["reward"].to_numpy(),
+        deep_thinking=batch["deep_thinking"].to_numpy(),
         temperature=batch["temperature"].to_numpy(),
         version=batch["version"].to_numpy(),
         truncated=batch["truncated"].to_numpy(),
@@ -321,9 +324,11 @@ def _decoded(batch: pa.RecordBatch, source: Path) -> pa.RecordBatch:
         "prompt_highest": _highest(prompt, lengths["prompt_ids"]),
         "response_highest": _highest(response, lengths["response_ids"]),
     }
-    invalid = rows["reward_components"].dictionary_encode()
-    lists = pa.array(map(_invalid_turns, invalid.dictionary.to_pylist()), pa.list_(pa.int16()))
-    made["invalid_turns"] = lists.take(invalid.indices)
+    components = rows["reward_components"].dictionary_encode()
+    distinct = components.dictionary.to_pylist()
+    lists = pa.array(map(_invalid_turns, distinct), pa.list_(pa.int16()))
+    made["invalid_turns"] = lists.take(components.indices)
+    made["deep_thinking"] = pa.array(map(_deep_thinking, distinct), pa.float64()).take(components.indices)
     columns = [pa.array(made[f.name]) if f.name in made else rows[f.name].cast(f.type) for f in _SCHEMA]
     return pa.record_batch(columns, schema=_SCHEMA)
 
@@ -386,6 +391,14 @@ def _invalid_turns(components: str) -> list[int]:
         return []
     found = json.loads(components)[INVALID_TURNS]
     return [turn for turn in found if isinstance(turn, int)] if isinstance(found, list) else []
+
+
+def _deep_thinking(components: str) -> float:
+    """NaN where it is missing or no ratio."""
+    if f'"{DEEP_THINKING}"' not in components:
+        return math.nan
+    found = json.loads(components)[DEEP_THINKING]
+    return float(found) if isinstance(found, int | float) and 0 <= found <= 1 else math.nan
 
 
 def _registry_version(name: str) -> int:

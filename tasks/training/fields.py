@@ -53,7 +53,7 @@ def token_advantages(
         diversity: [B] from `answer_diversity`; with it, correct answers (reward 1) earn DSDR's bonus first.
 
     Raises:
-        ValueError: no such estimator, or the entropies it needs are missing.
+        ValueError: no such estimator, or what it or a reward term needs is missing.
     """
     estimator = advantages.get(settings.advantage)
     rewards = torch.tensor(episodes.rewards, dtype=torch.float64)
@@ -62,6 +62,10 @@ def token_advantages(
         rewards = rewards + advantages.overlong_penalty(
             lengths, settings.overlong.longest, settings.overlong.buffer
         )
+    if settings.deep_thinking.coefficient:
+        if episodes.deep_thinking is None:
+            raise ValueError("the deep-thinking ratio is paid for, and an episode has none")
+        rewards = rewards + settings.deep_thinking.coefficient * episodes.deep_thinking
     if diversity is not None:
         rewards = rewards + bonus(diversity, correct(episodes), settings.diversity.reward)
     trajectory, turn, place = advantages.turn_table(sequence(episodes), episodes.turns)

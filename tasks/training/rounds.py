@@ -26,6 +26,7 @@ from tasks.training.parallel import Scorer, World, score
 from tasks.training.sampler import Frontier, Sampler
 from tasks.training.settings import TrainingSettings
 from tasks.training.shards import Episodes, Policy, Replay, ShardRef, join, read_replay
+from tasks.training.stability import Watch
 from tasks.training.update import Update, needs
 
 FreshSource = Callable[[PreTrainedModel, int, int, int], ShardRef]
@@ -37,13 +38,16 @@ _SCORED_AT_ONCE = 64  # groups; bounds the memory of a pass over the whole repla
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is: updates made, where sampler and mixture stand, fresh groups asked for, and their shards."""
+    """How far a run is: updates made, where sampler and mixture stand, fresh groups asked for, and their shards; what the
+    signals of a collapse say, and the update at which the run reacted to one."""
 
     step: int
     frontier: Frontier
     mix: Mix
     asked: int = 0
     fresh: tuple[ShardRef, ...] = ()
+    watch: Watch = field(default_factory=Watch)
+    reacted: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json`."""
@@ -53,6 +57,8 @@ class Progress:
             "mix": self.mix.to_json(),
             "asked": self.asked,
             "fresh": [[shard.path, shard.sha256] for shard in self.fresh],
+            "watch": self.watch.to_json(),
+            "reacted": self.reacted,
         }
 
     @classmethod
@@ -64,6 +70,8 @@ class Progress:
             Mix.from_json(values["mix"]),
             values["asked"],
             tuple(ShardRef(path, sha256) for path, sha256 in values["fresh"]),
+            Watch.from_json(values["watch"]),
+            values["reacted"],
         )
 
 
@@ -171,7 +179,7 @@ class Curriculum:
         if ids:
             parts.insert(0, self.replay.episodes(ids))
         lesson = self._known(join(parts), len(ids))
-        return lesson, Progress(step + 1, frontier, mix, asked, shards)
+        return lesson, replace(progress, step=step + 1, frontier=frontier, mix=mix, asked=asked, fresh=shards)
 
     def _sample(self, updates: int, before: int, count: int) -> ShardRef:
         if self.fresh is None:

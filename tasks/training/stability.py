@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 Driver = Literal[
     "stale negatives",
@@ -150,6 +150,90 @@ def _followed(curve: Sequence[Mapping[str, float]], signal: Signal, rule: Rule) 
                 signal.driver, signal.metric, onset, step, median(before), median(after), signal.advice
             )
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One signal, followed update by update: `find_collapse` without its memory of the whole curve.
+
+    Attributes:
+        first: its first values, up to `Rule.start` of them; until all are there nothing is told.
+        began: the update of the first of them.
+        total, onset: the cumulative sum, and the update at which it last left 0.
+        noticed: the update at which it reached the alarm.
+    """
+
+    first: tuple[float, ...] = ()
+    began: int = 0
+    total: float = 0.0
+    onset: int = 0
+    noticed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """All signals of a run while it goes on; by their metrics."""
+
+    traces: Mapping[str, Trace] = field(default_factory=dict)
+
+    def seen(self, step: int, metrics: Mapping[str, float], rule: Rule = Rule()) -> Watch:
+        """The watch after update `step`, whose number is one above that of the update before."""
+        return Watch(
+            {
+                signal.metric: _after(
+                    self.traces.get(signal.metric, Trace()), step, metrics[signal.metric], signal, rule
+                )
+                for signal in SIGNALS
+                if signal.metric in metrics
+            }
+        )
+
+    def suspected(self) -> int | None:
+        """The earliest update since which a signal is above what is healthy; weights from before it are good."""
+        return min((trace.onset for trace in self.traces.values() if trace.total > 0), default=None)
+
+    def collapse(self) -> tuple[Driver, int] | None:
+        """The likely driver and the onset, once a signal has reached the alarm."""
+        found = [
+            (trace.onset, signal.driver)
+            for signal in SIGNALS
+            if (trace := self.traces.get(signal.metric)) is not None and trace.noticed is not None
+        ]
+        if not found:
+            return None
+        onset, driver = min(found, key=lambda one: one[0])
+        return driver, onset
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `json`."""
+        return {metric: asdict(trace) for metric, trace in self.traces.items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Watch:
+        """The watch of which `values` are the `to_json`."""
+        return cls({metric: Trace(**{**one, "first": tuple(one["first"])}) for metric, one in values.items()})
+
+
+def _after(trace: Trace, step: int, value: float, signal: Signal, rule: Rule) -> Trace:
+    if trace.noticed is not None:
+        return trace
+    if len(trace.first) == rule.start:
+        return _added(trace, step, value, signal, rule)
+    first, began = (*trace.first, value), trace.began or step
+    trace = Trace(first, began)
+    for number, one in enumerate(first):  # again, for its start is the median of more values now
+        trace = _added(trace, began + number, one, signal, rule)
+    # Suspected it may be earlier; an alarm waits until the start is known.
+    return trace if len(first) == rule.start else replace(trace, noticed=None)
+
+
+def _added(trace: Trace, step: int, value: float, signal: Signal, rule: Rule) -> Trace:
+    if trace.noticed is not None:
+        return trace
+    onset = trace.onset if trace.total > 0 else step
+    excess = min(departure(value, median(trace.first), signal) - 1, rule.most)
+    total = max(0.0, trace.total + excess)
+    return replace(trace, total=total, onset=onset, noticed=step if total >= rule.alarm else None)
 
 
 def departure(value: float, start: float, signal: Signal) -> float:

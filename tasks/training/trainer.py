@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -43,11 +43,13 @@ from tasks.training.rounds import Curriculum, FreshSource, Policies, Progress, a
 from tasks.training.sampler import MEASURED_ORDERS, Sampler
 from tasks.training.settings import Guards, TrainingSettings
 from tasks.training.shards import Policy, ShardRef, read_replay
+from tasks.training.stability import Watch
 from tasks.training.update import Metrics, accumulate_gradients, needs, rehearse
 
 OnMetrics = Callable[[int, Metrics], None]
 
 FINISHED = "finished"
+COLLAPSE = "collapse"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class TrainResult:
     """A finished run. `files` are {relative path: SHA-256} under `export_dir`, `digest` stands for all of
     them.
 
-    `stop_reason` is "finished", or the guard that ended the run: "not_finite", "ess_collapse", "kl_blow_up";
+    `stop_reason` is "finished", or the guard that ended the run: "not_finite", "ess_collapse", "kl_blow_up", "collapse";
     then `steps` is that of the last good checkpoint, which is what was exported (0: the initial weights).
     `groups_consumed` are the groups of the replay that the exported weights learnt from, `fresh` the shards of
     those sampled on the way. `metrics` are those of the last update that was measured.
@@ -243,16 +245,19 @@ def _updates(
         checkpoint.discard_unfinished(run.checkpoints)
     world.wait()
     progress = _restore(run) or curriculum.start()
+    if settings.guards.roll_back and not progress.step:
+        _keep(run, progress)  # to go back to, if the first updates are bad already
     metrics: Metrics = {}
     while progress.step < settings.steps:
         began = progress.step
         started = time.perf_counter()
         lessons, progress = curriculum.round(progress)
+        loss = settings if progress.reacted is None else settings.against_collapse()
         for number, lesson in enumerate(lessons, start=1):
             update = accumulate_gradients(
                 policies.scorer,
                 lesson.episodes,
-                settings,
+                loss,
                 policies.autocast,
                 world,
                 old_logprobs=lesson.old_logprobs,
@@ -264,26 +269,54 @@ def _updates(
             metrics["staleness"] = float(step - 1)
             metrics["fresh_groups"] = float(len(lesson.episodes.group_ids) - lesson.replayed)
             reason = stop_reason(metrics, settings.guards)
+            # These weights tripped the guard; a checkpoint of fewer updates was trained on further and did not.
+            good = step - 1
             if reason is None:
                 run.optimizer.step()
                 progress = curriculum.learnt(progress, lesson, update)
+                progress = replace(progress, watch=progress.watch.seen(step, metrics))
+            collapse = progress.watch.collapse() if settings.guards.collapse != "report" else None
+            if collapse is not None and (settings.guards.collapse == "stop" or progress.reacted is not None):
+                reason, good = COLLAPSE, collapse[1]
+            metrics["reacted"] = float(progress.reacted is not None)
             seconds = time.perf_counter() - started
             started = time.perf_counter()
             metrics |= {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
             if world.main:
                 on_metrics(step, metrics)
             if reason is not None:
-                # These weights tripped the guard; a checkpoint of fewer updates was trained on further and did
-                # not.
-                return _restore(run, before=step - 1) or curriculum.start(), reason, metrics
+                return _restore(run, before=good) or curriculum.start(), reason, metrics
+        collapse = progress.watch.collapse() if settings.guards.collapse != "report" else None
+        if collapse is not None:  # the whole round was drawn, so it is learnt from before anything changes
+            progress = _react(run, progress, collapse[1], settings.guards)
         due = progress.step // settings.checkpoint_every > began // settings.checkpoint_every
         if due and progress.step < settings.steps:
-            weights = parallel.gather_weights(policies.scorer.model, world)
-            moments = parallel.gather_moments(policies.scorer.model, run.optimizer, world)
-            if world.main:
-                state = progress.to_json() | {"threads": torch.get_num_threads()}
-                checkpoint.save(run.checkpoints, progress.step, state, weights, moments, run.inputs)
+            _keep(run, progress)
     return progress, FINISHED, metrics
+
+
+def _react(run: _Run, progress: Progress, onset: int, guards: Guards) -> Progress:
+    """The progress to go on with against a collapse that began with update `onset`: from here, or from before it."""
+    now = progress
+    if guards.roll_back:
+        now = _restore(run, before=onset) or progress
+        if run.policies.world.main:
+            checkpoint.drop_after(run.checkpoints, now.step)
+        run.policies.world.wait()
+    # What the other way would have sampled after this point is of other weights: its shards are not taken up again.
+    now = replace(now, reacted=progress.step, watch=Watch(), asked=progress.asked)
+    _keep(run, now)
+    return now
+
+
+def _keep(run: _Run, progress: Progress) -> None:
+    policies = run.policies
+    weights = parallel.gather_weights(policies.scorer.model, policies.world)
+    moments = parallel.gather_moments(policies.scorer.model, run.optimizer, policies.world)
+    if policies.world.main:
+        state = progress.to_json() | {"threads": torch.get_num_threads()}
+        good = progress.watch.suspected()
+        checkpoint.save(run.checkpoints, progress.step, state, weights, moments, run.inputs, good=good)
 
 
 def _restore(run: _Run, before: int | None = None) -> Progress | None:

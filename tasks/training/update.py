@@ -13,7 +13,7 @@ from models.objectives import Batch, Counts, Losses
 from models.packing import MicroBatch, Sample
 from tasks.training import fields
 from tasks.training.parallel import Scorer, World, clip, rows_of, score, wide
-from tasks.training.settings import TrainingSettings
+from tasks.training.settings import Guards, TrainingSettings
 from tasks.training.shards import Episodes
 
 Metrics = dict[str, float]
@@ -42,7 +42,10 @@ class Update:
 
 
 def needs(settings: TrainingSettings) -> frozenset[str]:
-    """The optional fields of `objectives.Batch` that the loss needs; the others need not be computed."""
+    """The optional fields of `objectives.Batch` that the loss needs; the others need not be computed.
+
+    And "deep_thinking" where rewards pay for that ratio, which rows have or not.
+    """
     found = set(objectives.get(settings.objective).needs)
     penalties, correction = settings.penalties, settings.correction
     if correction.weight != "none":
@@ -55,10 +58,18 @@ def needs(settings: TrainingSettings) -> frozenset[str]:
         found.add("behaviour_logprobs")
     if settings.diversity.entropy:
         found |= {"diversity", "behaviour_logprobs"}
+    if settings.deep_thinking.coefficient:
+        found.add("deep_thinking")
+    if settings.guards.collapse in ("mask", "raise_kl"):  # what it may come to need is there from the start
+        found |= needs(_unguarded(settings.against_collapse()))
     measured = settings.mixture.schedule == "ess" or settings.sampling.order == "ess"
     if measured or settings.admission.max_divergence is not None:
         found.add("behaviour_logprobs")
     return frozenset(found)
+
+
+def _unguarded(settings: TrainingSettings) -> TrainingSettings:
+    return settings.model_copy(update={"guards": Guards()})
 
 
 def rehearse(settings: TrainingSettings) -> None:
@@ -70,7 +81,10 @@ def rehearse(settings: TrainingSettings) -> None:
     samples = tuple(Sample((1,), (2, 3), (True, True)) for _ in range(4))
     tokens = torch.linspace(-1.0, -0.5, 8)
     rewards, groups, turns = (0.0, 1.0, 1.0, 0.0), (0, 0, 1, 1), torch.tensor([0, 1] * 4)
-    episodes = Episodes(samples, rewards, groups, (0,) * 4, turns, tokens, ("a", "b"), ("",) * 4)
+    ratios = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    episodes = Episodes(
+        samples, rewards, groups, (0,) * 4, turns, tokens, ("a", "b"), ("",) * 4, deep_thinking=ratios
+    )
     found = {"old_logprobs": tokens - 0.1, "reference_logprobs": tokens - 0.2}
     wanted = settings.diversity.reward or settings.diversity.entropy
     diversity = torch.full((4,), 0.5, dtype=torch.float64) if wanted else None
@@ -113,7 +127,7 @@ def accumulate_gradients(
         The numbers of `objectives.summarise` (ess, phi, kl_k1, kl_k3, entropy, ratios) and, where behaviour
         log-probabilities are known, of `objectives.staleness`, over what `settings.unit` calls a sequence. And: loss;
         grad_norm (before clipping); kl_reference (the penalty's estimate, where there is one); reward (mean of the
-        episodes) and reward_estimate (self-normalised importance-sampling estimate of the policy's own); policy_lag
+        episodes), deep_thinking_ratio (mean, where every episode has one) and reward_estimate (self-normalised importance-sampling estimate of the policy's own); policy_lag
         (registry versions behind the newest behaviour in the dataset, mean); tokens (prompt and response, as stored),
         tokens_packed (run through the model), tokens_trained and response_length (of these, an episode);
         valid_format (share of the turns whose action had the right form). The same in every process.
@@ -274,7 +288,9 @@ def _report(
 
 def _rewards(log_ratio: Tensor, episodes: Episodes) -> Metrics:
     rewards = torch.tensor(episodes.rewards, dtype=torch.float64, device=log_ratio.device)
-    return {
+    ratios = episodes.deep_thinking
+    measured = {} if ratios is None else {"deep_thinking_ratio": float(ratios.mean())}
+    return measured | {
         "reward": float(rewards.mean()),
         "reward_estimate": float(torch.softmax(log_ratio.double(), 0) @ rewards),
     }

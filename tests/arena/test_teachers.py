@@ -77,7 +77,7 @@ def serve() -> Iterator[Callable[[Callable[[dict[str, Any]], str | int]], Server
 
 
 def endpoint(url: str, **changes: Any) -> Endpoint:
-    given = Endpoint(url, "m", None, 5.0, 3, "teacher", "the teacher's {}", pause=_at_once)
+    given = Endpoint(url, "teacher", "The teacher", "try again", None, 5.0, 3, pause=_at_once)
     return dataclasses.replace(given, **changes)
 
 
@@ -98,7 +98,7 @@ def comparing(body: dict[str, Any]) -> str:
 
 def test_it_is_told_the_answer_and_the_history_and_asked_once(serve, tmp_path: Path) -> None:
     server = serve(comparing)
-    teacher = LanguageTeacher(Kept(endpoint(server.url), tmp_path), "m")
+    teacher = LanguageTeacher(Kept(endpoint(server.url), "m", tmp_path), "m")
     assert teacher.reply(ASKED) == "Try something above that."  # on one line
     (body,) = server.seen
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0, 64)
@@ -111,7 +111,7 @@ def test_it_is_told_the_answer_and_the_history_and_asked_once(serve, tmp_path: P
         f"BEGIN {fence}", "Guess.", "guess: 3", "It is higher than 3.", " 5", f"END {fence}"
     ]  # fmt: skip
     assert teacher.reply(ASKED) == "Try something above that."
-    again = LanguageTeacher(Kept(endpoint("http://127.0.0.1:9/v1"), tmp_path), "m")
+    again = LanguageTeacher(Kept(endpoint("http://127.0.0.1:9/v1"), "m", tmp_path), "m")
     assert again.reply(ASKED) == "Try something above that."  # what it said is kept, wherever it is served
     assert len(server.seen) == 1
     assert "Do not say the answer" in lines[-1]
@@ -124,22 +124,23 @@ def test_it_is_told_the_answer_and_the_history_and_asked_once(serve, tmp_path: P
 def test_patience_and_what_cannot_be_asked(serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = [503, 429]
     busy = serve(lambda body: left.pop() if left else "Higher.")
-    assert LanguageTeacher(Kept(endpoint(busy.url), tmp_path), "m").reply(ASKED) == "Higher."
+    assert LanguageTeacher(Kept(endpoint(busy.url), "m", tmp_path), "m").reply(ASKED) == "Higher."
     assert len(busy.seen) == 3
     with pytest.raises(Refused, match=r"teacher at .* refuses the request; it said 400"):
-        Kept(endpoint(serve(lambda body: 400).url), tmp_path / "a")([])
+        Kept(endpoint(serve(lambda body: 400).url), "m", tmp_path / "a")([])
     with pytest.raises(Unavailable, match=r"teacher at .* did not answer in 2 attempts"):
-        Kept(endpoint("http://127.0.0.1:9/v1", retries=1), tmp_path / "b")([])
+        Kept(endpoint("http://127.0.0.1:9/v1", retries=1), "m", tmp_path / "b")([])
     for changes, problem in (
-        ({"model": ""}, "teacher has no model"),
-        ({"url": "file:///v1"}, "the teacher's url is no http"),
+        ({"url": "file:///v1"}, r"teacher\.url is no http"),
         ({"api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY with the teacher's API key is not set"),
     ):
         with pytest.raises(UsageError, match=problem):
-            Kept(dataclasses.replace(endpoint(busy.url), **changes), tmp_path)
+            Kept(dataclasses.replace(endpoint(busy.url), **changes), "m", tmp_path)
+    with pytest.raises(UsageError, match="teacher has no model"):
+        Kept(endpoint(busy.url), "", tmp_path)
     monkeypatch.setenv("A_KEY", "sk-SECRET\n")
     echo = serve(lambda body: "Your key is sk-SECRET.")
-    assert Kept(endpoint(echo.url, api_key_env="A_KEY"), tmp_path / "c")([]) == "Your key is <key>."
+    assert Kept(endpoint(echo.url, api_key_env="A_KEY"), "m", tmp_path / "c")([]) == "Your key is <key>."
     assert echo.headers[0]["authorization"] == "Bearer sk-SECRET"
     assert all(b"SECRET" not in path.read_bytes() for path in tmp_path.rglob("*.json"))
 
@@ -199,7 +200,7 @@ def play(path: Path, env: Feedback, seed: int = 0):
 
 def test_a_collected_episode_with_an_endpoint_teacher(serve, tmp_path: Path, student: Path) -> None:
     server = serve(comparing)
-    teacher = LanguageTeacher(Kept(endpoint(server.url), tmp_path), "m", parallel=4)
+    teacher = LanguageTeacher(Kept(endpoint(server.url), "m", tmp_path), "m", parallel=4)
     env = Feedback(TOPICS["number"], teacher, "feedback_endpoint")
     tokenizer, episodes = play(student, env)
     assert len(episodes) == 8
@@ -210,7 +211,7 @@ def test_a_collected_episode_with_an_endpoint_teacher(serve, tmp_path: Path, stu
         assert said.count("Try something ") == said.count("guess:") == episode.turn_ids[-1]
         assert episode.env_version == env.version
         # The episode can be scored again from its text, and the teacher need not be there.
-        gone = dataclasses.replace(teacher, complete=Kept(endpoint("http://127.0.0.1:9/v1"), tmp_path))
+        gone = dataclasses.replace(teacher, complete=Kept(endpoint("http://127.0.0.1:9/v1"), "m", tmp_path))
         task = next(task for task in env.tasks("train", 2, 0) if task.id == episode.task_id)
         turns = [
             [i for i, mine, at in zip(episode.response_ids, episode.loss_mask, episode.turn_ids, strict=True)
@@ -226,7 +227,7 @@ def test_a_collected_episode_with_an_endpoint_teacher(serve, tmp_path: Path, stu
 def test_a_teacher_that_stays_away_costs_episodes_and_not_the_collection(
     tmp_path: Path, student: Path
 ) -> None:
-    away = LanguageTeacher(Kept(endpoint("http://127.0.0.1:9/v1", retries=0), tmp_path), "m")
+    away = LanguageTeacher(Kept(endpoint("http://127.0.0.1:9/v1", retries=0), "m", tmp_path), "m")
     _, episodes = play(student, Feedback(TOPICS["number"], away))
     assert {episode.finish_reason for episode in episodes} <= {"error", "done", "length"}
     assert any(episode.finish_reason == "error" for episode in episodes)

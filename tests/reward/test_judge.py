@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -15,46 +13,9 @@ from tasks.core.settings import JudgeModel
 from tasks.reward.judge import JudgeSource, judge_digest, read_mark
 from tasks.reward.open import load_source, write_untrained
 from tasks.reward.source import Answer
+from tests.served import Server
 
 ANSWERS = [Answer("2+2?", text) for text in ("4", "five", "")]
-
-
-class Server:
-    """`answer(number of the request, its body)` gives (status, headers, body)."""
-
-    def __init__(self, answer: Callable[[int, dict[str, Any]], tuple[int, dict[str, str], Any]]) -> None:
-        self.seen: list[tuple[dict[str, str], dict[str, Any]]] = []
-        lock = threading.Lock()
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                with lock:
-                    server.seen.append(({k.lower(): v for k, v in self.headers.items()}, body))
-                    number = len(server.seen)
-                assert self.path == "/v1/chat/completions"
-                status, headers, value = answer(number, body)
-                if status == 0:  # hang up without a word
-                    self.connection.close()
-                    return
-                data = value if isinstance(value, bytes) else json.dumps(value).encode()
-                self.send_response(status)
-                for name, text in {**headers, "content-length": str(len(data))}.items():
-                    self.send_header(name, text)
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
 
 
 @pytest.fixture
@@ -62,7 +23,7 @@ def serve() -> Iterator[Callable[..., Server]]:
     servers: list[Server] = []
 
     def start(answer: Callable[..., Any]) -> Server:
-        servers.append(Server(answer))
+        servers.append(Server(lambda number, path, body: answer(number, body)))
         return servers[-1]
 
     yield start

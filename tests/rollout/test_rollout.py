@@ -135,7 +135,10 @@ def test_scoring_the_text_again_gives_the_same_reward(
             actions = [tokenizer.decode(ids, skip_special_tokens=True).partition("\n")[0] for ids in turns]
             step = ENV.step(task, actions)
             assert step.reward == episode.reward
-            assert json.loads(episode.reward_components) == step.components
+            found = json.loads(episode.reward_components)
+            broken = [turn for turn in (0, 1) if not ENV.step(task, actions[: turn + 1]).valid]
+            assert found.pop(INVALID_TURNS, []) == broken
+            assert found == step.components
 
 
 def test_the_tool_really_runs(groups: list[list[Episode]]) -> None:

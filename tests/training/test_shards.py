@@ -27,7 +27,7 @@ from models.causal_lm import tokenizer_digest
 from models.packing import Sample, pack
 from tasks.core.digest import sha256_file
 from tasks.core.errors import Corrupt, NotFound, Refused, Unavailable
-from tasks.replay.schema import INVALID_TURNS, Episode, arrow_schema
+from tasks.replay.schema import DEEP_THINKING, INVALID_TURNS, Episode, arrow_schema
 from tasks.training import decoded
 from tasks.training.shards import Episodes, Policy, Replay, ShardRef, join, read_replay
 from tests.training.replay import changed, write_shards
@@ -294,6 +294,9 @@ def episode_rows(draw):
             "reward": draw(st.sampled_from([0.0, 0.1, 1.0, -3.5])),
             "reward_components": draw(
                 st.sampled_from(["", "{}", '{"correct":1.0}'])
+                | st.sampled_from([0.25, 1, -1, "high", None, [0.5]]).map(
+                    lambda ratio: json.dumps({DEEP_THINKING: ratio})
+                )
                 | st.lists(st.integers(0, 3), min_size=1).map(
                     lambda turns: json.dumps({INVALID_TURNS: turns})
                 )
@@ -347,6 +350,26 @@ def test_counts_of_a_refusal_are_those_of_all_shards(tmp_path, episodes, policy)
     episodes = changed(episodes, 2, finish_reason="error")
     with pytest.raises(Refused, match=r"^Column temperature: 4 of 23 rows have no sampling temperature"):
         read(tmp_path, episodes, policy)
+
+
+def test_ratios_that_are_paid_for_must_be_there(tmp_path, episodes, policy):
+    def with_ratio(episode, ratio):
+        return replace(episode, reward_components=json.dumps({"correct": 1.0, DEEP_THINKING: ratio}))
+
+    wanted = NEEDS | {"deep_thinking"}
+    with pytest.raises(
+        Refused, match=rf"Column reward_components: {len(episodes)} of .*collect.deep_thinking"
+    ):
+        read(tmp_path / "none", episodes, policy, wanted)
+    rated = [with_ratio(episode, number / 100) for number, episode in enumerate(episodes)]
+    replay = read(tmp_path / "all", rated, policy, wanted)
+    found = replay.episodes(["g1", "g0"])
+    assert found.deep_thinking.tolist() == [0.04, 0.05, 0.06, 0.07, 0.0, 0.01, 0.02, 0.03]
+    joined = join([replay.episodes(["g1"]), replay.episodes(["g0"])])
+    assert torch.equal(joined.deep_thinking, found.deep_thinking)
+    part = read(tmp_path / "part", [*rated[:-1], episodes[-1]], policy)
+    assert part.episodes(["g0"]).deep_thinking is not None
+    assert part.episodes([part.table.ids[-1]]).deep_thinking is None
 
 
 def test_the_spread_of_equal_rewards_is_exactly_zero(tmp_path, episodes, policy):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 
 import pytest
 
-from tasks.training.stability import SIGNALS, Rule, Signal, departure, find_collapse
+from tasks.training.stability import SIGNALS, Rule, Signal, Watch, departure, find_collapse
 from tasks.training.stability_page import Run, stability_page, verdict
 
 HEALTHY = {
@@ -125,3 +126,29 @@ def test_a_real_collapse(tmp_path, monkeypatch):
     assert told["driver"] == "stale negatives"
     assert 0 <= told["off"] * settings["updates"] <= 10
     assert told["lowest_after"] < told["before"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_followed_while_it_goes_on_a_run_is_judged_as_afterwards(seed: int):
+    draw = random.Random(seed)
+    ill = {name: draw.randrange(11, 120) for name in HEALTHY if draw.random() < 0.4}
+    rows = curve(seed=seed, **ill)
+    found = find_collapse(rows)
+    watch, told = Watch(), None
+    for row in rows:
+        watch = Watch.from_json(json.loads(json.dumps(watch.seen(row["step"], row).to_json())))
+        told = told or (watch.collapse() and row["step"])
+    assert watch.collapse() == ((found[0].driver, found[0].onset) if found else None)
+    assert told == (min(one.noticed for one in found) if found else None)
+
+
+def test_weights_from_before_the_suspicion_are_good():
+    watch = Watch()
+    for row in ({"step": row["step"], "kl_k3": row["kl_k3"]} for row in curve(kl_k3=50)):
+        watch = watch.seen(row["step"], row)
+        if row["step"] < 50:
+            assert watch.suspected() is None
+        if row["step"] in (50, 51):
+            assert watch.suspected() == 50
+            assert watch.collapse() is None or row["step"] == 52
+    assert watch.collapse() == ("policy drift", 50)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from tasks.training.settings import (
     Penalties,
     TrainingSettings,
 )
+from tasks.training.stability import find_collapse
 from tasks.training.trainer import stop_reason, train
 from tests.training.replay import changed, write_shards
 
@@ -336,3 +338,97 @@ def test_an_unknown_name_is_answered_with_the_nearest():
         TrainingSettings(objective="vespa")
     with pytest.raises(ValueError, match="no advantage gigppo; did you mean gigpo"):
         TrainingSettings(advantage="gigppo")
+
+
+WILD = TrainingSettings(  # the policy leaves its data behind within ten updates
+    objective="cispo",
+    steps=30,
+    groups_per_step=2,
+    learning_rate=3e-3,
+    grad_clip=100.0,
+    token_budget=64,
+    checkpoint_every=2,
+)
+
+
+def wild(**guards: object) -> TrainingSettings:
+    return WILD.model_copy(update={"guards": Guards(min_ess=0, max_kl=1e9, **guards)})  # type: ignore[arg-type]
+
+
+def test_a_collapse_is_only_reported_unless_the_settings_say_more(options):
+    seen = []
+    result = train(
+        **options | {"settings": wild()}, on_metrics=lambda step, m: seen.append({"step": step, **m})
+    )
+    assert (result.stop_reason, result.steps) == ("finished", 30)
+    assert find_collapse(seen)[0].driver == "policy drift"
+    assert {row["reacted"] for row in seen} == {0.0}
+
+
+def test_a_run_that_collapses_ends_with_the_weights_from_before(options, tmp_path):
+    seen = []
+    settings = wild(collapse="stop")
+    result = train(
+        **options | {"settings": settings}, on_metrics=lambda step, m: seen.append({"step": step, **m})
+    )
+    (found,) = find_collapse(seen)
+    assert result.stop_reason == "collapse"
+    assert result.steps == 4 < found.onset == 5
+    short = wild().model_copy(update={"steps": 4})
+    four = train(**options | {"run_dir": tmp_path / "four", "settings": short})
+    assert result.files["model.safetensors"] == four.files["model.safetensors"]
+
+
+@pytest.mark.parametrize("remedy", ["mask", "raise_kl"])
+def test_a_remedy_changes_the_loss_from_the_next_round_on(options, remedy, tmp_path):
+    seen, plain = [], []
+    for settings, rows, name in ((wild(collapse=remedy), seen, "a"), (wild(), plain, "b")):
+        train(
+            **options | {"settings": settings, "run_dir": tmp_path / name},
+            on_metrics=lambda step, m, rows=rows: rows.append(m),
+        )
+    assert [row["reacted"] for row in seen[:12]] == [0.0] * 10 + [1.0] * 2
+    same = [row["loss"] for row in seen[:10]] == [row["loss"] for row in plain[:10]]
+    if remedy == "mask":
+        assert same
+        # Which answers are masked from then on depends on how far they have gone.
+        assert [row["loss"] for row in seen[10:]] != [row["loss"] for row in plain[10 : len(seen)]]
+    else:
+        assert same
+        assert seen[10]["kl_reference"] > 0
+        assert "kl_reference" not in plain[10]
+
+
+def test_a_run_that_rolls_back_goes_on_from_before_the_onset_and_survives_kills(options, tmp_path):
+    settings = wild(collapse="mask", roll_back=True)
+    steps = []
+    straight = train(**options | {"settings": settings}, on_metrics=lambda step, m: steps.append(step))
+    back = next(n for n, (a, b) in enumerate(pairwise(steps)) if b <= a)
+    assert (steps[back], steps[back + 1]) == (10, 5)  # told at 10, good until 4
+
+    class Crash(Exception):
+        pass
+
+    for kill in (3, back + 1, back + 4):  # before, right after the way back, and on the new way
+        calls = 0
+
+        def crash(step, metrics, kill=kill):
+            nonlocal calls
+            calls += 1
+            if calls == kill:
+                raise Crash
+
+        again = options | {"settings": settings, "run_dir": tmp_path / f"killed-{kill}"}
+        with pytest.raises(Crash):
+            train(**again, on_metrics=crash)
+        resumed = train(**again)
+        assert (resumed.digest, resumed.steps, resumed.stop_reason) == (
+            straight.digest,
+            straight.steps,
+            straight.stop_reason,
+        )
+
+
+def test_rolling_back_alone_is_refused():
+    with pytest.raises(ValueError, match="would collapse again"):
+        Guards(collapse="stop", roll_back=True)

@@ -11,7 +11,7 @@ from models import adapters, objectives
 from models.packing import Sample, packed_logprobs
 from tasks.training import fields, parallel
 from tasks.training.parallel import Scorer, World
-from tasks.training.settings import Correction, Diversity, Penalties, TrainingSettings
+from tasks.training.settings import Correction, DeepThinkingReward, Diversity, Penalties, TrainingSettings
 from tasks.training.shards import Episodes
 from tasks.training.update import Update, accumulate_gradients, needs
 from tests.training import processes
@@ -373,6 +373,32 @@ def test_gigpo_compares_turns_with_the_same_observation():
     for values, turn in zip(_per_sample(found), _per_sample(EPISODES.turns), strict=True):
         for number in (0, 1):
             assert len(values[turn == number].unique()) <= 1  # one number a turn
+
+
+def test_the_deep_thinking_ratio_is_part_of_the_reward(scorer):
+    paid = LOOSE.model_copy(
+        update={"deep_thinking": DeepThinkingReward(coefficient=0.5), "objective": "reinforce"}
+    )
+    plain = LOOSE.model_copy(update={"objective": "reinforce"})
+    ratios = torch.linspace(0, 0.4, len(EPISODES.samples), dtype=torch.float64)
+    rated = replace(EPISODES, deep_thinking=ratios)
+    by_hand = replace(
+        EPISODES, rewards=tuple(r + 0.5 * d for r, d in zip(EPISODES.rewards, ratios.tolist(), strict=True))
+    )
+    found = fields.token_advantages(rated, paid)
+    torch.testing.assert_close(found, fields.token_advantages(by_hand, plain), rtol=0, atol=1e-12)
+    assert torch.equal(fields.token_advantages(rated, plain), fields.token_advantages(EPISODES, plain))
+    _learn(scorer, plain, by_hand)
+    wanted = _gradient(scorer)
+    update = _learn(scorer, paid, rated)
+    torch.testing.assert_close(_gradient(scorer), wanted, rtol=1e-9, atol=1e-12)
+    # Reported is what the environment gave, and the ratio beside it.
+    assert update.metrics["reward"] == pytest.approx(sum(EPISODES.rewards) / len(EPISODES.rewards))
+    assert update.metrics["deep_thinking_ratio"] == pytest.approx(0.2)
+    assert "deep_thinking_ratio" not in _learn(scorer, plain).metrics
+    assert needs(paid) == needs(plain) | {"deep_thinking"}
+    with pytest.raises(ValueError, match="an episode has none"):
+        _learn(scorer, paid)
 
 
 def test_a_turn_that_broke_the_format_pays_alone():

@@ -49,7 +49,7 @@ def measured(
     says: str,
     digest: str | None,
     by: Estimate,
-    margin: float,
+    margin: float | None,
     counts: bool = True,
     unit: str = "mean reward",
 ) -> Evidence:

@@ -8,6 +8,7 @@ import numpy as np
 
 from tasks.evaluation.paired import PairedOutcomes, Plan
 from tasks.evaluation.sequential import Stream, final_p
+from tasks.promotion.evidence.conduct import conduct_evidence
 from tasks.promotion.evidence.hacking import hacking_evidence
 from tasks.promotion.evidence.item import Evidence, FileRef
 from tasks.promotion.evidence.means import stream_of
@@ -52,6 +53,7 @@ def _items(outcomes: PairedOutcomes, policy: Policy) -> Sequence[Evidence]:
         quality_evidence(outcomes, _NOWHERE, policy),
         *guard_evidence(outcomes, _NOWHERE, policy),
         *safety_evidence(outcomes, _NOWHERE, policy),
+        *conduct_evidence(outcomes, _NOWHERE, policy),
         *(hacking_evidence(outcomes, _NOWHERE, None, None, policy) if policy.hacking.required else ()),
     ]
     return [item for item in items if item.counts]

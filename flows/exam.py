@@ -1,0 +1,57 @@
+"""The flow `exam`: an agent attempts held-out tasks of several environments, each in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import as_completed
+
+from flows import progress
+from flows.context import Context
+from flows.examination import Terms, exams
+from flows.logs import report_to_prefect
+from tasks.core.errors import ForebayError, Refused
+
+
+@task(name="attempt", task_run_name="attempt {name}", cache_policy=NO_CACHE, persist_result=False)
+def attempt(name: str, exam: Mapping[str, Any]) -> dict[str, Any]:
+    """Sit one exam; an expected failure comes back as {error: sentence}."""
+    import torch
+
+    from tasks.arena.guarded import Limits
+    from tasks.evaluation.attempted import Exam, sit
+
+    if exam["device"] == "cpu":
+        torch.set_num_threads(1)  # as many exams side by side as there are processes
+    try:
+        return sit(Exam(**{**exam, "limits": Limits(**exam["limits"])}))
+    except ForebayError as error:
+        return {"error": f"{name}: {error}"}
+
+
+@flow(name="exam", flow_run_name="exam of {ref}", persist_result=False)
+def exam(
+    workspace: str, ref: str, terms: dict[str, Any], overrides: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """Return the figures of every environment, in the order asked for.
+
+    Raises:
+        Refused: an environment could not be attempted.
+    """
+    context = Context.open(Path(workspace), overrides or ())
+    asked = Terms(**{**terms, "envs": tuple(terms["envs"])})
+    with report_to_prefect(), progress.current().bar("attempt") as report:
+        futures = [attempt.submit(one["env"], one) for one in exams(context, ref, asked)]
+        done: list[dict[str, Any]] = []
+        report(0, len(futures), "environments")
+        for future in as_completed(futures):
+            done.append(future.result())
+            report(len(done), len(futures), str(done[-1].get("env", done[-1].get("error"))))
+    errors = [one["error"] for one in done if "error" in one]
+    if errors:
+        raise Refused(errors[0])
+    return sorted(done, key=lambda one: asked.envs.index(one["env"]))

@@ -1,0 +1,170 @@
+"""The leaderboard by its commands, on a real environment and small."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from flows.context import Context
+from flows.leaderboard import Question, last_board, plans
+from models.causal_lm import load_policy, load_tokenizer
+from tasks.arena.environment import get
+from tasks.core.digest import sha256_file
+from tasks.core.errors import NotFound, UsageError
+from tasks.leaderboard.cell import heldout_of, run_cell
+from tasks.rollout.rollout import attempts
+from tests.flows.conftest import ENVIRONMENT, forebay, lay_workspace
+
+ENV = "minigrid/BabyAI-GoToLocalS5N2"
+ARENA = {
+    "start": {"hidden": 32, "layers": 1, "heads": 2, "vocabulary": 400, "demonstrations": 64, "steps": 40},
+    "recipe": {"steps": 3, "groups_per_step": 2, "group_size": 4, "first_groups": 8},
+    "judging": {"tasks": 6, "samples": 2},
+    "methods": {"mine": {"advantage": "gigpo", "clipping": {"objective": "vespo", "unit": "trajectory"}}},
+}
+ASKED = ("--methods", "grpo,mine", "--envs", ENV, "--seeds", "2", "--workers", "2", "--json")
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[Context, dict]:
+    context = lay_workspace(tmp_path_factory.mktemp("arena") / "ws", tiny_base, arena=ARENA)
+    done = forebay(context.workspace.root, "arena", "run", *ASKED, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return context, json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_every_cell_is_run_and_kept(compared):
+    context, board = compared
+    assert not board["found"]
+    file = context.workspace.root / board["results"]["path"]
+    assert sha256_file(file) == board["results"]["sha256"]
+    results = json.loads(file.read_text())["results"]
+    assert [(one["method"], one["seed"]) for one in results] == [
+        ("grpo", 0),
+        ("grpo", 1),
+        ("mine", 0),
+        ("mine", 1),
+    ]
+    for line in board["lines"]:
+        runs = [
+            one["after"]["figures"]["success"]["estimate"]
+            for one in results
+            if one["method"] == line["method"]
+        ]
+        assert line["figures"]["success"]["estimate"] == pytest.approx(sum(runs) / 2)
+    assert {one["method"] for one in board["ranks"]} == {"grpo", "mine"}
+    assert 0 <= board["floors"][ENV]["random"] <= 1
+    page = (context.workspace.root / board["page"]).read_text()
+    assert ENV in page
+    assert "mine" in page
+
+
+@pytest.mark.slow
+def test_every_cell_has_a_run_in_mlflow(compared):
+    context, board = compared
+    results = json.loads((context.workspace.root / board["results"]["path"]).read_text())["results"]
+    for one in results:
+        tracked = context.registry._find_run("arena", one["key"])
+        assert tracked is not None
+        assert tracked.data.metrics["success/after"] == one["after"]["figures"]["success"]["estimate"]
+        assert tracked.data.params["method"] == one["method"]
+
+
+@pytest.mark.slow
+def test_the_same_question_is_found_and_shown_again(compared):
+    context, board = compared
+    root = context.workspace.root
+    again = forebay(root, "arena", "run", *ASKED)
+    assert json.loads(again.stdout) == board | {"found": True}
+    shown = forebay(root, "arena", "show")
+    assert shown.returncode == 0
+    for text in ("mean rank", "mine", "held-out tasks", board["page"]):
+        assert text in shown.stdout
+    (context.workspace.root / board["page"]).unlink()
+    made = json.loads(forebay(root, "arena", "run", *ASKED).stdout)  # from the cells that are there
+    assert made == board
+    assert last_board(context)["ranks"] == board["ranks"]
+
+
+@pytest.mark.parametrize(
+    ("envs", "methods", "says"),
+    [
+        ((ENV,), ("grpoo",), "There is no method grpoo; did you mean grpo?"),
+        (("minigrid/Nowhere",), ("grpo",), "nearest name"),
+        ((ENV,), ("grpo", "grpo"), "The method grpo is named twice"),
+        ((ENV,), (), "Name at least one method"),
+        ((), ("grpo",), "Name at least one environment"),
+        ((ENV,), ("odd",), "arena.methods.odd: advantage: value error, there is no advantage nothing"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_before_anything_runs(context: Context, envs, methods, says):
+    asked = Context.open(context.workspace.root, ["arena.methods.odd.advantage=nothing"])
+    with pytest.raises(UsageError, match=re.escape(says)):
+        plans(asked, Question(envs, methods, 1))
+
+
+def test_bad_requests_have_their_exit_codes(context: Context):
+    root = context.workspace.root
+    done = forebay(root, "arena", "run", "--set", "arena.methods.grpo.advantage=gigpo")
+    assert (done.returncode, "grpo is a method already" in done.stderr) == (2, True)
+    assert forebay(root, "arena", "show").returncode == 3
+    with pytest.raises(NotFound):
+        last_board(context)
+
+
+def test_methods_are_listed_with_your_own(context: Context):
+    done = forebay(
+        context.workspace.root, "arena", "methods", "--json", "--set", "arena.methods.mine.advantage=gigpo"
+    )
+    found = json.loads(done.stdout)
+    assert found["mine"]["advantage"] == "gigpo"
+    assert found["sampo"]["filtering"] is True
+
+
+def test_a_cell_that_cannot_be_run_is_refused_by_name(context: Context):
+    question = Question(("calculator",), ("grpo",), 1)
+    assert [plan.env for plan in plans(context, question)] == ["calculator"]
+    done = forebay(
+        context.workspace.root, "arena", "run", "--methods", "grpo", "--envs", "calculator", "--seeds", "1"
+    )
+    assert done.returncode == 5
+    assert "grpo calculator 0: calculator has no list of actions" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_language_model_starts_from_its_own_successes(context: Context):
+    """The tiny model is right now and then; cloning what was right makes it right more often, before any method trains."""
+    asked = Context.open(
+        context.workspace.root,
+        [
+            "arena.start.policy=champion",
+            "arena.start.demonstrations=24",
+            "arena.start.steps=40",
+            "arena.start.learning_rate=0.003",
+            "arena.recipe.steps=2",
+            "arena.recipe.groups_per_step=2",
+            "arena.recipe.first_groups=6",
+            "arena.judging.tasks=40",
+        ],
+    )
+    (plan,) = plans(asked, Question((ENVIRONMENT,), ("vespo",), 1))
+    champion = context.agent("champion").payload
+    assert plan.policy == str(context.workspace.root / champion["path"])
+    found = run_cell(plan, context.workspace.state / "arena")
+    env = get(ENVIRONMENT)
+    bare = attempts(
+        load_policy(Path(plan.policy)),
+        load_tokenizer(Path(plan.policy)),
+        env,
+        heldout_of(env, 40),
+        samples=4,
+        temperature=1.0,
+        seed=0,
+        batch_rows=64,
+    )
+    before = sum(one.reward for group in bare for one in group) / 160
+    assert found["before"]["figures"]["success"]["estimate"] > before + 0.05

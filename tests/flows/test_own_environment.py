@@ -1,0 +1,40 @@
+"""A cycle on an environment of one's own, named by module:factory, through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tasks.evaluation.paired import read_outcomes
+from tests.flows.conftest import ENVIRONMENT, environment, lay_workspace
+
+PAGE = Path(__file__).parents[2] / "docs" / "environments.md"
+NAME = "my_tasks:doubles"
+
+
+@pytest.mark.slow
+def test_a_cycle_collects_from_it_and_judges_on_it(tmp_path: Path, tiny_base: Path) -> None:
+    root = lay_workspace(tmp_path / "ws", tiny_base).workspace.root
+    (code,) = re.findall(r"```python\n(# my_tasks\.py\n.*?)```", PAGE.read_text(), re.DOTALL)
+    (root / "my_tasks.py").write_text(code)
+    settings = {
+        "collect.environments": {NAME: 4, ENVIRONMENT: 24},
+        "evaluation.tasks": {NAME: 10, ENVIRONMENT: 30},
+        "training.steps": 4,
+    }
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    path = os.pathsep.join([str(root), environment()["PYTHONPATH"]])
+    told = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "retrain", "--json", *words],
+        cwd=root, env={**environment(), "PYTHONPATH": path}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert told.returncode in (0, 5), told.stderr
+    (file,) = (root / ".forebay" / "evidence" / "outcomes").glob("*.jsonl")
+    outcomes = read_outcomes(file, file.stem)
+    assert sum(pair.env == NAME for pair in outcomes.pairs) == 10

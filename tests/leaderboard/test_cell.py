@@ -1,0 +1,132 @@
+"""One cell, for real and small: a start from demonstrations, training on fresh groups, figures on held-out tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tasks.arena.environment import get
+from tasks.core.errors import Refused, UsageError
+from tasks.leaderboard.cell import Plan, as_job, from_job, run_cell
+from tasks.leaderboard.methods import METHODS, training_settings
+from tasks.leaderboard.settings import Arena, Judging, Recipe, Start
+from tasks.leaderboard.starter import demonstrations, drawn, start_from_own
+from tasks.training.curve import read_curve
+from tasks.training.trainer import check
+
+ENV = "minigrid/BabyAI-GoToLocalS5N2"
+ARENA = Arena(
+    start=Start(hidden=32, layers=1, heads=2, vocabulary=400, demonstrations=64, steps=40),
+    recipe=Recipe(steps=4, groups_per_step=2, group_size=4, first_groups=8),
+    judging=Judging(tasks=6, samples=2),
+)
+
+
+def plan(method: str = "sampo", seed: int = 0, arena: Arena = ARENA) -> Plan:
+    return Plan(ENV, method, METHODS[method], seed, arena, None, "code")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_one_that_the_trainer_accepts(name: str):
+    check(training_settings(METHODS[name], Recipe()))
+
+
+def test_the_dimensions_are_independent_and_sampo_is_their_combination():
+    sampo, grpo = (training_settings(METHODS[name], Recipe(format_penalty=0.2)) for name in ("sampo", "grpo"))
+    assert (sampo.objective, sampo.unit, sampo.advantage) == ("sampo", "turn", "gigpo")
+    assert sampo.admission.min_reward_std == 0.0
+    assert grpo.admission.min_reward_std is None
+    assert (sampo.mixture.tries, grpo.mixture.tries) == (3, 1)
+    assert sampo.advantage_options == grpo.advantage_options == {"penalty": 0.2}
+    swapped = METHODS["grpo"].model_copy(update={"advantage": "gigpo"})
+    assert training_settings(swapped, Recipe(format_penalty=0.2)) == grpo.model_copy(
+        update={"advantage": "gigpo"}
+    )
+
+
+def test_demonstrations_earn_everything_and_without_noise_are_the_experts():
+    env = get(ENV)
+    for task, turns in demonstrations(env, ARENA.start, 0):
+        actions = [action for action, _ in turns]
+        assert env.step(task, actions).reward >= 1.0
+    for task, turns in demonstrations(env, ARENA.start.model_copy(update={"noise": 0.0}), 0):
+        actions = [action for action, _ in turns]
+        assert actions == [env.expert(task, actions[:n]) for n in range(len(actions))]
+
+
+def test_an_environment_without_a_list_of_actions_cannot_be_shown():
+    with pytest.raises(UsageError, match=r"calculator has no list of actions.*arena\.start\.policy"):
+        demonstrations(get("calculator"), ARENA.start, 0)
+
+
+def test_a_model_that_never_earns_anything_is_no_start(tiny, tmp_path):
+    with pytest.raises(Refused, match="only 0 earned the full reward"):
+        start_from_own(
+            get("calculator"), tiny, Start(demonstrations=2), 0, tmp_path, temperature=1.0, batch_rows=64
+        )
+
+
+def test_a_small_environment_gives_what_it_has():
+    env = get("minigrid/Empty-Random-6x6")
+    assert 8 <= len(drawn(env, "heldout", 64, 0)) < 64
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    root = tmp_path_factory.mktemp("straight")
+    return root, run_cell(plan(), root)
+
+
+def test_a_cell_trains_on_fresh_groups_and_is_judged_before_and_after(straight):
+    root, found = straight
+    assert (found["env"], found["method"], found["seed"]) == (ENV, "sampo", 0)
+    assert found["stop_reason"] == "finished"
+    assert found["steps"] == 4
+    assert len(found["curve"]) == 4
+    folder = root / "cells" / plan().key()[:16]
+    fresh = sorted((folder / "fresh").glob("*.parquet"))
+    rows = [pq.read_table(path) for path in fresh]
+    assert found["episodes"] == sum(table.num_rows for table in rows)
+    # Two updates a round: the second round's groups were sampled by the policy after two updates.
+    versions = {name for table in rows for name in table["behaviour_version"].to_pylist()}
+    assert versions == {"agent/0+0", "agent/0+2"}
+    assert all(0 <= row["valid_format"] <= 1 for row in read_curve(folder))
+    for part in (found["before"], found["after"]):
+        assert (part["tasks"], part["samples"]) == (6, 2)
+        assert 0 <= part["figures"]["success"]["estimate"] <= part["figures"]["pass@2"]["estimate"] <= 1
+
+
+def test_a_cell_that_was_cut_short_ends_as_one_that_was_not(straight, tmp_path):
+    class Cut(Exception):
+        pass
+
+    def cut(step: int, steps: int, reward: float) -> None:
+        if step == 3:
+            raise Cut
+
+    with pytest.raises(Cut):
+        run_cell(plan(), tmp_path, cut)
+    _same(run_cell(plan(), tmp_path), straight[1])
+
+
+def test_a_finished_cell_is_found_and_another_method_shares_the_start(straight):
+    root, found = straight
+    assert run_cell(plan(), root, lambda *_: pytest.fail("trained again")) == found
+    other = run_cell(plan("vespo"), root)
+    assert other["before"] == found["before"]
+    assert len(list((root / "starts").iterdir())) == 1
+    assert plan("vespo").start_key() == plan().start_key() != plan(seed=1).start_key()
+    assert plan("vespo").key() != plan().key()
+
+
+def test_a_plan_survives_the_way_to_another_process():
+    assert from_job(as_job(plan("gspo", 3))) == plan("gspo", 3)
+
+
+def _same(one: dict, two: dict) -> None:
+    timing = ("cpu_seconds", "seconds")
+    assert {k: v for k, v in one.items() if k not in timing} == {
+        k: v for k, v in two.items() if k not in timing
+    }

@@ -1,0 +1,112 @@
+"""The table and the order of a comparison, against hand-made results."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tasks.leaderboard.page import Board, Floor, leaderboard_page
+from tasks.leaderboard.ranking import lines, over_seeds, ranks
+
+
+def _slice(success: float) -> dict:
+    names = ("success", "score", "pass@1", "pass@4", "turns", "tokens", "valid_format")
+    return {
+        "tasks": 10,
+        "samples": 4,
+        "figures": {name: {"estimate": success, "low": 0.0, "high": 1.0} for name in names},
+    }
+
+
+def result(env: str, method: str, seed: int, success: float, **more: object) -> dict:
+    return {
+        "env": env,
+        "method": method,
+        "seed": seed,
+        "key": f"{env}{method}{seed}",
+        "before": _slice(0.2),
+        "after": _slice(success),
+        "curve": [0.1, success],
+        "steps": 2,
+        "stop_reason": "finished",
+        "findings": [],
+        "episodes": 128,
+        "cpu_seconds": 3.0,
+        "seconds": 4.0,
+    } | more
+
+
+CLEAR = [
+    result(env, method, seed, base + 0.01 * seed)
+    for env in ("a", "b")
+    for method, base in (("good", 0.8), ("fair", 0.5), ("poor", 0.3))
+    for seed in range(3)
+]
+
+
+def test_an_interval_over_seeds_is_students():
+    found = over_seeds([0.1, 0.2, 0.3])
+    assert found.estimate == pytest.approx(0.2)
+    assert found.half == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-5)
+    assert over_seeds([0.4]).half == math.inf
+
+
+def test_methods_that_always_win_are_firmly_first():
+    good, fair, poor = ranks(CLEAR)
+    assert [one.method for one in (good, fair, poor)] == ["good", "fair", "poor"]
+    assert (good.rank, good.low, good.high, good.best) == (1.0, 1.0, 1.0, 1.0)
+    assert (poor.rank, poor.best) == (3.0, 0.0)
+    assert good.success == pytest.approx(0.81)
+
+
+def test_equal_methods_share_their_places():
+    same = [result("a", method, seed, 0.5) for method in ("x", "y") for seed in range(2)]
+    assert {(one.rank, one.best) for one in ranks(same)} == {(1.5, 1.0)}
+
+
+def test_the_order_is_as_firm_as_the_seeds_agree():
+    """x wins with two seeds of three, by little; y wins the third by as much."""
+    rewards = {"x": (0.6, 0.6, 0.4), "y": (0.5, 0.5, 0.5)}
+    found = {
+        one.method: one
+        for one in ranks(
+            [result("a", name, s, v) for name, values in rewards.items() for s, v in enumerate(values)]
+        )
+    }
+    # x is ahead of y unless the seed that it lost is drawn at least twice of three times: 7/27.
+    assert found["x"].best == pytest.approx(20 / 27, abs=0.02)
+    assert found["y"].best == pytest.approx(7 / 27, abs=0.02)
+    assert (found["x"].low, found["x"].high) == (1.0, 2.0)
+
+
+def test_only_seeds_that_all_have_count():
+    short = [one for one in CLEAR if (one["method"], one["env"], one["seed"]) != ("poor", "b", 2)]
+    assert ranks(short)[0].success == pytest.approx(0.805)
+    with pytest.raises(ValueError, match="no seed"):
+        ranks([one for one in CLEAR if (one["method"], one["env"]) != ("poor", "b")])
+
+
+def test_gains_are_paired_with_the_start_and_collapses_counted():
+    ill = [
+        result("a", "m", 0, 0.5, findings=[{"driver": "policy drift", "onset": 3}], stop_reason="kl_blow_up"),
+        result("a", "m", 1, 0.3),
+    ]
+    (line,) = lines(ill)
+    assert line.gain.estimate == pytest.approx(0.2)
+    assert (line.collapses, line.stopped, line.seeds) == ({"policy drift": 1}, 1, 2)
+    assert set(line.figures) == {"success", "score", "pass@4", "turns", "tokens", "valid_format"}
+    assert (line.cpu_seconds, line.episodes) == (3.0, 128)
+
+
+def test_the_page_says_who_leads_and_against_what():
+    floors = {env: Floor(10, 0.15, "<left>", 0.25) for env in ("a", "b")}
+    starts = {env: over_seeds([0.2, 0.2, 0.2]) for env in ("a", "b")}
+    page = leaderboard_page(Board(ranks(CLEAR), lines(CLEAR), floors, starts, CLEAR, 120.0, "2 cores"))
+    assert "good leads, with a mean rank of 1.0." in page
+    assert "&lt;left&gt;" in page
+    assert "<left>" not in page
+    for text in ("0.150", "0.250", "Order of the methods", "fair", "2 CPU minutes on 2 cores"):
+        assert text in page
+    assert page.count("<svg") >= 3 + 6  # ranks, and a curve for each method on each environment
+    assert "http://" not in page.replace("http://www.w3.org", "")
