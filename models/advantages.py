@@ -6,7 +6,7 @@ turns as well, `(Outcomes) -> [K]`, and may give two turns of one trajectory dif
 both as turn estimators: a group estimator gives all turns of a trajectory the same number.
 
 Sources: GRPO (arXiv 2402.03300), Dr.GRPO (2503.20783), RLOO (2402.14740), DAPO (2503.14476), GiGPO
-(2505.10978), EMPG (2509.09265), ARLArena (2602.21534) and its code.
+(2505.10978), EMPG (2509.09265), ARLArena (2602.21534) and its code, social meta-learning (2602.16488).
 """
 
 from __future__ import annotations
@@ -178,6 +178,30 @@ def group_norm_per_turn(outcomes: Outcomes, *, penalty: float = 0.1) -> Tensor:
     return group_norm(scores, outcomes.groups[outcomes.trajectory])
 
 
+@register("group_norm_discounted")
+def group_norm_discounted(outcomes: Outcomes, *, gamma: float = 0.7) -> Tensor:
+    """`group_norm` of `discounted_rewards`: one advantage for all turns of a conversation, larger the sooner it was
+    solved (social meta-learning, arXiv 2602.16488; how its discount enters is known to us from notes alone, this is
+    the reading that fits a reward for the whole conversation).
+
+    A late success can come below the mean of its group, and is then punished.
+
+    Returns:
+        [K].
+    """
+    return group_norm(discounted_rewards(outcomes, gamma), outcomes.groups)[outcomes.trajectory]
+
+
+@register("group_norm_to_go")
+def group_norm_to_go(outcomes: Outcomes, *, gamma: float = 0.7) -> Tensor:
+    """`group_norm` of each turn's discounted return, over all turns of the group (the other reading of 2602.16488).
+
+    Returns:
+        [K].
+    """
+    return group_norm(returns_to_go(outcomes, gamma), outcomes.groups[outcomes.trajectory])
+
+
 @register("gigpo", needs=("anchors",))
 def gigpo(
     outcomes: Outcomes,
@@ -242,6 +266,12 @@ def empg(outcomes: Outcomes, *, k: float = 1.0, k_future: float = 1.0, zeta: flo
     future = _padded(torch.exp(-k_future * level))[_next_turn(outcomes)]
     advantages = _for_turns(group_norm, outcomes) * confidence / confidence.mean() + zeta * future
     return advantages - advantages.mean()
+
+
+def discounted_rewards(outcomes: Outcomes, gamma: float) -> Tensor:
+    """gamma^(n - 1) r of trajectories of reward r and n turns, [B]: the return as it is seen from the first turn."""
+    turns = torch.bincount(outcomes.trajectory, minlength=len(outcomes.rewards))
+    return outcomes.rewards * gamma ** (turns - 1).clamp(min=0).to(outcomes.rewards.dtype)
 
 
 def returns_to_go(outcomes: Outcomes, gamma: float) -> Tensor:

@@ -296,6 +296,8 @@ _PACKAGES: Mapping[str, tuple[str, str]] = {
     "textarena": ("textarena", "install forebay[arena]"),
     "textworld": ("textworld_express", "pip install --no-deps textworld-express==1.1.0 py4j, and have Java"),
 }
+# Conversations with a teacher: a truthful one, one who speaks of another task, a language model.
+_FEEDBACK = ("feedback", "feedback_shuffled", "feedback_endpoint")
 
 
 def names() -> list[str]:
@@ -304,9 +306,12 @@ def names() -> list[str]:
     from tasks.arena.gymnasium_adapter import WORLDS
     from tasks.arena.minigrid_rooms import LEVELS
     from tasks.arena.reasoning import dataset_names
+    from tasks.arena.teachers import configured
     from tasks.arena.textarena_games import GAMES
     from tasks.arena.textworld_games import GAMES as TEXTWORLD
+    from tasks.arena.topics import TOPICS
 
+    taught = [prefix for prefix in _FEEDBACK if prefix != "feedback_endpoint" or configured()]
     others: Mapping[str, Iterable[str]] = {
         "bfcl": CATEGORIES,
         "textworld": TEXTWORLD,
@@ -316,6 +321,7 @@ def names() -> list[str]:
     }
     return [
         *_OWN,
+        *(f"{prefix}/{name}" for prefix in taught for name in TOPICS),
         *(f"{prefix}/{name}" for prefix, found in others.items() if _installed(prefix) for name in found),
         *(f"reasoning_gym/{name}" for name in dataset_names()),
     ]
@@ -327,7 +333,8 @@ def get(name: str) -> Environment:
     The factory takes no arguments and returns an `Environment` whose `name` is its own path.
 
     Raises:
-        UsageError: there is no such environment, and the sentence names the nearest one; or the factory cannot be used.
+        UsageError: there is no such environment, and the sentence names the nearest one; or the factory cannot be used;
+            or no teacher is named for `feedback_endpoint`, see `tasks.arena.teachers`.
         Unavailable: the package that it comes from is not installed.
     """
     if name in _OWN:
@@ -344,6 +351,8 @@ def get(name: str) -> Environment:
         return gymnasium_adapter.make(rest)
     if ":" in name:
         return _from_path(name)
+    if prefix in _FEEDBACK and (conversation := _conversation(prefix, rest)):
+        return conversation
     known = names()
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -370,6 +379,17 @@ def get(name: str) -> Environment:
     from tasks.arena.reasoning import ReasoningGym
 
     return ReasoningGym(rest)
+
+
+def _conversation(prefix: str, topic: str) -> Environment | None:
+    from tasks.arena.feedback import Feedback
+    from tasks.arena.teachers import Scripted, from_environment
+    from tasks.arena.topics import TOPICS
+
+    if (found := TOPICS.get(topic)) is None:
+        return None
+    teacher = from_environment() if prefix == "feedback_endpoint" else Scripted(found)
+    return Feedback(found, teacher, prefix, shuffled=prefix == "feedback_shuffled")
 
 
 def _from_path(path: str) -> Environment:

@@ -6,6 +6,7 @@ any other status is the server's refusal. A key goes into one header and is stor
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -138,6 +139,19 @@ def require_plain_url(url: str, section: str) -> None:
             f"{section}.url has a user, a query or a fragment, and it is recorded; put the key into an environment "
             f"variable and name that in {section}.api_key_env."
         )
+
+
+def chat_content(reply: Any) -> str:
+    """The text of a chat completion, "" where it has none; a `read` of `Endpoint.ask`.
+
+    Raises:
+        Garbled: it is no chat completion.
+    """
+    try:
+        content = reply["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        raise Garbled(f"the reply is no chat completion: {json.dumps(reply)}") from None
+    return content if isinstance(content, str) else ""
 
 
 def _json(response: httpx.Response) -> Any:

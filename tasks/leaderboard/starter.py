@@ -56,7 +56,7 @@ def start_from_scratch(env: Environment, settings: Start, seed: int, folder: Pat
                 raise UsageError(f"arena.start: {error}") from None
     tokenizer = load_tokenizer(policy)
     who = _identity("start/scratch", policy)
-    episodes = [_episode(env, tokenizer, who, *one, seed, number) for number, one in enumerate(played)]
+    episodes = [as_episode(env, tokenizer, who, *one, seed, number) for number, one in enumerate(played)]
     return clone(episodes, policy, settings, seed, folder)
 
 
@@ -215,7 +215,7 @@ def _text(task: Task, *turns: tuple[str, Step]) -> str:
     return task.prompt + "".join(f" {action}\n{step.observation}" for action, step in turns)
 
 
-def _episode(
+def as_episode(
     env: Environment,
     tokenizer: PreTrainedTokenizerBase,
     who: BehaviourIdentity,
@@ -224,6 +224,12 @@ def _episode(
     seed: int,
     number: int,
 ) -> Episode:
+    """Return what was played as an episode in a group of its own, to be cloned; the actions are what is trained.
+
+    Args:
+        turns: (action, the environment's answer).
+        number: tells episodes of one task apart.
+    """
     encode: Callable[[str], list[int]] = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     ids: list[int] = []
     mask: list[bool] = []

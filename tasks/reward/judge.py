@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tasks.core.digest import canonical_json, digest_json, write_atomic
-from tasks.core.endpoint import Endpoint, Garbled
+from tasks.core.endpoint import Endpoint, chat_content
 from tasks.core.errors import Refused, UsageError
 from tasks.core.settings import JudgeModel
 from tasks.reward.source import Answer
@@ -170,7 +170,7 @@ class JudgeSource:
         """Return the mark of one answer, -1 where two replies held none; it is kept before it is returned."""
         request = self._request(answer)
         for _ in range(2):
-            reply = self._endpoint.ask(client, "chat/completions", request, _content)
+            reply = self._endpoint.ask(client, "chat/completions", request, chat_content)
             mark = read_mark(reply, self.settings.scale)
             if mark is not None:
                 break
@@ -206,11 +206,3 @@ def describe_judge(settings: JudgeModel) -> dict[str, Any]:
         "system": SYSTEM,
         "template": TEMPLATE,
     }
-
-
-def _content(reply: Any) -> str:
-    try:
-        content = reply["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        raise Garbled(f"the reply is no chat completion: {json.dumps(reply)}") from None
-    return content if isinstance(content, str) else ""

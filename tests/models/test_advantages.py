@@ -18,6 +18,7 @@ from models import advantages
 from models.advantages import (
     ADVANTAGES,
     Outcomes,
+    discounted_rewards,
     empg,
     get,
     gigpo,
@@ -220,6 +221,73 @@ def test_return_to_go():
     rewards = torch.tensor([1.0, 2.0, 4.0], dtype=D)
     assert close(returns_to_go(changed(three, step_rewards=rewards), 0.5), [3, 4, 4], 1e-12)
     assert close(returns_to_go(changed(three, step_rewards=rewards), 0.0), [1, 2, 4], 1e-12)
+
+
+def conversations(solved: list[int | None], most: int = 4) -> Outcomes:
+    """One group; each conversation was solved in that turn, or not in `most` turns."""
+    turns = [most if turn is None else turn for turn in solved]
+    return Outcomes(
+        torch.tensor([float(turn is not None) for turn in solved], dtype=D),
+        torch.zeros(len(solved), dtype=torch.int64),
+        torch.repeat_interleave(torch.arange(len(solved)), torch.tensor(turns)),
+        torch.tensor([turn for count in turns for turn in range(count)]),
+    )
+
+
+SOLVED = [1, 2, None, 4, 3, None, None, 2]  # of the social meta-learning example
+
+
+def by_conversation(values: torch.Tensor, outcomes: Outcomes) -> list[float]:
+    """The value of each trajectory, all of whose turns must have the same."""
+    found = [set(values[outcomes.trajectory == number].tolist()) for number in range(len(outcomes.rewards))]
+    assert all(len(one) == 1 for one in found)
+    return [one.pop() for one in found]
+
+
+def test_worked_discounted_conversations():
+    outcomes = conversations(SOLVED)
+    rewards = discounted_rewards(outcomes, 0.7)
+    assert close(rewards, [1, 0.7, 0, 0.343, 0.49, 0, 0, 0.7], 1e-12)
+    sample = [1.5525, 0.7709, -1.0529, -0.1593, 0.2237, -1.0529, -1.0529, 0.7709]
+    estimate = get("group_norm_discounted").estimate
+    found = by_conversation(estimate(outcomes), outcomes)
+    assert found == pytest.approx(sample, abs=6e-5)
+    assert found[3] < 0  # a success in turn 4 is punished
+    population = [1.6597, 0.8241, -1.1256, -0.1703, 0.2392, -1.1256, -1.1256, 0.8241]
+    assert close(ADVANTAGES["group_norm_population"](rewards, outcomes.groups), population, 6e-5)
+    undiscounted = by_conversation(estimate(outcomes, gamma=1.0), outcomes)
+    assert undiscounted == pytest.approx([0.7246 if s else -1.2076 for s in SOLVED], abs=6e-5)
+    normed = ADVANTAGES["group_norm_population"](outcomes.rewards, outcomes.groups)
+    assert close(normed, [0.7746 if s else -1.2910 for s in SOLVED], 6e-5)
+
+
+def test_return_to_go_of_conversations():
+    outcomes = conversations([3, None])
+    assert close(returns_to_go(outcomes, 0.7), [0.49, 0.7, 1, 0, 0, 0, 0], 1e-12)
+    found = get("group_norm_to_go").estimate(outcomes)
+    returns = [0.49, 0.7, 1.0, 0, 0, 0, 0]
+    mean, deviation = statistics.mean(returns), statistics.stdev(returns)
+    assert close(found, [(one - mean) / (deviation + 1e-6) for one in returns], 1e-12)
+
+
+@pytest.mark.parametrize("name", ["group_norm_discounted", "group_norm_to_go"])
+def test_conversations_of_one_turn_are_grpo_exactly_and_equal_rewards_teach_nothing(name):
+    one = conversations([1, None, None, 1, 1], most=1)
+    grpo = get("group_norm").estimate(one)
+    assert get(name).estimate(one).tolist() == grpo.tolist()
+    for same in ([None] * 4, [1] * 4):
+        assert not get(name).estimate(conversations(same)).any()
+    assert not get("group_norm_discounted").estimate(conversations([3] * 4)).any()
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(1, 6)), min_size=2, max_size=8), st.floats(0.1, 1))
+@settings(max_examples=60, deadline=None)
+def test_discounted_conversations_agree_with_plain_python(solved, gamma):
+    outcomes = conversations(solved, most=6)
+    rewards = [0.0 if turn is None else gamma ** (turn - 1) for turn in solved]
+    mean, deviation = statistics.mean(rewards), statistics.stdev(rewards)
+    found = by_conversation(get("group_norm_discounted").estimate(outcomes, gamma=gamma), outcomes)
+    assert found == pytest.approx([(one - mean) / (deviation + 1e-6) for one in rewards], rel=1e-6, abs=1e-6)
 
 
 def test_a_broken_format_costs_its_own_turn_only():
