@@ -10,7 +10,7 @@ from rich.table import Table
 from flows.cli.console import HERE, Json, Set, Where, arena_app, open_context, out, print_json, watch
 
 METHODS = "grpo,gspo,sapo,cispo,vespo,sampo"
-ENVS = "minigrid/BabyAI-GoToLocalS5N2,minigrid/Fetch-5x5-N2,textarena/Sokoban"
+ENVS = "minigrid/BabyAI-GoToLocalS5N2,minigrid/Fetch-5x5-N2,textarena/GuessTheNumber"
 
 
 @arena_app.command("run")
