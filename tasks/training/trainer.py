@@ -49,6 +49,7 @@ OnMetrics = Callable[[int, Metrics], None]
 
 FINISHED = "finished"
 COLLAPSE = "collapse"
+_SETTLES = 10  # updates after a remedy in which signals are not judged again, for it takes time to help
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +275,9 @@ def _updates(
             if reason is None:
                 run.optimizer.step()
                 progress = curriculum.learnt(progress, lesson, update)
-                progress = replace(progress, watch=progress.watch.seen(step, metrics))
+                watch = progress.watch.seen(step, metrics)
+                settling = progress.reacted is not None and step <= progress.reacted + _SETTLES
+                progress = replace(progress, watch=watch.anew() if settling else watch)
             collapse = progress.watch.collapse() if guarded else None
             if collapse is not None and (settings.guards.collapse == "stop" or progress.reacted is not None):
                 reason, good = COLLAPSE, _good(progress, collapse[1])
