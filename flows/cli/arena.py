@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from flows.cli.console import HERE, Json, Set, Where, arena_app, open_context, out, print_json, watch
+from flows.cli.console import (
+    HERE,
+    Json,
+    RayAddress,
+    Runner,
+    Set,
+    Where,
+    arena_app,
+    open_context,
+    out,
+    print_json,
+    watch,
+)
 
 METHODS = "grpo,gspo,sapo,cispo,vespo,sampo"
 ENVS = "minigrid/BabyAI-GoToLocalS5N2,minigrid/Fetch-5x5-N2,textarena/GuessTheNumber"
@@ -19,12 +31,8 @@ def arena_run(
     envs: Annotated[str, typer.Option(help="Environments, joined by commas.")] = ENVS,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of every cell, from 0 on.")] = 3,
     workers: Annotated[int, typer.Option(min=1, help="Cells at once.")] = 1,
-    runner: Annotated[
-        Literal["processes", "ray"], typer.Option(help="Processes of this machine, or a Ray cluster.")
-    ] = "processes",
-    ray_address: Annotated[
-        str | None, typer.Option(help="Cluster, as ray://host:10001; not given: one is started here.")
-    ] = None,
+    runner: Runner = "processes",
+    ray_address: RayAddress = None,
     workspace: Where = HERE,
     overrides: Set = None,
     as_json: Json = False,

@@ -6,7 +6,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -55,6 +55,12 @@ Where = Annotated[
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one value of params.yaml; repeatable."),
+]
+Runner = Annotated[
+    Literal["processes", "ray"], typer.Option(help="Processes of this machine, or a Ray cluster.")
+]
+RayAddress = Annotated[
+    str | None, typer.Option(help="Cluster, as ray://host:10001; not given: one is started here.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from flows.cli.console import HERE, Json, Set, Where, evaluate_app, open_context, out, print_json, watch
+from flows.cli.console import (
+    HERE,
+    Json,
+    RayAddress,
+    Runner,
+    Set,
+    Where,
+    evaluate_app,
+    open_context,
+    out,
+    print_json,
+    watch,
+)
 from tasks.core.errors import Refused
 
 
@@ -59,12 +71,8 @@ def evaluate_attempts(
     temperature: Annotated[float, typer.Option(help="Of the sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of tasks and noise; the same one compares agents.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Environments at once.")] = 1,
-    runner: Annotated[
-        Literal["processes", "ray"], typer.Option(help="Processes of this machine, or a Ray cluster.")
-    ] = "processes",
-    ray_address: Annotated[
-        str | None, typer.Option(help="Cluster, as ray://host:10001; not given: one is started here.")
-    ] = None,
+    runner: Runner = "processes",
+    ray_address: RayAddress = None,
     workspace: Where = HERE,
     overrides: Set = None,
     as_json: Json = False,

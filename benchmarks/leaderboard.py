@@ -1,0 +1,110 @@
+"""What `forebay arena run` found, told again from its kept results.
+
+    forebay arena run --json > board.json
+    python -m benchmarks.leaderboard --keep board.json --workspace DIR    # results of a run become the baseline
+    python -m benchmarks.leaderboard [--page leaderboard.html]            # the tables as Markdown, and the page
+
+The run itself is the product's command; this only keeps its results, so that the tables in docs/leaderboard.md can be made
+again without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from tasks.leaderboard.page import Board, Floor, counted, firmness, leaderboard_page, verdict
+from tasks.leaderboard.ranking import Mean, lines, over_seeds, ranks
+
+BASELINE = Path(__file__).parent / "baselines" / "leaderboard.json"
+
+
+def keep(board: Path, workspace: Path) -> None:
+    """Write the baseline from what the command printed, and the evidence that it names."""
+    told = json.loads(board.read_text())
+    results = json.loads((workspace / told["results"]["path"]).read_text())["results"]
+    kept = {name: told[name] for name in ("floors", "machine")} | {"recipe": told.get("recipe", "")}
+    BASELINE.write_text(json.dumps({**kept, "results": results}, indent=1, sort_keys=True) + "\n")
+
+
+def load() -> Board:
+    """Return the kept comparison."""
+    kept = json.loads(BASELINE.read_text())
+    results: list[dict[str, Any]] = kept["results"]
+    first = results[0]["method"]
+    starts = {
+        env: over_seeds(
+            [
+                one["before"]["figures"]["success"]["estimate"]
+                for one in results
+                if (one["env"], one["method"]) == (env, first)
+            ]
+        )
+        for env in kept["floors"]
+    }
+    floors = {env: Floor(**floor) for env, floor in kept["floors"].items()}
+    spent = sum(one["cpu_seconds"] for one in results)
+    return Board(
+        ranks(results), lines(results), floors, starts, results, spent, kept["machine"], kept["recipe"]
+    )
+
+
+def markdown(board: Board) -> str:
+    """Return the tables of docs/leaderboard.md."""
+    told = [verdict(board.ranks), ""]
+    told += ["| method | mean rank | 95 % | best in | mean success |", "|---|--:|---|--:|--:|"]
+    told += [
+        f"| {one.method} | {one.rank:.2f} | {' | '.join(firmness(one))} | {one.success:.3f} |"
+        for one in board.ranks
+    ]
+    for env, floor in board.floors.items():
+        told += [
+            "",
+            f"`{env}`: {floor.tasks} held-out tasks; start {_mean(board.starts[env])}, always `{floor.constant_action}` "
+            f"{floor.constant:.3f}, a blind choice {floor.random:.3f}.",
+            "",
+        ]
+        found = [line for line in board.lines if line.env == env]
+        names = list(found[0].figures)
+        told.append(
+            f"| method | {' | '.join(names)} | gain | CPU s a run | collapses | stopped |\n|---|{'--:|' * (len(names) + 2)}---|---|"
+        )
+        told += [
+            f"| {line.method} | {' | '.join(_mean(line.figures[name]) for name in names)} | {_mean(line.gain)} | "
+            f"{line.cpu_seconds:.0f} | {counted(line.collapses)} | {counted(line.stopped)} |"
+            for line in found
+        ]
+    told += [
+        "",
+        f"{len(board.results)} runs, {board.cpu_seconds / 60:.0f} CPU minutes on {board.machine}. {board.recipe}",
+    ]
+    return "\n".join(told)
+
+
+def _mean(value: Mean) -> str:
+    return (
+        f"{value.estimate:.3f} ± {value.half:.3f}" if math.isfinite(value.half) else f"{value.estimate:.3f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--workspace", type=Path, default=Path())
+    parser.add_argument("--page", type=Path)
+    words = parser.parse_args()
+    if words.keep:
+        keep(words.keep, words.workspace)
+    board = load()
+    if words.page:
+        words.page.write_text(leaderboard_page(board))
+    print(markdown(board))
+
+
+if __name__ == "__main__":
+    main()
