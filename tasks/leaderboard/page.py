@@ -108,7 +108,7 @@ def _environment(board: Board, env: str) -> Section:
     floor, start = board.floors[env], board.starts[env]
     found = [line for line in board.lines if line.env == env]
     names = list(found[0].figures)
-    heads = ("method", *names, "gain", "CPU s a run", "episodes", "collapses", "stopped")
+    heads = ("method", *names, "gain", "CPU s", "episodes", "trouble")
     rows = tuple(
         (
             line.method,
@@ -116,8 +116,7 @@ def _environment(board: Board, env: str) -> Section:
             _mean(line.gain, signed=True),
             f"{line.cpu_seconds:.0f}",
             f"{line.episodes:,.0f}",
-            counted(line.collapses),
-            counted(line.stopped),
+            counted({**line.collapses, **line.stopped}),
         )
         for line in found
     )
@@ -158,5 +157,7 @@ def counted(runs: Mapping[str, int]) -> str:
 
 
 def _mean(value: Mean, *, signed: bool = False) -> str:
-    written = number(value.estimate, signed=signed)
-    return f"{written} ± {number(value.half)}" if math.isfinite(value.half) else written
+    digits = 1 if abs(value.estimate) >= 2 else 2  # turns and tokens; shares
+    written = f"{value.estimate:{'+' if signed else ''}.{digits}f}"
+    half = f" ± {value.half:.{digits}f}" if math.isfinite(value.half) else ""
+    return f"{written}{half}".replace("-", "−")
