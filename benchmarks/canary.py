@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from benchmarks.machine import describe
+from models.machine import describe
 from tasks.promotion.canary import upper_bound
 
 ALPHA, ENVIRONMENTS, ANSWERS = 0.05, 3, 8

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import lab
-from benchmarks.machine import describe
+from models.machine import describe
 from tasks.training.stability import find_collapse
 
 CISPO = {"eps_lo": 1.0, "eps_hi": 0.28}

@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.machine import describe
+from models.machine import describe
 
 CHILD = "FOREBAY_BENCHMARK_CHILD"
 

@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import lab
-from benchmarks.machine import describe
 from models import diversity
+from models.machine import describe
 from tasks.evaluation.statistics import pass_at_k
 
 KS = (1, 2, 4, 8, 16)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe
+from models.machine import describe
 from tasks.arena.environment import Environment, Expert, Hackable, Listed, Task, get, names
 from tasks.arena.playing import play
 from tasks.core.errors import UsageError

@@ -30,7 +30,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.machine import describe
+from models.machine import describe
 from tasks.arena.guarded import Guarded, Limits
 from tasks.arena.largest import Largest
 from tasks.replay.schema import Episode

@@ -33,8 +33,8 @@ from rich.table import Table
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import tasks.rollout.rollout as loop
-from benchmarks.machine import describe
 from models.causal_lm import convert, load_policy, load_tokenizer
+from models.machine import describe
 from tasks.arena.environment import Environment, get
 from tasks.arena.guarded import Guarded
 from tasks.rollout.engine import Noise, invert, log_distribution, start, uniform

@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import special, stats
 
-from benchmarks.machine import describe
+from models.machine import describe
 from tasks.evaluation.bounded import bounded_mean, bounded_p
 from tasks.evaluation.sequential import (
     FRACTIONS,

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import lab
-from benchmarks.machine import describe
+from models.machine import describe
 from tasks.training import admission, mixture
 from tasks.training.groups import GroupTable
 from tasks.training.sampler import Sampler

@@ -43,10 +43,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import lab
-from benchmarks.machine import describe
 from models.advantages import Outcomes, get
 from models.causal_lm import load_policy, load_tokenizer, template_digest, tokenizer_digest
 from models.from_scratch import Shape, make_policy
+from models.machine import describe
 from tasks.arena.environment import Step, Task
 from tasks.arena.feedback import Feedback, success_by_turn, transcript, turns_to_success
 from tasks.arena.priming import primed

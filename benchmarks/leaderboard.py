@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from tasks.leaderboard.page import Board, Floor, counted, firmness, leaderboard_page, verdict
-from tasks.leaderboard.ranking import Mean, lines, over_seeds, ranks
+from tasks.leaderboard.ranking import Mean, lines, ranks, starts
 
 BASELINE = Path(__file__).parent / "baselines" / "leaderboard.json"
 
@@ -34,21 +33,17 @@ def load() -> Board:
     """Return the kept comparison."""
     kept = json.loads(BASELINE.read_text())
     results: list[dict[str, Any]] = kept["results"]
-    first = results[0]["method"]
-    starts = {
-        env: over_seeds(
-            [
-                one["before"]["figures"]["success"]["estimate"]
-                for one in results
-                if (one["env"], one["method"]) == (env, first)
-            ]
-        )
-        for env in kept["floors"]
-    }
     floors = {env: Floor(**floor) for env, floor in kept["floors"].items()}
     spent = sum(one["cpu_seconds"] for one in results)
     return Board(
-        ranks(results), lines(results), floors, starts, results, spent, kept["machine"], kept["recipe"]
+        ranks(results),
+        lines(results),
+        floors,
+        starts(results),
+        results,
+        spent,
+        kept["machine"],
+        kept["recipe"],
     )
 
 
@@ -85,9 +80,7 @@ def markdown(board: Board) -> str:
 
 
 def _mean(value: Mean) -> str:
-    return (
-        f"{value.estimate:.3f} ± {value.half:.3f}" if math.isfinite(value.half) else f"{value.estimate:.3f}"
-    )
+    return f"{value.estimate:.3f}" + ("" if value.half is None else f" ± {value.half:.3f}")
 
 
 def main() -> None:

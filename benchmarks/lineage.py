@@ -410,7 +410,7 @@ def main() -> None:
         )
         sys.stdout.write(json.dumps(asked) + "\n")
         return
-    from benchmarks.machine import describe  # imports torch, which no question needs
+    from models.machine import describe  # imports torch, which no question needs
 
     console = Console()
     with tempfile.TemporaryDirectory() as scratch:

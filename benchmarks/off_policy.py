@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import lab
-from benchmarks.machine import describe
+from models.machine import describe
 from tasks.evaluation.off_policy import (
     ESTIMATORS,
     Evidence,

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe
+from models.machine import describe
 from tasks.core.errors import Conflict, ForebayError
 from tasks.core.heads import check_heads, write_head
 from tasks.core.ledger import Ledger

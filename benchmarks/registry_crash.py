@@ -27,11 +27,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe
 from flows import keys
 from flows.champions import promote_agent, register_agent, rollback_champion
 from flows.context import Context
 from flows.registry import reconcile_registry
+from models.machine import describe
 from tasks.core.digest import digest_tree
 from tasks.core.heads import check_heads
 from tasks.promotion.attest import sign_decision, signature_of, write_signature

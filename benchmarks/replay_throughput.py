@@ -38,7 +38,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.machine import describe
+from models.machine import describe
 from tasks.core.digest import sha256_file, write_file_atomic
 from tasks.core.settings import Replay as ReplaySettings
 from tasks.replay.schema import arrow_schema

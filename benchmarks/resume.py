@@ -38,7 +38,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.machine import describe
+from models.machine import describe
 from tasks.core.digest import digest_json
 from tasks.training.checkpoint import KEPT
 from tasks.training.settings import (

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe
+from models.machine import describe
 from models.reward_classifier import load_base
 from tasks.core.digest import digest_files, digest_tree
 from tasks.core.settings import ClassifierModel, HeadModel

@@ -29,8 +29,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe
 from benchmarks.reward_zoo import ZOO, make_world
+from models.machine import describe
 from models.reward_classifier import load_base
 from tasks.core.digest import digest_files, digest_tree
 from tasks.core.settings import ClassifierModel, HeadModel

@@ -14,13 +14,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.machine import describe
 from flows import progress
 from flows.context import Context
 from flows.cycle import Cycle, open_cycle
 from flows.init import init_workspace
 from flows.run import run_stages
 from models.causal_lm import convert
+from models.machine import describe
 from tasks.core.errors import Refused
 
 

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import lab
-from benchmarks.machine import describe
+from models.machine import describe
 
 METHODS = {
     "vespo": lab.Method("vespo"),

@@ -32,7 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.machine import describe
+from models.machine import describe
 from tasks.core.digest import sha256_file
 from tasks.core.heads import newest_seq
 from tasks.core.keys import read_trust, trusted, write_trust

@@ -33,7 +33,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe
 from models.causal_lm import convert, load_policy, load_tokenizer
 from models.deep_thinking import (
     Lens,
@@ -46,6 +45,7 @@ from models.deep_thinking import (
     log_probs,
     settling_depth,
 )
+from models.machine import describe
 from tasks.arena import best_of
 from tasks.arena.best_of import Outcome, Sample
 from tasks.evaluation.discrimination import auroc_within, binned_correlation, bootstrap_mean, point_biserial

@@ -52,7 +52,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
-from benchmarks.machine import describe
+from models.machine import describe
 from models.memory import keep_freed_memory
 from models.packing import MicroBatch, Sample, pack
 from tasks.training.fields import token_advantages

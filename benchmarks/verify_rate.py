@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe
+from models.machine import describe
 from tasks.core.digest import sha256_file
 from tasks.lineage import hashing
 from tasks.lineage.hashing import DigestCache

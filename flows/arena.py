@@ -8,30 +8,24 @@ from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import as_completed
 
 from flows import progress
 from flows.context import Context
 from flows.leaderboard import Question, floors_of, keep_board, plans
 from flows.logs import report_to_prefect
-from tasks.core.errors import ForebayError, Refused
+from flows.parallel import gathered, isolated
 
 
 @task(name="cell", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
 def cell(name: str, job: Mapping[str, Any], root: str) -> dict[str, Any]:
-    """Run one cell in this process; a failure comes back as {error: sentence}, for it must not end the others."""
+    """Run one cell in this process; see `isolated` for failures."""
     import torch
 
     from tasks.leaderboard.cell import from_job, run_cell
 
-    torch.set_num_threads(
-        1
-    )  # as many cells side by side as there are processes, and the same bits however many
-    try:
-        return run_cell(from_job(job), Path(root))
-    except Exception as error:  # an environment of one's own may raise anything, and its rewards be anything
-        what = str(error) if isinstance(error, ForebayError) else f"{type(error).__name__}: {error}"
-        return {"error": f"{name}: {what}"}
+    # As many cells side by side as there are processes, and the same bits however many.
+    torch.set_num_threads(1)
+    return isolated(name, lambda: run_cell(from_job(job), Path(root)))
 
 
 @flow(name="arena", flow_run_name="arena", persist_result=False)
@@ -57,22 +51,12 @@ def arena(
         futures = [
             cell.submit(f"{plan.name} {plan.env} {plan.seed}", as_job(plan), str(root)) for plan in wanted
         ]
-        done: list[dict[str, Any]] = []
-        report(0, len(futures), "cells")
-        for future in as_completed(futures):
-            done.append(future.result())
-            report(len(done), len(futures), _told(done[-1]))
-        errors = [one["error"] for one in done if "error" in one]
-        if errors:
-            more = f" ({len(errors) - 1} more cells failed)" if len(errors) > 1 else ""
-            raise Refused(f"{errors[0]}{more}")
+        done = gathered(futures, report, "cells", _told)
         order = {plan.key(): place for place, plan in enumerate(wanted)}
         done.sort(key=lambda one: order[one["key"]])
         return keep_board(context, question, done, floors_of(context, question.envs))
 
 
 def _told(result: Mapping[str, Any]) -> str:
-    if "error" in result:
-        return str(result["error"])
     success = result["after"]["figures"]["success"]["estimate"]
     return f"{result['method']} {result['env']} seed {result['seed']}: success {success:.2f}"

@@ -8,32 +8,25 @@ from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import as_completed
 
 from flows import progress
 from flows.context import Context
 from flows.examination import Terms, exams
 from flows.logs import report_to_prefect
-from flows.parallel import end_with_parent
-from tasks.core.errors import ForebayError, Refused
+from flows.parallel import gathered, isolated
 
 
 @task(name="attempt", task_run_name="attempt {name}", cache_policy=NO_CACHE, persist_result=False)
 def attempt(name: str, exam: Mapping[str, Any]) -> dict[str, Any]:
-    """Sit one exam; a failure comes back as {error: sentence}."""
+    """Sit one exam; see `isolated` for failures."""
     import torch
 
     from tasks.arena.guarded import Limits
     from tasks.evaluation.attempted import Exam, sit
 
-    end_with_parent()
     if exam["device"] == "cpu":
         torch.set_num_threads(1)  # as many exams side by side as there are processes
-    try:
-        return sit(Exam(**{**exam, "limits": Limits(**exam["limits"])}))
-    except Exception as error:  # an environment of one's own may raise anything, and its rewards be anything
-        what = str(error) if isinstance(error, ForebayError) else f"{type(error).__name__}: {error}"
-        return {"error": f"{name}: {what}"}
+    return isolated(name, lambda: sit(Exam(**{**exam, "limits": Limits(**exam["limits"])})))
 
 
 @flow(name="exam", flow_run_name="exam of {ref}", persist_result=False)
@@ -49,12 +42,5 @@ def exam(
     asked = Terms(**{**terms, "envs": tuple(terms["envs"])})
     with report_to_prefect(), progress.current().bar("attempt") as report:
         futures = [attempt.submit(one["env"], one) for one in exams(context, ref, asked)]
-        done: list[dict[str, Any]] = []
-        report(0, len(futures), "environments")
-        for future in as_completed(futures):
-            done.append(future.result())
-            report(len(done), len(futures), str(done[-1].get("env", done[-1].get("error"))))
-    errors = [one["error"] for one in done if "error" in one]
-    if errors:
-        raise Refused(errors[0])
+        done = gathered(futures, report, "environments", lambda one: str(one["env"]))
     return sorted(done, key=lambda one: asked.envs.index(one["env"]))

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows import progress
@@ -148,24 +147,22 @@ def keep_board(
     Returns:
         {question, ranks, lines, floors, starts, results: {path, sha256}, page, cpu_seconds, machine}.
     """
+    from models.machine import describe
     from tasks.leaderboard.page import Board, leaderboard_page
-    from tasks.leaderboard.ranking import lines, over_seeds, ranks
+    from tasks.leaderboard.ranking import lines, ranks, starts
 
     def work(key: str) -> dict[str, Any]:
         _track(context, results)
-        starts = {
-            env: over_seeds(
-                [
-                    one["before"]["figures"]["success"]["estimate"]
-                    for one in results
-                    if (one["env"], one["method"]) == (env, question.methods[0])
-                ]
-            )
-            for env in question.envs
-        }
         cpu_seconds = sum(one["cpu_seconds"] for one in results)
         board = Board(
-            ranks(results), lines(results), floors, starts, results, cpu_seconds, _machine(), _recipe(context)
+            ranks(results),
+            lines(results),
+            floors,
+            starts(results),
+            results,
+            cpu_seconds,
+            describe(),
+            _recipe(context),
         )
         data = canonical_json({"results": list(results)})
         file = context.workspace.evidence / "arena" / f"{sha256_bytes(data)}.json"
@@ -175,9 +172,9 @@ def keep_board(
         return {
             "question": asdict(question),
             "ranks": [asdict(one) for one in board.ranks],
-            "lines": [_finite(asdict(one)) for one in board.lines],
+            "lines": [asdict(one) for one in board.lines],
             "floors": {name: asdict(floor) for name, floor in floors.items()},
-            "starts": {name: _finite(asdict(start)) for name, start in starts.items()},
+            "starts": {name: asdict(start) for name, start in board.starts.items()},
             "recipe": board.recipe,
             "results": {"path": context.workspace.relative(file), "sha256": sha256_bytes(data)},
             "page": context.workspace.relative(page),
@@ -255,23 +252,3 @@ def _recipe(context: Context) -> str:
         f"{recipe.learning_rate:g}, KL {recipe.kl:g}, format penalty {recipe.format_penalty:g}. "
         f"{settings.judging.samples} attempts at each held-out task."
     )
-
-
-def _machine() -> str:
-    import os
-    import platform
-
-    import torch
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} cores {names[0] if names else platform.machine()}, torch {torch.__version__}"
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: the half width of an interval over one seed is null."""
-    return {
-        name: _finite(value) if isinstance(value, dict) else None if value == float("inf") else value
-        for name, value in values.items()
-    }

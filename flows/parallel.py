@@ -5,10 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import wait
 from typing import Any, Literal
 
-from tasks.core.errors import Unavailable, UsageError
+from flows.progress import Report
+from tasks.core.errors import ForebayError, Refused, Unavailable, UsageError
 
 _WATCHED = threading.Event()
 Runner = Literal["processes", "ray"]
@@ -36,6 +38,42 @@ def task_runner(runner: Runner, workers: int, address: str | None = None) -> Any
     if address is not None:
         return RayTaskRunner(address=address)
     return RayTaskRunner(init_kwargs={"num_cpus": workers, "include_dashboard": False})
+
+
+def isolated(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `work` returns, in a worker that ends with its flow; a failure comes back as {error: sentence}, for it must not
+    end the others."""
+    end_with_parent()
+    try:
+        return work()
+    except Exception as error:  # an environment of one's own may raise anything, and its rewards be anything
+        what = str(error) if isinstance(error, ForebayError) else f"{type(error).__name__}: {error}"
+        return {"error": f"{name}: {what}"}
+
+
+def gathered(
+    futures: list[Any], report: Report, unit: str, says: Callable[[Mapping[str, Any]], str]
+) -> list[dict[str, Any]]:
+    """Wait for what `isolated` returned in each of Prefect's `futures`; the results in the order in which they came.
+
+    Args:
+        unit: what is counted, for the progress bar; `says` tells of a result.
+
+    Raises:
+        Refused: some failed; the others have been waited for.
+    """
+    from prefect.futures import as_completed
+
+    done: list[dict[str, Any]] = []
+    report(0, len(futures), unit)
+    for future in as_completed(futures):
+        done.append(future.result())
+        report(len(done), len(futures), done[-1]["error"] if "error" in done[-1] else says(done[-1]))
+    errors = [one["error"] for one in done if "error" in one]
+    if errors:
+        more = f" ({len(errors) - 1} more {unit} failed)" if len(errors) > 1 else ""
+        raise Refused(f"{errors[0]}{more}")
+    return done
 
 
 def end_with_parent() -> None:

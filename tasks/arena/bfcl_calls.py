@@ -20,14 +20,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from importlib import import_module
 from importlib.metadata import version as package_version
 from importlib.resources import files
 from typing import Any
 
 from tasks.arena.environment import Split, Step, Task, cut, draw_tasks
-from tasks.arena.playing import Games, mean_reward
+from tasks.arena.playing import Games, best_of, mean_reward
 from tasks.core.errors import UsageError
 
 CATEGORIES: Mapping[str, str] = {
@@ -180,10 +180,7 @@ class Bfcl:
     def constant_baseline(self, tasks: Sequence[Task]) -> tuple[str, float]:
         """The best of `none` and the most common gold lines, written in every turn."""
         lines = Counter(line for task in tasks for line in self._lines(task)).most_common(_TRIED)
-        tried = dict.fromkeys([_NONE, *(line for line, _ in lines)])
-        means = {line: mean_reward(self, tasks, partial(_always, line)) for line in tried}
-        best = max(means, key=lambda line: means[line])
-        return best, means[best]
+        return best_of(self, tasks, dict.fromkeys([_NONE, *(line for line, _ in lines)]))
 
     def random_baseline(self, tasks: Sequence[Task], seed: int) -> float:
         """Mean reward of a gold line drawn at random from all tasks, whatever is asked, in every turn."""
@@ -240,10 +237,6 @@ class Bfcl:
             for call in parse_line(text):
                 _run(session.gold, call, _signatures_of(row.classes))
         session.matched += _equal(session)
-
-
-def _always(action: str, task: Task, actions: Sequence[str]) -> str:
-    return action
 
 
 def _line(calls: Sequence[str]) -> str:

@@ -270,6 +270,19 @@ def draw_tasks(
     return list(found.values())
 
 
+def draw_up_to(env: Environment, split: Split, n: int, seed: int) -> list[Task]:
+    """Draw `n` tasks, or as many as there are."""
+    tasks: list[Task] = []
+    fewest, most = 0, n + 1  # a draw of `fewest` works, one of `most` need not be tried
+    while most - fewest > 1:
+        try:
+            tasks, fewest = env.tasks(split, n, seed), n
+        except UsageError:
+            most = n
+        n = (fewest + most) // 2
+    return tasks
+
+
 def most_common_share(answers: Sequence[str]) -> tuple[str, float]:
     """The most frequent answer and its share of all: the constant baseline of an exact-match task."""
     if not answers:

@@ -208,9 +208,6 @@ class Gymnasium:
         digest = digest_json([*told, _source(world.reward), _source(world.show)])[:8]
         return f"{world.version}+gymnasium-{package_version('gymnasium')}+{digest}"
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Gymnasium, (self.name, self.world)  # games in progress stay here
-
     def tasks(self, split: Split, n: int, seed: int) -> list[Task]:
         """See `Environment.tasks`."""
         return draw_tasks(self, self._candidates(seed), split, n, seed)

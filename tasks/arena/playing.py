@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import RLock
@@ -101,15 +101,23 @@ def mean_reward(
 
 
 def best_repeated(env: ListedEnvironment, tasks: Sequence[Task]) -> tuple[str, float]:
-    """The constant baseline by playing: the best single action, written in every turn of every task, and its mean reward.
+    """`best_of` every action of the tasks.
 
     Raises:
         UsageError: there are no tasks.
     """
-    if not tasks:
-        raise UsageError("A baseline needs at least one task.")
-    actions = dict.fromkeys(action for task in tasks for action in env.choices(task))
+    return best_of(env, tasks, dict.fromkeys(action for task in tasks for action in env.choices(task)))
+
+
+def best_of(env: Environment, tasks: Sequence[Task], actions: Iterable[str]) -> tuple[str, float]:
+    """The constant baseline by playing: the best of `actions`, written in every turn of every task, and its mean reward.
+
+    Raises:
+        UsageError: there are no tasks, or no actions.
+    """
     means = {action: mean_reward(env, tasks, partial(_always, action)) for action in actions}
+    if not means:
+        raise UsageError("A baseline needs at least one task.")
     best = max(means, key=lambda action: means[action])
     return best, means[best]
 

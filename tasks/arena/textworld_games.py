@@ -22,12 +22,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version as package_version
 from typing import Any
 
 from tasks.arena.environment import Split, Step, Task, draw_tasks
-from tasks.arena.playing import Games, mean_reward
+from tasks.arena.playing import Games, best_of, mean_reward
 from tasks.core.errors import Unavailable, UsageError
 
 _LEVELS = 1001  # 1 to 1000 of the fold "train"
@@ -247,11 +246,7 @@ class TextWorld:
     def constant_baseline(self, tasks: Sequence[Task]) -> tuple[str, float]:
         """The best of the actions that are most often possible at first, written in every turn."""
         first = Counter(action for task in tasks for action in self.possible(task, ()))
-        if not first:
-            raise UsageError("A baseline needs at least one task.")
-        means = {a: mean_reward(self, tasks, partial(_always, a)) for a, _ in first.most_common(_TRIED)}
-        best = max(means, key=lambda action: means[action])
-        return best, means[best]
+        return best_of(self, tasks, (action for action, _ in first.most_common(_TRIED)))
 
     def random_baseline(self, tasks: Sequence[Task], seed: int) -> float:
         """Mean reward of one episode for each task, its actions drawn from what is listed."""
@@ -288,10 +283,6 @@ class GoldTextWorld(TextWorld):
         if tuple(action.strip() for action in actions) != gold[: len(actions)] or len(actions) == len(gold):
             raise UsageError(f"The actions have left the gold path of the task {task.id}, or it is over.")
         return gold[len(actions)]
-
-
-def _always(action: str, task: Task, actions: Sequence[str]) -> str:
-    return action
 
 
 def _ask(played: _Played) -> str:

@@ -27,11 +27,10 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from tasks.arena.environment import Split, Step, Task, draw_tasks, get
-from tasks.arena.playing import Games, mean_reward
+from tasks.arena.playing import Games, best_of, mean_reward
 from tasks.core.digest import digest_json
 from tasks.core.errors import UsageError
 
@@ -150,12 +149,8 @@ class Verifiers:
 
     def constant_baseline(self, tasks: Sequence[Task]) -> tuple[str, float]:
         """The best of the most common true answers, written in every turn."""
-        if not tasks:
-            raise UsageError("A constant baseline needs at least one task.")
         answers = Counter(self._answer(task) for task in tasks).most_common(_TRIED)
-        means = {answer: mean_reward(self, tasks, partial(_always, answer)) for answer, _ in answers}
-        best = max(means, key=lambda answer: means[answer])
-        return best, means[best]
+        return best_of(self, tasks, (answer for answer, _ in answers))
 
     def random_baseline(self, tasks: Sequence[Task], seed: int) -> float:
         """Mean reward of the true answer of a task drawn at random, whatever is asked, in every turn."""
@@ -223,10 +218,6 @@ class Verifiers:
         if not any(p.kind is p.VAR_KEYWORD for p in asked.values()):
             known = {name: value for name, value in known.items() if name in asked}
         return float(_settled(one.function(**known)))
-
-
-def _always(action: str, task: Task, actions: Sequence[str]) -> str:
-    return action
 
 
 def _extend(dialogue: _Dialogue, more: Any) -> None:

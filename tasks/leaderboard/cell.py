@@ -8,36 +8,33 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 
-from models.causal_lm import load_policy, load_tokenizer, template_digest, tokenizer_digest
-from tasks.arena.environment import Environment, Task, Wrapping
+from models.causal_lm import load_policy, load_tokenizer
+from tasks.arena.environment import Environment, Task, Wrapping, draw_up_to
 from tasks.arena.guarded import Environments, Limits
-from tasks.core.digest import canonical_json, digest_json, digest_tree, sha256_file, write_atomic
+from tasks.core.digest import canonical_json, digest_json, sha256_file, write_atomic
 from tasks.core.locks import file_lock
 from tasks.core.settings import Collect
 from tasks.core.stages import derive_seed
 from tasks.evaluation.report import Slice, report
 from tasks.leaderboard.methods import training_settings
 from tasks.leaderboard.settings import Arena, Method
-from tasks.leaderboard.starter import drawn, start_from_own, start_from_scratch
+from tasks.leaderboard.starter import EPOCH, identity_of, start_from_own, start_from_scratch
 from tasks.rollout.fresh import Sampling, fresh_source, write_episodes
-from tasks.rollout.rollout import BehaviourIdentity, attempts, rollout
+from tasks.rollout.rollout import attempts, rollout
 from tasks.training.curve import FILE, read_curve
 from tasks.training.shards import ShardRef
 from tasks.training.stability import find_collapse
 from tasks.training.trainer import train
 
-_EPOCH = "1970-01-01T00:00:00+00:00"  # a cell is a function of its plan, and the time is no part of it
 _BATCH_ROWS = 128
-
-OnStep = Callable[[int, int, float], None]
-"""(update, of how many, mean reward of its episodes)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +85,7 @@ class Plan:
         return digest_json([self.start_key(), *parts, outside])
 
 
-def run_cell(plan: Plan, root: Path, on_step: OnStep = lambda step, steps, reward: None) -> dict[str, Any]:
+def run_cell(plan: Plan, root: Path) -> dict[str, Any]:
     """Return the result of a cell, computed now or found in `root`.
 
     Returns:
@@ -103,12 +100,12 @@ def run_cell(plan: Plan, root: Path, on_step: OnStep = lambda step, steps, rewar
     done = folder / "result.json"
     with file_lock(root / "locks" / f"{plan.key()[:16]}.lock", timeout=float("inf")):
         if not done.exists():
-            write_atomic(done, canonical_json(_run(plan, root, folder, on_step)))
+            write_atomic(done, canonical_json(_run(plan, root, folder)))
     found: dict[str, Any] = json.loads(done.read_text())
     return found
 
 
-def _run(plan: Plan, root: Path, folder: Path, on_step: OnStep) -> dict[str, Any]:
+def _run(plan: Plan, root: Path, folder: Path) -> dict[str, Any]:
     began, spent = time.perf_counter(), _processor_seconds()
     recipe = plan.arena.recipe
     settings = training_settings(plan.method, recipe, plan.name)
@@ -119,7 +116,7 @@ def _run(plan: Plan, root: Path, folder: Path, on_step: OnStep) -> dict[str, Any
         made_start = _processor_seconds() - spent
         sampling = Sampling(
             key=plan.key(),
-            start=_identity(start),
+            start=identity_of("agent/0", start),
             settings=Collect(
                 environments={plan.env: 1},
                 group_size=recipe.group_size,
@@ -130,13 +127,12 @@ def _run(plan: Plan, root: Path, folder: Path, on_step: OnStep) -> dict[str, Any
             environment=environments,
             root=folder,
             folder=folder / "fresh",
-            created_at=_EPOCH,
+            created_at=EPOCH,
         )
         metrics: dict[int, Mapping[str, float]] = {int(row["step"]): row for row in read_curve(folder)}
 
         def on_metrics(step: int, values: Mapping[str, float]) -> None:
             metrics[step] = values
-            on_step(step, settings.steps, values["reward"])
             _keep_curve(folder / FILE, metrics)
 
         made = train(
@@ -198,11 +194,11 @@ def _first_groups(plan: Plan, start: Path, env: Environment, folder: Path) -> Sh
     recipe = plan.arena.recipe
     if not path.exists():
         seed = derive_seed(plan.seed, plan.env, "first")
-        tasks = drawn(env, "train", recipe.first_groups, seed)
+        tasks = draw_up_to(env, "train", recipe.first_groups, seed)
         groups = rollout(
             load_policy(start, plan.device, plan.dtype), load_tokenizer(start), env, tasks, group_size=recipe.group_size,
-            temperature=recipe.temperature, seed=seed, batch_rows=_BATCH_ROWS, identity=_identity(start),
-            created_at=_EPOCH,
+            temperature=recipe.temperature, seed=seed, batch_rows=_BATCH_ROWS, identity=identity_of("agent/0", start),
+            created_at=EPOCH,
         )  # fmt: skip
         write_episodes(path, [episode for group in groups for episode in group])
     return ShardRef(path.name, sha256_file(path))
@@ -221,13 +217,7 @@ def _judged(plan: Plan, policy: Path, env: Environment) -> Slice:
 
 def heldout_of(env: Environment, wanted: int) -> list[Task]:
     """The held-out tasks of every comparison on `env`; a small environment may have fewer than wanted."""
-    return drawn(env, "heldout", wanted, derive_seed(0, env.name, "arena heldout"))
-
-
-def _identity(policy: Path) -> BehaviourIdentity:
-    return BehaviourIdentity(
-        "agent/0", digest_json(digest_tree(policy)), tokenizer_digest(policy), template_digest(policy)
-    )
+    return draw_up_to(env, "heldout", wanted, derive_seed(0, env.name, "arena heldout"))
 
 
 def _processor_seconds() -> float:
@@ -236,8 +226,6 @@ def _processor_seconds() -> float:
 
 
 def _episodes(path: Path) -> int:
-    import pyarrow.parquet as pq
-
     return int(pq.ParquetFile(path).metadata.num_rows)
 
 

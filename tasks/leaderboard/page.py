@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -159,5 +158,5 @@ def counted(runs: Mapping[str, int]) -> str:
 def _mean(value: Mean, *, signed: bool = False) -> str:
     digits = 1 if abs(value.estimate) >= 2 else 2  # turns and tokens; shares
     written = f"{value.estimate:{'+' if signed else ''}.{digits}f}"
-    half = f" ± {value.half:.{digits}f}" if math.isfinite(value.half) else ""
+    half = "" if value.half is None else f" ± {value.half:.{digits}f}"
     return f"{written}{half}".replace("-", "−")

@@ -24,10 +24,10 @@ _SHOWN = ("success", "score", "turns", "tokens", "valid_format")
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """A mean over seeds with its half width at 95 %; infinite with one seed."""
+    """A mean over seeds with its half width at 95 %; None with one seed, which says nothing of others."""
 
     estimate: float
-    half: float
+    half: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +105,18 @@ def lines(results: Sequence[Mapping[str, Any]]) -> list[Line]:
     return found
 
 
+def starts(results: Sequence[Mapping[str, Any]]) -> dict[str, Mean]:
+    """Success of the starts on each environment, which the methods of a seed share."""
+    found: dict[str, dict[int, float]] = {}
+    for one in results:
+        found.setdefault(one["env"], {})[one["seed"]] = _figure(one["before"], "success")
+    return {env: over_seeds(list(seeds.values())) for env, seeds in found.items()}
+
+
 def over_seeds(values: Sequence[float]) -> Mean:
     """Mean and half width of Student's interval; the values of one seed each."""
     if len(values) < 2:
-        return Mean(values[0], math.inf)
+        return Mean(values[0], None)
     n = len(values)
     quantile = float(special.stdtrit(n - 1, (1 + CONFIDENCE) / 2))
     return Mean(mean(values), quantile * float(np.std(values, ddof=1)) / math.sqrt(n))
@@ -142,11 +150,14 @@ def ranks(results: Sequence[Mapping[str, Any]]) -> list[Rank]:
     found = []
     for place, method in enumerate(methods):
         rank = over_seeds(each[place].tolist())
-        firm: tuple[float | None, ...] = (None, None, None)
-        if len(seeds) > 1:
-            low, high = max(1.0, rank.estimate - rank.half), min(len(methods), rank.estimate + rank.half)
-            firm = (low, float(high), float(best[place]))
-        found.append(Rank(method, float(success[:, place].mean()), rank.estimate, *firm))
+        low = high = first = None
+        if rank.half is not None:
+            low, high = (
+                max(1.0, rank.estimate - rank.half),
+                min(float(len(methods)), rank.estimate + rank.half),
+            )
+            first = float(best[place])
+        found.append(Rank(method, float(success[:, place].mean()), rank.estimate, low, high, first))
     return sorted(found, key=lambda one: one.rank)
 
 

@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from models.causal_lm import ModelError, load_policy, load_tokenizer, template_digest, tokenizer_digest
+from models.causal_lm import load_policy, load_tokenizer, template_digest, tokenizer_digest
 from models.from_scratch import Shape, make_policy
-from tasks.arena.environment import Environment, Expert, Listed, Split, Step, Task, verifier_digest
+from tasks.arena.environment import Environment, Expert, Listed, Step, Task, draw_up_to, verifier_digest
 from tasks.arena.playing import ListedEnvironment
-from tasks.core.digest import canonical_json, digest_json, digest_tree, sha256_bytes
+from tasks.core.digest import canonical_json, digest_json, digest_tree, sha256_bytes, sha256_file
 from tasks.core.errors import Refused, UsageError
 from tasks.leaderboard.settings import Start
 from tasks.replay.schema import Episode
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FULL = 1.0  # reward of an episode that is worth cloning
-_EPOCH = "1970-01-01T00:00:00+00:00"  # a start is a function of its inputs, the time is none of them
+EPOCH = "1970-01-01T00:00:00+00:00"  # a start is a function of its inputs, the time is none of them
 _ROUNDS = 64  # of demonstrations over the tasks, until there are enough with full reward
 _TOKENISED = 2000  # episodes from whose texts the vocabulary is made
 
@@ -50,12 +50,9 @@ def start_from_scratch(env: Environment, settings: Start, seed: int, folder: Pat
     if not policy.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with whole_directory(policy) as aside:
-            try:
-                make_policy(aside, [_text(task, *turns) for task, turns in played[:_TOKENISED]], shape, seed)
-            except ModelError as error:
-                raise UsageError(f"arena.start: {error}") from None
+            make_policy(aside, [_text(task, *turns) for task, turns in played[:_TOKENISED]], shape, seed)
     tokenizer = load_tokenizer(policy)
-    who = _identity("start/scratch", policy)
+    who = identity_of("start/scratch", policy)
     episodes = [as_episode(env, tokenizer, who, *one, seed, number) for number, one in enumerate(played)]
     return clone(episodes, policy, settings, seed, folder)
 
@@ -79,10 +76,10 @@ def start_from_own(
     """
     model, tokenizer = load_policy(policy, device, dtype), load_tokenizer(policy)
     size, kept, played = 8, list[Episode](), 0
-    tasks = drawn(env, "train", 4 * settings.demonstrations, seed)
+    tasks = draw_up_to(env, "train", 4 * settings.demonstrations, seed)
     for group in rollout(
         model, tokenizer, env, tasks, group_size=size, temperature=temperature, seed=seed, batch_rows=batch_rows,
-        identity=_identity("start/own", policy), created_at=_EPOCH,
+        identity=identity_of("start/own", policy), created_at=EPOCH,
     ):  # fmt: skip
         played += size
         kept += [episode for episode in group if episode.reward >= FULL]
@@ -112,7 +109,7 @@ def clone(
     made = train(
         run_dir=folder / "cloning",
         init_dir=policy,
-        shards=[_shard(path)],
+        shards=[ShardRef(path.name, sha256_file(path))],
         shard_root=folder,
         settings=TrainingSettings(
             objective="reinforce",
@@ -144,7 +141,7 @@ def demonstrations(env: Environment, settings: Start, seed: int) -> list[tuple[T
     """
     listed = require_actions(env)
     rng = random.Random(f"{env.name}/demonstrations/{seed}")
-    tasks = drawn(env, "train", settings.demonstrations, seed)
+    tasks = draw_up_to(env, "train", settings.demonstrations, seed)
     kept: list[tuple[Task, list[tuple[str, Step]]]] = []
     for _ in range(_ROUNDS):
         for task in tasks:
@@ -192,25 +189,6 @@ def _demonstrated(
             return
 
 
-def drawn(env: Environment, split: Split, wanted: int, seed: int) -> list[Task]:
-    """Draw `wanted` tasks, or as many as a small environment has, found by bisection.
-
-    Raises:
-        UsageError: it has none.
-    """
-    found: list[Task] = []
-    fewest, most, n = 0, wanted + 1, wanted  # a draw of `fewest` works, one of `most` need not be tried
-    while most - fewest > 1:
-        try:
-            found, fewest = env.tasks(split, n, seed), n
-        except UsageError:
-            if n == 1:
-                raise
-            most = n
-        n = (fewest + most) // 2
-    return found
-
-
 def _text(task: Task, *turns: tuple[str, Step]) -> str:
     return task.prompt + "".join(f" {action}\n{step.observation}" for action, step in turns)
 
@@ -248,17 +226,12 @@ def as_episode(
         reward=turns[-1][1].reward, reward_components=canonical_json(dict(turns[-1][1].components)).decode(),
         reward_digest=verifier_digest(env), finish_reason="done", prompt_sha256=sha256_bytes(task.prompt.encode()),
         response_text=_text(task, *turns).removeprefix(task.prompt), source="demonstration", licence=env.licence,
-        created_at=_EPOCH,
+        created_at=EPOCH,
     )  # fmt: skip
 
 
-def _identity(version: str, policy: Path) -> BehaviourIdentity:
+def identity_of(version: str, policy: Path) -> BehaviourIdentity:
+    """Who generates: the policy in this directory, called `version`."""
     return BehaviourIdentity(
         version, digest_json(digest_tree(policy)), tokenizer_digest(policy), template_digest(policy)
     )
-
-
-def _shard(path: Path) -> ShardRef:
-    from tasks.core.digest import sha256_file
-
-    return ShardRef(path.name, sha256_file(path))

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
-from tasks.arena.environment import Environment, Task, get, verifier_digest
+from tasks.arena.environment import Environment, Task, draw_up_to, get, verifier_digest
 from tasks.core.digest import digest_json, sha256_bytes
 from tasks.core.errors import Refused, UsageError
 from tasks.reward.source import Answer
@@ -178,10 +178,12 @@ def tasks_of(name: str, wanted: Iterable[tuple[str, int, str]]) -> dict[str, Tas
         left.setdefault((seed, split), set()).add(task_id)
     found: dict[str, Task] = {}
     for (seed, split), ids in left.items():
+        if split not in ("train", "heldout"):
+            raise Refused(f"{env.name} has no split {split!r}.")
         drawn: dict[str, Task] = {}
         n = max(_FIRST, len(ids))
         while not ids <= drawn.keys():
-            drawn = {task.id: task for task in _draw(env, split, n, seed)}
+            drawn = {task.id: task for task in draw_up_to(env, split, n, seed)}  # type: ignore[arg-type]
             if (len(drawn) < n or n > _MOST) and not ids <= drawn.keys():
                 raise Refused(
                     f"{name} does not draw {len(ids - drawn.keys())} of the tasks any more; another version made them."
@@ -189,21 +191,6 @@ def tasks_of(name: str, wanted: Iterable[tuple[str, int, str]]) -> dict[str, Tas
             n *= 2
         found |= {drawn[i].prompt: drawn[i] for i in ids}
     return found
-
-
-def _draw(env: Environment, split: str, n: int, seed: int) -> list[Task]:
-    """Draw n tasks, or as many as there are."""
-    tasks: list[Task] = []
-    if split not in ("train", "heldout"):
-        raise Refused(f"{env.name} has no split {split!r}.")
-    fewest, most = 0, n + 1  # a draw of `fewest` works, one of `most` need not be tried
-    while most - fewest > 1:
-        try:
-            tasks, fewest = env.tasks(split, n, seed), n  # type: ignore[arg-type]
-        except UsageError:
-            most = n
-        n = (fewest + most) // 2
-    return tasks
 
 
 def _plain(action: str) -> str:

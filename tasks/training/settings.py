@@ -20,18 +20,9 @@ OBJECTIVES: Final = (
     *("sequence_tis", "tis", "topr", "vespo", "vespo_trl"),
 )
 ADVANTAGES: Final = (
-    *(
-        "empg",
-        "gigpo",
-        "gigpo_mean",
-        "group_mean",
-        "group_norm",
-        "group_norm_discounted",
-        "group_norm_per_turn",
-    ),
-    *("group_norm_population", "group_norm_to_go", "group_norm_trl", "leave_one_out"),
+    *("empg", "gigpo", "gigpo_mean", "group_mean", "group_norm", "group_norm_discounted"),
+    *("group_norm_per_turn", "group_norm_population", "group_norm_to_go", "group_norm_trl", "leave_one_out"),
 )
-
 MASK: Final = 0.15  # sequence mask after a collapse began; measured in benchmarks/collapse.py
 RAISED_KL: Final = 0.05
 
@@ -209,14 +200,16 @@ class TrainingSettings(Section):
 
     def against_collapse(self) -> TrainingSettings:
         """What training goes on with after a collapse began, as `guards.collapse` says: ARLArena's remedies (arXiv
-        2602.21534, section 4), the sequence mask or a KL of 0.05 and no less than ten times that of before."""
+        2602.21534, section 4), the sequence mask or a KL of 0.05 and no less than ten times that of before. A second collapse
+        ends the run."""
+        correction, penalties = self.correction, self.penalties
         if self.guards.collapse == "mask":
-            mask = min(self.correction.sequence_mask or MASK, MASK)
-            return self.model_copy(
-                update={"correction": self.correction.model_copy(update={"sequence_mask": mask})}
-            )
-        kl = max(10 * self.penalties.kl, RAISED_KL)
-        return self.model_copy(update={"penalties": self.penalties.model_copy(update={"kl": kl})})
+            mask = min(correction.sequence_mask or MASK, MASK)
+            correction = correction.model_copy(update={"sequence_mask": mask})
+        else:
+            penalties = penalties.model_copy(update={"kl": max(10 * penalties.kl, RAISED_KL)})
+        guards = self.guards.model_copy(update={"collapse": "stop", "roll_back": False})
+        return self.model_copy(update={"correction": correction, "penalties": penalties, "guards": guards})
 
     def outside_code(self) -> dict[str, str]:
         """SHA-256 of the file of each function named by import path: the project's own code digest does not cover it.

@@ -43,6 +43,7 @@ from tasks.training.rounds import Curriculum, FreshSource, Policies, Progress, a
 from tasks.training.sampler import MEASURED_ORDERS, Sampler
 from tasks.training.settings import Guards, TrainingSettings
 from tasks.training.shards import Policy, ShardRef, read_replay
+from tasks.training.stability import Watch
 from tasks.training.update import Metrics, accumulate_gradients, needs, rehearse
 
 OnMetrics = Callable[[int, Metrics], None]
@@ -247,7 +248,7 @@ def _updates(
     guarded = settings.guards.collapse != "report"
     progress = _restore(run) or curriculum.start()
     if settings.guards.roll_back and not progress.step:
-        _keep(run, progress, None)  # to go back to, if the first updates are bad already
+        _keep(run, progress)  # to go back to, if the first updates are bad already
     metrics: Metrics = {}
     while progress.step < settings.steps:
         began = progress.step
@@ -271,14 +272,13 @@ def _updates(
             metrics["fresh_groups"] = float(len(lesson.episodes.group_ids) - lesson.replayed)
             reason = stop_reason(metrics, settings.guards)
             # These weights tripped the guard; a checkpoint of fewer updates was trained on further and did not.
-            good = _good(progress, step - 1) if guarded else step - 1
+            good = _good(progress, step - 1)
             if reason is None:
                 run.optimizer.step()
                 progress = curriculum.learnt(progress, lesson, update)
-                watch = progress.watch.seen(step, metrics)
-                settling = progress.reacted is not None and step <= progress.reacted + _SETTLES
-                progress = replace(progress, watch=watch.anew() if settling else watch)
-            collapse = progress.watch.collapse() if guarded else None
+                if guarded:
+                    progress = replace(progress, watch=_watched(progress, step, metrics))
+            collapse = progress.watch.collapse()
             if collapse is not None and (settings.guards.collapse == "stop" or progress.reacted is not None):
                 reason, good = COLLAPSE, _good(progress, collapse[1])
             metrics["reacted"] = float(progress.reacted is not None)
@@ -289,7 +289,7 @@ def _updates(
                 on_metrics(step, metrics)
             if reason is not None:
                 return _restore(run, before=good) or curriculum.start(), reason, metrics
-        collapse = progress.watch.collapse() if guarded else None
+        collapse = progress.watch.collapse()
         if collapse is not None:  # the whole round was drawn, so it is learnt from before anything changes
             reacted = _react(run, progress, collapse[1], settings.guards)
             if reacted is None:
@@ -297,8 +297,15 @@ def _updates(
             progress = reacted
         due = progress.step // settings.checkpoint_every > began // settings.checkpoint_every
         if due and progress.step < settings.steps:
-            _keep(run, progress, _good(progress) if guarded else None)
+            _keep(run, progress)
     return progress, FINISHED, metrics
+
+
+def _watched(progress: Progress, step: int, metrics: Metrics) -> Watch:
+    """What the signals of a collapse say after update `step`."""
+    watch = progress.watch.seen(step, metrics)
+    settling = progress.reacted is not None and step <= progress.reacted + _SETTLES
+    return watch.anew() if settling else watch
 
 
 def _react(run: _Run, progress: Progress, onset: int, guards: Guards) -> Progress | None:
@@ -311,21 +318,21 @@ def _react(run: _Run, progress: Progress, onset: int, guards: Guards) -> Progres
         return None
     # What the other way would have sampled after this point is of other weights: its shards are not taken up again.
     now = replace(now, reacted=progress.step, watch=now.watch.anew(), asked=progress.asked)
-    _keep(run, now, _good(now))
+    _keep(run, now)
     if guards.roll_back and run.policies.world.main:
-        checkpoint.drop_after(
-            run.checkpoints, now.step
-        )  # last: killed before it, the run tells the collapse again
+        # Last, for killed before it the run tells the collapse again.
+        checkpoint.drop_after(run.checkpoints, now.step)
     run.policies.world.wait()
     return now
 
 
-def _keep(run: _Run, progress: Progress, good: int | None) -> None:
+def _keep(run: _Run, progress: Progress) -> None:
     policies = run.policies
     weights = parallel.gather_weights(policies.scorer.model, policies.world)
     moments = parallel.gather_moments(policies.scorer.model, run.optimizer, policies.world)
     if policies.world.main:
         state = progress.to_json() | {"threads": torch.get_num_threads()}
+        good = _good(progress)
         checkpoint.save(run.checkpoints, progress.step, state, weights, moments, run.inputs, good=good)
 
 

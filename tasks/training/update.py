@@ -13,7 +13,7 @@ from models.objectives import Batch, Counts, Losses
 from models.packing import MicroBatch, Sample
 from tasks.training import fields
 from tasks.training.parallel import Scorer, World, clip, rows_of, score, wide
-from tasks.training.settings import Guards, TrainingSettings
+from tasks.training.settings import TrainingSettings
 from tasks.training.shards import Episodes
 
 Metrics = dict[str, float]
@@ -61,15 +61,11 @@ def needs(settings: TrainingSettings) -> frozenset[str]:
     if settings.deep_thinking.coefficient:
         found.add("deep_thinking")
     if settings.guards.collapse in ("mask", "raise_kl"):  # what it may come to need is there from the start
-        found |= needs(_unguarded(settings.against_collapse()))
+        found |= needs(settings.against_collapse())
     measured = settings.mixture.schedule == "ess" or settings.sampling.order == "ess"
     if measured or settings.admission.max_divergence is not None:
         found.add("behaviour_logprobs")
     return frozenset(found)
-
-
-def _unguarded(settings: TrainingSettings) -> TrainingSettings:
-    return settings.model_copy(update={"guards": Guards()})
 
 
 def rehearse(settings: TrainingSettings) -> None:

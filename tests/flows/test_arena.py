@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flows.context import Context
@@ -14,9 +18,10 @@ from models.causal_lm import load_policy, load_tokenizer
 from tasks.arena.environment import get
 from tasks.core.digest import sha256_file
 from tasks.core.errors import NotFound, UsageError
+from tasks.core.locks import file_lock
 from tasks.leaderboard.cell import heldout_of, run_cell
 from tasks.rollout.rollout import attempts
-from tests.flows.conftest import ENVIRONMENT, forebay, lay_workspace
+from tests.flows.conftest import ENVIRONMENT, environment, forebay, lay_workspace
 
 ENV = "minigrid/BabyAI-GoToLocalS5N2"
 ARENA = {
@@ -185,3 +190,31 @@ def test_a_language_model_starts_from_its_own_successes(context: Context):
     )
     before = sum(one.reward for group in bare for one in group) / 160
     assert found["before"]["figures"]["success"]["estimate"] > before + 0.05
+
+
+@pytest.mark.slow
+def test_a_comparison_that_was_killed_leaves_nobody_behind_and_no_lock(tmp_path: Path, tiny_base: Path):
+    recipe = {**ARENA["recipe"], "steps": 200}
+    root = lay_workspace(tmp_path / "ws", tiny_base, arena={**ARENA, "recipe": recipe}).workspace.root
+    run = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "arena", "run", *ASKED[:-1]],
+        cwd=root,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 200
+    while (
+        not (found := list(root.glob(".forebay/arena/cells/*/metrics.jsonl"))) and time.monotonic() < deadline
+    ):
+        time.sleep(0.2)
+    assert found
+    workers = psutil.Process(run.pid).children(recursive=True)
+    run.kill()
+    run.wait()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+    context = Context.open(root)
+    (plan, *_) = plans(context, Question((ENV,), ("grpo",), 1))
+    with file_lock(root / ".forebay" / "arena" / "locks" / f"{plan.key()[:16]}.lock", timeout=0):
+        pass  # nobody holds the cell

@@ -8,14 +8,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.arena.environment import get
+from tasks.arena.environment import draw_up_to, get
 from tasks.arena.guarded import Limits
 from tasks.core.digest import digest_tree
 from tasks.core.errors import Refused, UsageError
+from tasks.leaderboard import cell
 from tasks.leaderboard.cell import Plan, as_job, from_job, run_cell
 from tasks.leaderboard.methods import METHODS, training_settings
 from tasks.leaderboard.settings import Arena, Judging, Recipe, Start
-from tasks.leaderboard.starter import demonstrations, drawn, start_from_own, start_from_scratch
+from tasks.leaderboard.starter import demonstrations, start_from_own, start_from_scratch
 from tasks.training.curve import read_curve
 from tasks.training.trainer import check
 
@@ -81,7 +82,7 @@ def test_a_model_that_never_earns_anything_is_no_start(tiny, tmp_path):
 
 def test_a_small_environment_gives_what_it_has():
     env = get("minigrid/Empty-Random-6x6")
-    tasks = drawn(env, "heldout", 64, 0)
+    tasks = draw_up_to(env, "heldout", 64, 0)
     assert 8 <= len(tasks) < 64
     with pytest.raises(UsageError):
         env.tasks("heldout", len(tasks) + 1, 0)
@@ -122,22 +123,26 @@ def test_a_cell_trains_on_fresh_groups_and_is_judged_before_and_after(straight):
         assert 0 <= part["figures"]["success"]["estimate"] <= part["figures"]["pass@2"]["estimate"] <= 1
 
 
-def test_a_cell_that_was_cut_short_ends_as_one_that_was_not(straight, tmp_path):
+def test_a_cell_that_was_cut_short_ends_as_one_that_was_not(straight, tmp_path, monkeypatch):
     class Cut(Exception):
         pass
 
-    def cut(step: int, steps: int, reward: float) -> None:
-        if step == 3:
+    def cut(path, metrics):
+        if max(metrics) == 3:
             raise Cut
 
-    with pytest.raises(Cut):
-        run_cell(plan(), tmp_path, cut)
+    with monkeypatch.context() as patched:
+        patched.setattr(cell, "_keep_curve", cut)
+        with pytest.raises(Cut):
+            run_cell(plan(), tmp_path)
     _same(run_cell(plan(), tmp_path), straight[1])
 
 
-def test_a_finished_cell_is_found_and_another_method_shares_the_start(straight):
+def test_a_finished_cell_is_found_and_another_method_shares_the_start(straight, monkeypatch):
     root, found = straight
-    assert run_cell(plan(), root, lambda *_: pytest.fail("trained again")) == found
+    with monkeypatch.context() as patched:
+        patched.setattr(cell, "train", lambda **_: pytest.fail("trained again"))
+        assert run_cell(plan(), root) == found
     other = run_cell(plan("vespo"), root)
     assert other["before"] == found["before"]
     assert len(list((root / "starts").iterdir())) == 1

@@ -10,6 +10,7 @@ import torch
 
 
 def describe() -> str:
+    """Processor, GPU where there is one, and PyTorch, in words."""
     names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return (
