@@ -66,9 +66,7 @@ def evaluate_dtr(context: Context, ref: str, on: str, tasks: int, samples: int) 
             if not told:
                 continue
             try:
-                found = ratios(
-                    model, told[0].prompt_ids, [(one.response_ids, one.loss_mask) for one in told], lens
-                )
+                found = ratios(model, told, lens)
             except ModelError as error:
                 raise UsageError(str(error)) from error
             rated.append(

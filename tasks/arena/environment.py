@@ -341,7 +341,8 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Environment:
-    """Return the environment called `name`: one of `names()`, `gymnasium/<id>`, or your own by `package.module:factory`.
+    """Return the environment called `name`: one of `names()`, `gymnasium/<id>`, or your own by `package.module:factory`;
+    behind `memory_<n>/` with a memory of n turns (`tasks.arena.memory`).
 
     The factory takes no arguments and returns an `Environment` whose `name` is its own path.
 
@@ -352,6 +353,10 @@ def get(name: str) -> Environment:
     """
     if name in _OWN:
         return _load(_OWN[name])
+    if remembered := re.fullmatch(r"memory_(\d+)/(.+)", name):
+        from tasks.arena.memory import Memory
+
+        return Memory(get(remembered[2]), int(remembered[1]))
     prefix, _, rest = name.partition("/")
     if prefix in _PACKAGES and not _installed(prefix):
         package, how = _PACKAGES[prefix]

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedModel
 
-from models.packing import Sample
 from tasks.core.errors import Refused
 from tasks.evaluation.off_policy import Evidence, Floats, Log, Rule, compare, evaluate
+from tasks.replay.passes import passes
 from tasks.replay.schema import Episode
 from tasks.training.parallel import World, score, split
 
@@ -108,7 +108,7 @@ def log_ratios(
 ) -> Floats:
     """[B, T] log of the policy's probability of each turn over that of the policy that wrote it, at the temperature
     it was written at."""
-    samples = [Sample(e.prompt_ids, e.response_ids, e.loss_mask, e.temperature) for e in episodes]
+    samples = [sample for e in episodes for sample in passes(e)]
     written = [np.array(e.loss_mask, dtype=bool) for e in episodes]
     behaviour = _trained((e.behaviour_logprobs for e in episodes), written)
     turn = _trained((e.turn_ids for e in episodes), written).astype(np.int64)

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, cast
 from models.causal_lm import load_policy, load_tokenizer, template_digest, tokenizer_digest
 from models.from_scratch import Shape, make_policy
 from tasks.arena.environment import Environment, Expert, Listed, Step, Task, draw_up_to, verifier_digest
+from tasks.arena.memory import memory_turns
 from tasks.arena.playing import ListedEnvironment
-from tasks.core.digest import canonical_json, digest_json, digest_tree, sha256_bytes, sha256_file
+from tasks.core.digest import digest_json, digest_tree, sha256_bytes, sha256_file
 from tasks.core.errors import Refused, UsageError
 from tasks.leaderboard.settings import Start
 from tasks.replay.schema import Episode
 from tasks.rollout.fresh import write_episodes
-from tasks.rollout.rollout import BehaviourIdentity, rollout
+from tasks.rollout.rollout import BehaviourIdentity, reward_components, rollout
 from tasks.training.checkpoint import whole_directory
 from tasks.training.settings import Admission, Guards, TrainingSettings
 from tasks.training.shards import ShardRef
@@ -223,7 +224,7 @@ def as_episode(
         loss_mask=mask, turn_ids=numbers, behaviour_logprobs=[0.0] * len(ids), logprob_source="missing",
         behaviour_version=who.version, behaviour_digest=who.digest, temperature=1.0, top_p=1.0,
         max_new_tokens=env.max_new_tokens, tokenizer_digest=who.tokenizer_digest, template_digest=who.template_digest,
-        reward=turns[-1][1].reward, reward_components=canonical_json(dict(turns[-1][1].components)).decode(),
+        reward=turns[-1][1].reward, reward_components=reward_components(turns[-1][1], (), memory_turns(env)),
         reward_digest=verifier_digest(env), finish_reason="done", prompt_sha256=sha256_bytes(task.prompt.encode()),
         response_text=_text(task, *turns).removeprefix(task.prompt), source="demonstration", licence=env.licence,
         created_at=EPOCH,

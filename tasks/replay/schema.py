@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 INVALID_TURNS = "invalid_turns"  # of `reward_components`: numbers of the turns whose action broke the format
+MEMORY_TURNS = (
+    "memory_turns"  # of `reward_components`: how many turns the policy read beside the prompt, if not all
+)
 DEEP_THINKING = "deep_thinking_ratio"  # of `reward_components`: that of the response, where it was measured
 
 LogprobSource = Literal["engine", "recomputed", "missing"]

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from models.deep_thinking import Lens, deep_thinking_ratio, deep_tokens
+from models.packing import Sample
 from tasks.core.digest import canonical_json
 from tasks.core.settings import DeepThinking
+from tasks.replay.passes import passes
 from tasks.replay.schema import DEEP_THINKING, Episode
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ def measured(
     if settings is None:
         return list(group)
     lens = Lens(threshold=settings.threshold, rho=settings.rho)
-    found = ratios(model, group[0].prompt_ids, [(one.response_ids, one.loss_mask) for one in group], lens)
+    found = ratios(model, group, lens)
     return [
         replace(
             one,
@@ -44,17 +46,20 @@ def measured(
     ]
 
 
-def ratios(
-    model: PreTrainedModel,
-    prompt: Sequence[int],
-    responses: Sequence[tuple[Sequence[int], Sequence[bool]]],
-    lens: Lens,
-) -> list[float]:
-    """Return the ratio of each response, given as token ids and which of them the policy wrote (one at least).
+def ratios(model: PreTrainedModel, episodes: Sequence[Episode], lens: Lens) -> list[float]:
+    """Return the ratio of each episode, over the tokens that the policy wrote (one at least) from what it had read.
 
     Raises:
         ModelError: the layers of the model cannot be read, or its logits are not numbers.
     """
-    flags = deep_tokens(model, prompt, [ids for ids, _ in responses], lens)
-    written = [torch.tensor(list(mask), device=model.device) for _, mask in responses]
-    return [deep_thinking_ratio(one[mask]) for one, mask in zip(flags, written, strict=True)]
+    flags: dict[int, list[torch.Tensor]] = {}  # by episode
+    by_prompt: dict[tuple[int, ...], list[tuple[int, Sample]]] = {}
+    for number, episode in enumerate(episodes):
+        for sample in passes(episode):
+            by_prompt.setdefault(tuple(sample.prompt_ids), []).append((number, sample))
+    for prompt, alike in by_prompt.items():
+        found = deep_tokens(model, prompt, [sample.response_ids for _, sample in alike], lens)
+        for (number, sample), deep in zip(alike, found, strict=True):
+            written = torch.tensor([*map(bool, sample.trained)], device=model.device)
+            flags.setdefault(number, []).append(deep[written])
+    return [deep_thinking_ratio(torch.cat(flags[number])) for number in range(len(episodes))]

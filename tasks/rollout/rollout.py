@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from models.logprobs import token_logprobs
+from models.packing import Sample
+from models.turn_samples import oldest_read
 from tasks.arena.environment import Environment, Step, Task, step_all, verifier_digest
+from tasks.arena.memory import memory_turns
 from tasks.core.digest import canonical_json, digest_json, sha256_bytes
 from tasks.core.errors import UsageError
-from tasks.replay.schema import INVALID_TURNS, Episode, FinishReason
+from tasks.replay.passes import passes
+from tasks.replay.schema import INVALID_TURNS, MEMORY_TURNS, Episode, FinishReason
 from tasks.rollout.engine import Action, Engine, Local, Noise, uniform
 
 if TYPE_CHECKING:
@@ -131,7 +135,7 @@ def rollout(
                     tokenizer_digest=identity.tokenizer_digest,
                     template_digest=identity.template_digest,
                     reward=draft.end.reward,
-                    reward_components=_components(draft),
+                    reward_components=reward_components(draft.end, draft.invalid, memory_turns(env)),
                     reward_digest=reward_digest,
                     finish_reason=draft.finish_reason,
                     prompt_sha256=sha256_bytes(task.prompt.encode()),
@@ -202,19 +206,23 @@ def recompute_logprobs(
     bounds the padded size of a forward pass. Returns copies with `logprob_source` "recomputed", in the order
     given.
     """
-    by_length = sorted(
-        range(len(episodes)), key=lambda i: len(episodes[i].prompt_ids) + len(episodes[i].response_ids)
-    )
+    read = [passes(episode) for episode in episodes]
+    samples = [sample for part in read for sample in part]
+    lengths = [len(sample.prompt_ids) + len(sample.response_ids) for sample in samples]
+    by_length = sorted(range(len(samples)), key=lengths.__getitem__)
     found: dict[int, list[float]] = {}
     while by_length:
-        longest = episodes[by_length[-1]]
-        size = max(1, batch_tokens // (len(longest.prompt_ids) + len(longest.response_ids)))
+        size = max(1, batch_tokens // lengths[by_length[-1]])
         batch, by_length = by_length[-size:], by_length[:-size]
-        for i, logprobs in zip(batch, _forward_logprobs(model, [episodes[i] for i in batch]), strict=True):
-            found[i] = logprobs
+        found |= zip(batch, _forward_logprobs(model, [samples[i] for i in batch]), strict=True)
+    written = (logprob for i in range(len(samples)) for logprob in found[i])
     return [
-        replace(episode, behaviour_logprobs=found[i], logprob_source="recomputed")
-        for i, episode in enumerate(episodes)
+        replace(
+            episode,
+            behaviour_logprobs=[next(written) if mine else 0.0 for mine in episode.loss_mask],
+            logprob_source="recomputed",
+        )
+        for episode in episodes
     ]
 
 
@@ -245,6 +253,10 @@ class _Draft:
         self.turn_ids += [turn] * len(ids)
         self.logprobs += logprobs or [0.0] * len(ids)
 
+    def read(self, turn: int, memory: int) -> list[int]:
+        """What turn `turn` is written from, with a memory of so many turns."""
+        return self.prompt_ids + self.ids[oldest_read(self.turn_ids, turn, memory) :]
+
 
 def _outcome(tokenizer: PreTrainedTokenizerBase, draft: _Draft) -> Outcome:
     return Outcome(
@@ -261,9 +273,12 @@ def _outcome(tokenizer: PreTrainedTokenizerBase, draft: _Draft) -> Outcome:
     )
 
 
-def _components(draft: _Draft) -> str:
-    invalid = {INVALID_TURNS: draft.invalid} if draft.invalid else {}
-    return canonical_json({**draft.end.components, **invalid}).decode()
+def reward_components(end: Step, invalid: Sequence[int], memory: int | None) -> str:
+    """The column of an episode that ended so, with invalid turns (numbers), and a memory of so many turns (None: of all)."""
+    extra = ({INVALID_TURNS: list(invalid)} if invalid else {}) | (
+        {} if memory is None else {MEMORY_TURNS: memory}
+    )
+    return canonical_json({**end.components, **extra}).decode()
 
 
 def _noise(seed: int, task_id: str, sample: int) -> Noise:
@@ -286,12 +301,16 @@ def _play(
     for draft in drafts:
         draft.prompt_ids = _encode(tokenizer, draft.task.prompt)
     stop = stop_tokens(tokenizer)
+    memory = memory_turns(env)
     rows = engine.start([draft.prompt_ids for draft in drafts[::copies]], copies)
     live = list(drafts)
     for turn in range(env.max_turns):
         noise = [draft.noise for draft in live if draft.noise is not None]
         last = turn == env.max_turns - 1
-        actions = rows.act(noise or None, temperature, stop, env.max_new_tokens, last)
+        forgets = (
+            memory is not None and turn >= memory
+        )  # then the next turn is not written from all before it
+        actions = rows.act(noise or None, temperature, stop, env.max_new_tokens, last or forgets)
         written = [_decode(tokenizer, action.ids, skip_special_tokens=True) for action in actions]
         for draft, action, text in zip(live, actions, written, strict=True):
             draft.append(action.ids, action.logprobs, turn)
@@ -304,9 +323,12 @@ def _play(
         on = [i for i, chunk in enumerate(chunks) if chunk]
         if last or not on:
             return
-        rows.keep(on)
-        rows.feed([chunks[i] for i in on])
         live = [live[i] for i in on]
+        if memory is not None and forgets:
+            rows = engine.start([draft.read(turn + 1, memory) for draft in live], 1)
+        else:
+            rows.keep(on)
+            rows.feed([chunks[i] for i in on])
 
 
 def _advance(
@@ -354,9 +376,9 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(tokenizer.all_special_ids) | {i for i, text in enumerate(texts) if "\n" in text}
 
 
-def _forward_logprobs(model: PreTrainedModel, episodes: Sequence[Episode]) -> list[list[float]]:
-    """One padded forward pass; the response tokens of every episode, 0 where the policy did not write."""
-    sequences = [[*episode.prompt_ids, *episode.response_ids] for episode in episodes]
+def _forward_logprobs(model: PreTrainedModel, samples: Sequence[Sample]) -> list[list[float]]:
+    """One padded forward pass; the trained tokens of every sample."""
+    sequences = [[*sample.prompt_ids, *sample.response_ids] for sample in samples]
     width = max(map(len, sequences))
     device = model.device
     ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences], device=device)
@@ -364,13 +386,13 @@ def _forward_logprobs(model: PreTrainedModel, episodes: Sequence[Episode]) -> li
     weight: torch.Tensor = model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
     hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     answers = []
-    for row, episode in enumerate(episodes):
-        targets = torch.tensor(episode.response_ids, device=device)
-        first = len(episode.prompt_ids)
+    for row, sample in enumerate(samples):
+        targets = torch.tensor(sample.response_ids, device=device)
+        first = len(sample.prompt_ids)
         states = hidden[row, first - 1 : first - 1 + len(targets)]
-        temperature = torch.full(targets.shape, episode.temperature, dtype=torch.float64)
+        temperature = torch.full(targets.shape, sample.temperature, dtype=torch.float64)
         logprobs, _ = token_logprobs(states, weight, targets, temperature)
-        answers.append((logprobs * torch.tensor(episode.loss_mask, device=device)).tolist())
+        answers.append(logprobs[torch.tensor(sample.trained, dtype=torch.bool, device=device)].tolist())
     return answers
 
 

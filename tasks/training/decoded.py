@@ -13,7 +13,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -26,12 +26,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from models.packing import Sample
+from models.turn_samples import turn_samples
 from tasks.core.digest import sha256_file, write_atomic, write_file_atomic
 from tasks.core.errors import Corrupt, NotFound, Refused
 from tasks.core.locks import file_lock
+from tasks.replay.passes import memory_turns
 from tasks.replay.schema import DEEP_THINKING, INVALID_TURNS, arrow_schema
 
-LAYOUT = 4  # a change of the columns below, or of what they mean, raises it
+LAYOUT = 5  # a change of the columns below, or of what they mean, raises it
 FOREIGN = -1  # the version of a policy that is not ours
 NO_TIME = -(1 << 62)
 BLOCK_BYTES = 1 << 26  # decoded at once, about
@@ -73,6 +76,10 @@ _FACTS = pa.schema(
         ("top_p", pa.float64()),
         ("reward", pa.float64()),
         ("deep_thinking", pa.float64()),  # ratio of the response; NaN where it was not measured
+        (
+            "memory_turns",
+            pa.int16(),
+        ),  # that the policy read beside the prompt; 0: all, BROKEN: it cannot be told
         ("failed", pa.uint8()),  # the environment did
         ("truncated", pa.uint8()),  # the answer ended at its limit of tokens
         ("trained", pa.int32()),  # tokens that the policy wrote
@@ -81,6 +88,10 @@ _FACTS = pa.schema(
         ("logprobs_impossible", pa.uint8()),  # one of them is no finite number at or below 0
         ("prompt_length", pa.int32()),
         ("response_length", pa.int32()),
+        (
+            "longest_read",
+            pa.int32(),
+        ),  # most tokens that the policy had before it when it wrote the last of an action
         ("mask_length", pa.int32()),
         ("turns_length", pa.int32()),
         ("logprobs_length", pa.int32()),
@@ -136,6 +147,7 @@ class Block:
     deep_thinking: np.ndarray
     temperature: np.ndarray
     version: np.ndarray
+    memory_turns: np.ndarray
     truncated: np.ndarray
     prompt_ids: Ragged
     response_ids: Ragged
@@ -215,6 +227,7 @@ def _block(batch: pa.RecordBatch) -> Block:
         deep_thinking=batch["deep_thinking"].to_numpy(),
         temperature=batch["temperature"].to_numpy(),
         version=batch["version"].to_numpy(),
+        memory_turns=batch["memory_turns"].to_numpy(),
         truncated=batch["truncated"].to_numpy(),
         prompt_ids=ragged("prompt_ids"),
         response_ids=ragged("response_ids"),
@@ -329,6 +342,8 @@ def _decoded(batch: pa.RecordBatch, source: Path) -> pa.RecordBatch:
     distinct = components.dictionary.to_pylist()
     lists = pa.array(map(_invalid_turns, distinct), pa.list_(pa.int16()))
     made["invalid_turns"] = lists.take(components.indices)
+    made["memory_turns"] = pa.array(map(memory_turns, distinct), pa.int16()).take(components.indices)
+    made["longest_read"] = _longest_reads(rows, lengths, made["memory_turns"].to_numpy())
     made["deep_thinking"] = pa.array(map(_deep_thinking, distinct), pa.float64()).take(components.indices)
     columns = [pa.array(made[f.name]) if f.name in made else rows[f.name].cast(f.type) for f in _SCHEMA]
     return pa.record_batch(columns, schema=_SCHEMA)
@@ -402,6 +417,24 @@ def _invalid_turns(components: str) -> list[int]:
     if not isinstance(found, list):
         return []
     return [turn for turn in found if type(turn) is int and 0 <= turn <= _LAST_TURN]
+
+
+def _longest_reads(
+    rows: Mapping[str, pa.Array], lengths: Mapping[str, np.ndarray], memory: np.ndarray
+) -> np.ndarray:
+    """The whole of a row, or of its turns with what each was written from the longest."""
+    found: np.ndarray = lengths["prompt_ids"] + lengths["response_ids"]
+    even = (lengths["turn_ids"] == lengths["response_ids"]) & (
+        lengths["loss_mask"] == lengths["response_ids"]
+    )
+    for row in np.flatnonzero(even & (memory > 0)):
+        prompt, response, mask, turns = (
+            rows[name][row].values.to_numpy(zero_copy_only=False)
+            for name in ("prompt_ids", "response_ids", "loss_mask", "turn_ids")
+        )
+        samples = turn_samples(Sample(prompt, response, mask), turns, int(memory[row]))
+        found[row] = max((len(one.prompt_ids) + len(one.response_ids) for one in samples), default=0)
+    return found
 
 
 def _deep_thinking(components: str) -> float:

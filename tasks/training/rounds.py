@@ -263,5 +263,7 @@ def _divergences(
 
 
 def _score(scorer: Scorer, episodes: Episodes, settings: TrainingSettings, policies: Policies) -> Tensor:
-    logprobs, _ = score(scorer, episodes.samples, settings.token_budget, policies.autocast, policies.world)
+    logprobs, _ = score(
+        scorer, episodes.passes.samples, settings.token_budget, policies.autocast, policies.world
+    )
     return logprobs

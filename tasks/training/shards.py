@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from models.packing import Sample
+from models.turn_samples import turn_samples
 from tasks.core.errors import Refused
+from tasks.replay.passes import BROKEN
 from tasks.training import decoded
 from tasks.training.decoded import FOREIGN, Block, Ragged, Shard
 from tasks.training.groups import GroupTable
@@ -43,6 +45,15 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class Passes:
+    """What is run through the model to score the trained tokens of B episodes, in their order: each as a whole, or each of its
+    turns with what it was written from (`models.turn_samples`)."""
+
+    samples: tuple[Sample, ...]  # [P]
+    episode: tuple[int, ...]  # [P] in 0..B-1, ascending
+
+
+@dataclass(frozen=True, slots=True)
 class Episodes:
     """The episodes of one or more groups: B samples with N trained tokens in all, in the order of the samples.
 
@@ -60,6 +71,12 @@ class Episodes:
     texts: tuple[str, ...]  # [B] what was answered, observations included
     valid: Tensor | None = None  # [N] bool, the turn of the token kept the format; None: all did
     deep_thinking: Tensor | None = None  # [B] float64, ratio of the response; None if one was not measured
+    windows: Passes | None = None  # None: every episode is one pass, for the policy read all of it
+
+    @property
+    def passes(self) -> Passes:
+        """How the policy read them."""
+        return self.windows or Passes(self.samples, tuple(range(len(self.samples))))
 
 
 def join(parts: Sequence[Episodes]) -> Episodes:
@@ -75,6 +92,13 @@ def join(parts: Sequence[Episodes]) -> Episodes:
             ]
         )
     ratios = [part.deep_thinking for part in parts if part.deep_thinking is not None]
+    windows = None
+    if any(part.windows is not None for part in parts):
+        firsts = accumulate((len(part.samples) for part in parts), initial=0)
+        windows = Passes(
+            tuple(sample for part in parts for sample in part.passes.samples),
+            tuple(first + n for first, part in zip(firsts, parts, strict=False) for n in part.passes.episode),
+        )
     return Episodes(
         samples=tuple(sample for part in parts for sample in part.samples),
         rewards=tuple(reward for part in parts for reward in part.rewards),
@@ -88,6 +112,7 @@ def join(parts: Sequence[Episodes]) -> Episodes:
         texts=tuple(text for part in parts for text in part.texts),
         valid=valid,
         deep_thinking=torch.cat(ratios) if len(ratios) == len(parts) else None,
+        windows=windows,
     )
 
 
@@ -152,13 +177,18 @@ class Replay:
         logprobs = None
         if self.logprobs_known:
             logprobs = torch.from_numpy(gather(lambda block: block.behaviour_logprobs)[0][mask])
+        samples = tuple(
+            Sample(prompt[a:b], response[c:d], mask[c:d], temperature)
+            for a, b, c, d, temperature in zip(
+                prompt_at, prompt_at[1:], response_at, response_at[1:], temperatures, strict=False
+            )
+        )
+        memory = plain(lambda block: block.memory_turns).tolist()
+        windows = None
+        if any(memory):
+            windows = _passes(samples, [turns[c:d] for c, d in pairwise(response_at)], memory)
         return Episodes(
-            tuple(
-                Sample(prompt[a:b], response[c:d], mask[c:d], temperature)
-                for a, b, c, d, temperature in zip(
-                    prompt_at, prompt_at[1:], response_at, response_at[1:], temperatures, strict=False
-                )
-            ),
+            samples,
             tuple(plain(lambda block: block.reward).tolist()),
             tuple(number for number, _, start, stop in spans for _ in range(start, stop)),
             tuple(_lags(versions, self.newest).tolist()),
@@ -168,6 +198,7 @@ class Replay:
             tuple(utf8[a:b].decode() for a, b in pairwise(text_at)),
             valid,
             None if np.isnan(ratios).any() else torch.from_numpy(ratios),
+            windows,
         )
 
     def _places(self, groups: Sequence[str]) -> np.ndarray:
@@ -356,6 +387,18 @@ def _replay(rows: np.ndarray, ids: pa.ChunkedArray, blocks: Sequence[Block], mas
     )
 
 
+def _passes(samples: Sequence[Sample], turns: Sequence[Sequence[int]], memory: Sequence[int]) -> Passes:
+    """`turns` are those of all response tokens of each sample; a memory of 0 turns is one of all."""
+    parts = [
+        turn_samples(sample, of, most) if most else [sample]
+        for sample, of, most in zip(samples, turns, memory, strict=True)
+    ]
+    return Passes(
+        tuple(one for part in parts for one in part),
+        tuple(number for number, part in enumerate(parts) for _ in part),
+    )
+
+
 def _places(turns: np.ndarray, bounds: Sequence[int]) -> np.ndarray:
     """A number for each pair of a row and a turn; the turns of row i are `turns[bounds[i] : bounds[i + 1]]`."""
     return np.repeat(np.arange(len(bounds) - 1), np.diff(bounds)) << 16 | turns.astype(np.int64)
@@ -391,7 +434,7 @@ def _rules(
     )
     yield (
         "response_ids",
-        prompt + response > policy.max_tokens,
+        facts["longest_read"] > policy.max_tokens,
         f"are longer than the {policy.max_tokens} tokens the policy can read",
     )
     for name in ("prompt", "response"):
@@ -407,6 +450,11 @@ def _rules(
         "behaviour_logprobs",
         (facts["logprobs_impossible"] > 0) & (facts["logprobs_missing"] == 0),
         "hold log-probabilities that are not finite numbers at or below 0",
+    )
+    yield (
+        "reward_components",
+        facts["memory_turns"] == BROKEN,
+        "have a memory_turns that is no number of turns, so what the policy had read cannot be told",
     )
     if "deep_thinking" in needs:
         yield (

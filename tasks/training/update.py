@@ -14,7 +14,7 @@ from models.packing import MicroBatch, Sample
 from tasks.training import fields
 from tasks.training.parallel import Scorer, World, clip, rows_of, score, wide
 from tasks.training.settings import TrainingSettings
-from tasks.training.shards import Episodes
+from tasks.training.shards import Episodes, Passes
 
 Metrics = dict[str, float]
 
@@ -131,12 +131,14 @@ def accumulate_gradients(
     Raises:
         ValueError: the settings name what does not exist or does not go together, or a field is missing.
     """
-    samples = episodes.samples
+    samples, passes = episodes.samples, episodes.passes
     advised = fields.needs_entropies(settings)
-    coupled = objectives.get(settings.objective).coupled
+    # A trajectory that was read in parts may lie in several rows, so its sums are not whole in one.
+    parted = episodes.windows is not None and settings.unit != "turn"
+    coupled = objectives.get(settings.objective).coupled or parted
     scores = torch.zeros(2, len(episodes.turns), device=world.device, dtype=wide(scorer))
     if coupled or advised:
-        scores = torch.stack(score(scorer, samples, settings.token_budget, autocast, world))
+        scores = torch.stack(score(scorer, passes.samples, settings.token_budget, autocast, world))
     advantages = fields.token_advantages(
         episodes, settings, entropies=scores[1] if advised else None, diversity=diversity
     )
@@ -154,7 +156,7 @@ def accumulate_gradients(
     packed = torch.zeros((), device=world.device, dtype=torch.float64)
     found = torch.zeros_like(scores)
     scorer.zero_grad(set_to_none=True)
-    for row in rows_of(samples, settings.token_budget, world):
+    for row in rows_of(passes.samples, settings.token_budget, world):
         here = row.to(world.device)
         with torch.autocast(world.device.type, dtype=autocast, enabled=autocast is not None):
             scored = torch.stack(scorer(here))
@@ -163,7 +165,7 @@ def accumulate_gradients(
         elif slopes is not None:
             loss = (slopes[:, here.index] * scored).sum()
         else:
-            loss = _loss(_scored(_part(known, here), scored, settings), settings, counts, groups)
+            loss = _loss(_scored(_part(known, here, passes), scored, settings), settings, counts, groups)
         loss.backward()  # type: ignore[no-untyped-call]
         found[:, here.index] = scored.detach()
         packed += len(row.input_ids) if row.samples else 0
@@ -201,13 +203,17 @@ def _known(episodes: Episodes, scores: Tensor, **given: Tensor | None) -> Batch:
     )
 
 
-def _part(known: Batch, row: MicroBatch) -> Batch:
-    """What is known of the sequences in `row`."""
-    samples = torch.tensor(row.samples, device=row.index.device)
-    places = dict.fromkeys(_OF_TOKENS, row.index) | dict.fromkeys(_OF_SEQUENCES, samples)
+def _part(known: Batch, row: MicroBatch, passes: Passes) -> Batch:
+    """What is known of the sequences in `row`, which are those of `passes`."""
+    episode = torch.tensor([passes.episode[number] for number in row.samples], device=row.index.device)
+    places = dict.fromkeys(_OF_TOKENS, row.index) | dict.fromkeys(_OF_SEQUENCES, episode)
     values = {name: getattr(known, name) for name in places}
     chosen: Any = {name: value[places[name]] for name, value in values.items() if value is not None}
-    return replace(known, sequence=row.sequence, sequences=row.sequences, **chosen)
+    part = replace(known, sequence=row.sequence, sequences=row.sequences, **chosen)
+    if part.diversity is not None:  # an episode's share goes to its turns by their tokens
+        whole = objectives.lengths(known)[episode]
+        part = replace(part, diversity=part.diversity * (objectives.lengths(part) / whole))
+    return part
 
 
 def _scored(known: Batch, scored: Tensor, settings: TrainingSettings) -> Batch:

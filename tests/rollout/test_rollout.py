@@ -16,8 +16,9 @@ from tasks.arena.calculator import PREFIX, Calculator
 from tasks.arena.environment import Split, Step, Task, get, verifier_digest
 from tasks.arena.guarded import Guarded
 from tasks.arena.largest import Largest
+from tasks.arena.memory import Memory
 from tasks.core.errors import UsageError
-from tasks.replay.schema import INVALID_TURNS, Episode, arrow_schema
+from tasks.replay.schema import INVALID_TURNS, MEMORY_TURNS, Episode, arrow_schema
 from tasks.rollout.rollout import BehaviourIdentity, evaluate, recompute_logprobs, rollout, stop_tokens
 from tests.tiny import make_tiny_model, teach
 
@@ -313,6 +314,76 @@ def test_an_environment_that_never_ends_is_cut_at_its_turns(
         assert (episode.finish_reason, episode.reward) == ("turns", 0.0)
         assert set(episode.turn_ids) == {0, 1, 2}
         assert episode.loss_mask[-1]  # no observation after the last turn
+
+
+class Echo(Largest):
+    """Five turns; the observation tells what was written, cut."""
+
+    max_turns = 5
+    max_new_tokens = 6
+
+    def step(self, task: Task, actions: Sequence[str]) -> Step:
+        return Step(
+            f"{len(actions)} {actions[-1][:4]} =",
+            done=len(actions) == 5 or sum(map(ord, actions[-1])) % 5 == 0,
+        )
+
+
+ECHO = Echo()
+ECHO_TASKS = ECHO.tasks("train", 3, 0)
+
+
+def by_definition(model: PreTrainedModel, episode: Episode, memory: int) -> list[float]:
+    """The log-probability of every token the policy wrote, given the prompt and what belongs to the turns before."""
+    found = []
+    columns = list(zip(episode.response_ids, episode.turn_ids, episode.loss_mask, strict=True))
+    for place, (token, turn, mine) in enumerate(columns):
+        read = [i for i, t, _ in columns[:place] if t >= turn - memory]
+        with torch.no_grad():
+            logits = model(torch.tensor([[*episode.prompt_ids, *read]])).logits[0, -1]
+        found.append(float(logits.log_softmax(-1)[token]) if mine else 0.0)
+    return found
+
+
+@pytest.mark.parametrize("memory", [1, 2])
+def test_with_a_memory_only_the_newest_turns_are_read(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, memory: int
+) -> None:
+    env = Memory(ECHO, memory)
+    groups = play(model, tokenizer, env=env, tasks=env.tasks("train", 3, 0))
+    episodes = [episode for group in groups for episode in group]
+    assert max(max(e.turn_ids) for e in episodes) == 4
+    assert len({max(e.turn_ids) for e in episodes}) > 1  # some end early
+    for episode in episodes:
+        assert episode.behaviour_logprobs == pytest.approx(by_definition(model, episode, memory), abs=1e-9)
+        assert json.loads(episode.reward_components)[MEMORY_TURNS] == memory
+        assert tokenizer.decode(episode.response_ids) == episode.response_text
+    wrong = [by_definition(model, e, 9) for e in episodes if max(e.turn_ids) > memory]
+    right = [e.behaviour_logprobs for e in episodes if max(e.turn_ids) > memory]
+    assert wrong != [pytest.approx(one, abs=1e-6) for one in right]
+    for batch_tokens in (1, 4096):
+        again = recompute_logprobs(model, episodes, batch_tokens)
+        for before, after in zip(episodes, again, strict=True):
+            assert after.behaviour_logprobs == pytest.approx(before.behaviour_logprobs, abs=1e-9)
+
+
+def test_a_memory_of_all_turns_changes_nothing(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    env = Memory(ECHO, 4)
+    whole = play(model, tokenizer, env=ECHO, tasks=ECHO_TASKS)
+    remembered = play(model, tokenizer, env=env, tasks=env.tasks("train", 3, 0))
+    names = {task.id: other.id for task, other in zip(ECHO_TASKS, env.tasks("train", 3, 0), strict=True)}
+    assert [names[e.task_id] for group in whole for e in group] == [e.task_id for g in remembered for e in g]
+    # The noise of a token is of its task's id, so what is the same is the greedy text.
+    greedy = evaluate(model, tokenizer, ECHO, ECHO_TASKS, batch_rows=8)
+    assert [
+        o.response_text for o in evaluate(model, tokenizer, env, env.tasks("train", 3, 0), batch_rows=8)
+    ] == [o.response_text for o in greedy]
+    short = Memory(ECHO, 1)
+    assert [
+        o.response_text for o in evaluate(model, tokenizer, short, short.tasks("train", 3, 0), batch_rows=8)
+    ] != [o.response_text for o in greedy]
 
 
 def test_evaluation_is_greedy_and_in_the_order_of_the_tasks(

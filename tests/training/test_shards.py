@@ -27,7 +27,7 @@ from models.causal_lm import tokenizer_digest
 from models.packing import Sample, pack
 from tasks.core.digest import sha256_file
 from tasks.core.errors import Corrupt, NotFound, Refused, Unavailable
-from tasks.replay.schema import DEEP_THINKING, INVALID_TURNS, Episode, arrow_schema
+from tasks.replay.schema import DEEP_THINKING, INVALID_TURNS, MEMORY_TURNS, Episode, arrow_schema
 from tasks.training import decoded
 from tasks.training.shards import Episodes, Policy, Replay, ShardRef, join, read_replay
 from tests.training.replay import changed, write_shards
@@ -98,6 +98,11 @@ def test_episodes_of_a_failed_environment_are_left_out(tmp_path, episodes, polic
             },
         ),
         ("top_p", {"top_p": 0.9}),
+        ("reward_components", {"reward_components": '{"memory_turns": 0}'}),
+        ("reward_components", {"reward_components": '{"memory_turns": true}'}),
+        ("reward_components", {"reward_components": '{"memory_turns": "2"}'}),
+        ("reward_components", {"reward_components": '{"memory_turns": 99999}'}),
+        ("reward_components", {"reward_components": '{"memory_turns": 2'}),
     ],
 )
 def test_a_row_that_does_not_fit_is_refused_by_column(tmp_path, episodes, policy, column, values):
@@ -256,6 +261,28 @@ def assert_equal_to_naive(replay: Replay, groups: dict[str, list[Episode]], newe
     ]
     assert (found.valid is None) == (not any(broken))
     assert found.valid is None or found.valid.tolist() == right
+    memories = [json.loads(e.reward_components or "{}").get(MEMORY_TURNS, 99) for e in rows]
+    assert (found.windows is None) == (set(memories) <= {99})
+    read, written = [], []  # before each trained token, by its definition, and the token
+    for e, memory in zip(rows, memories, strict=True):
+        for place, (token, turn, mine) in enumerate(
+            zip(e.response_ids, e.turn_ids, e.loss_mask, strict=True)
+        ):
+            if mine:
+                before = zip(e.response_ids[:place], e.turn_ids[:place], strict=True)
+                read.append([*e.prompt_ids, *(i for i, t in before if t >= turn - memory)])
+                written.append(token)
+    passed = [
+        ([*s.prompt_ids, *s.response_ids[:place]], s.response_ids[place])
+        for s in found.passes.samples
+        for place in np.flatnonzero(s.trained)
+    ]
+    assert passed == list(zip(read, written, strict=True))
+    assert [
+        n
+        for n, s in zip(found.passes.episode, found.passes.samples, strict=True)
+        for _ in range(sum(s.trained))
+    ] == [n for n, e in enumerate(rows) for _ in range(sum(e.loss_mask))]
     every = [e for group in groups.values() for e in group]
     if any(e.logprob_source == "missing" for e in every):
         assert found.behaviour_logprobs is None
@@ -297,6 +324,7 @@ def episode_rows(draw):
                 | st.sampled_from([0.25, 1, -1, "high", None, [0.5]]).map(
                     lambda ratio: json.dumps({DEEP_THINKING: ratio})
                 )
+                | st.integers(1, 3).map(lambda turns: json.dumps({MEMORY_TURNS: turns}))
                 | st.lists(st.integers(0, 3), min_size=1).map(
                     lambda turns: json.dumps({INVALID_TURNS: turns})
                 )
@@ -350,6 +378,26 @@ def test_counts_of_a_refusal_are_those_of_all_shards(tmp_path, episodes, policy)
     episodes = changed(episodes, 2, finish_reason="error")
     with pytest.raises(Refused, match=r"^Column temperature: 4 of 23 rows have no sampling temperature"):
         read(tmp_path, episodes, policy)
+
+
+def test_a_conversation_may_be_longer_than_what_is_read_at_once(tmp_path, episodes, policy):
+    """3000 tokens, of which no turn reads more than 33 with a memory of two turns."""
+    turns = [n // 10 for n in range(3000)]
+    long = {
+        "response_ids": [5] * 3000,
+        "loss_mask": [n % 10 < 4 for n in range(3000)],
+        "behaviour_logprobs": [-1.0] * 3000,
+        "turn_ids": turns,
+    }
+    read_in_parts = changed(episodes, 3, **long, reward_components='{"memory_turns": 2}')
+    most = len(episodes[3].prompt_ids) + 24
+    found = read(tmp_path, read_in_parts, replace(policy, max_tokens=most))
+    group = found.episodes([episodes[3].group_id])
+    assert max(len(s.prompt_ids) + len(s.response_ids) for s in group.passes.samples) == most
+    with pytest.raises(Refused, match=rf"response_ids: .* longer than the {most - 1} tokens"):
+        read(tmp_path, read_in_parts, replace(policy, max_tokens=most - 1))
+    with pytest.raises(Refused, match="response_ids"):
+        read(tmp_path, changed(episodes, 3, **long), replace(policy, max_tokens=most))
 
 
 def test_ratios_that_are_paid_for_must_be_there(tmp_path, episodes, policy):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from dataclasses import asdict, replace
 
 import pytest
@@ -9,10 +10,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from models import adapters, objectives
 from models.packing import Sample, packed_logprobs
+from models.turn_samples import turn_samples
 from tasks.training import fields, parallel
 from tasks.training.parallel import Scorer, World
 from tasks.training.settings import Correction, DeepThinkingReward, Diversity, Penalties, TrainingSettings
-from tasks.training.shards import Episodes
+from tasks.training.shards import Episodes, Passes
 from tasks.training.update import Update, accumulate_gradients, needs
 from tests.training import processes
 
@@ -283,6 +285,127 @@ def test_data_without_log_probabilities(scorer):
     assert "chi2" not in update.metrics
     with pytest.raises(ValueError, match="needs behaviour_logprobs"):
         _learn(scorer, LOOSE, replace(EPISODES, behaviour_logprobs=None))
+
+
+def _conversations(memory: int) -> Episodes:
+    """Episodes of one to four turns with observations between them, in groups of four, read with this memory."""
+    rng = random.Random(5)
+    samples, turns, windows = [], [], []
+    for number in range(12):
+        answer: list[int] = []
+        trained: list[bool] = []
+        numbers: list[int] = []
+        for turn in range(1 + number % 4):
+            wrote, saw = rng.randrange(1, 4), rng.randrange(1, 3)
+            answer += [rng.randrange(9, 90) for _ in range(wrote + saw)]
+            trained += [True] * wrote + [False] * saw
+            numbers += [turn] * (wrote + saw)
+        samples.append(Sample([5, 6, 7 + number // 4], answer, trained))
+        turns += [turn for turn, mine in zip(numbers, trained, strict=True) if mine]
+        windows += [(number, one) for one in turn_samples(samples[-1], numbers, memory)]
+    behaviour = torch.tensor([-4.6 + rng.uniform(-0.3, 0.3) for _ in turns])
+    return replace(
+        EPISODES,
+        samples=tuple(samples),
+        turns=torch.tensor(turns),
+        behaviour_logprobs=behaviour,
+        windows=Passes(tuple(one for _, one in windows), tuple(number for number, _ in windows)),
+    )
+
+
+def _read_in_parts(scorer: Scorer, episodes: Episodes, memory: int) -> list[list[Tensor]]:
+    """Log-probabilities of each turn of each episode, by a forward pass for every turn."""
+    found, turns = [], iter(episodes.turns.tolist())
+    for sample in episodes.samples:
+        own = [next(turns) if mine else -1 for mine in sample.trained]
+        numbers = [
+            max(own[: place + 1]) for place in range(len(own))
+        ]  # an observation has that of the action
+        parts = []
+        for turn in range(max(numbers) + 1):
+            read = [i for i, n in zip(sample.response_ids, numbers, strict=True) if turn - memory <= n < turn]
+            wrote = [i for i, n in zip(sample.response_ids, own, strict=True) if n == turn]
+            ids = torch.tensor([[*sample.prompt_ids, *read, *wrote]])
+            logs = scorer.model(input_ids=ids).logits[0].log_softmax(-1)
+            places = torch.arange(ids.shape[1] - len(wrote), ids.shape[1])
+            parts.append(logs[places - 1, ids[0, places]])
+        found.append(parts)
+    return found
+
+
+@pytest.mark.parametrize("memory", [1, 2])
+@pytest.mark.parametrize("unit", ["turn", "trajectory"])
+@pytest.mark.parametrize("budget", [1, 25, 10_000])
+def test_what_was_read_in_parts_is_learnt_in_parts(scorer, memory, unit, budget):
+    """GSPO's ratio, by turns or over all turns of a trajectory that each read what is in its memory."""
+    episodes = _conversations(memory)
+    settings = LOOSE.model_copy(
+        update={
+            "objective": "gspo_token",
+            "unit": unit,
+            "aggregation": "seq-mean-token-mean",
+            "token_budget": budget,
+        }
+        | {"options": {"eps_lo": 0.2, "eps_hi": 0.3}}
+    )
+    update = _learn(scorer, settings, episodes)
+    advantages, loss, count = _advantages(episodes), torch.zeros(()), 0
+    scored = _read_in_parts(scorer, episodes, memory)
+    behaviour = iter(
+        episodes.behaviour_logprobs.double().split([len(part) for parts in scored for part in parts])
+    )
+    for a, parts in zip(advantages, scored, strict=True):
+        pairs = [(new, next(behaviour)) for new in parts]
+        if unit == "trajectory":
+            pairs = [tuple(torch.cat(side) for side in zip(*pairs, strict=True))]
+        for new, old in pairs:
+            ratio = (new - old).mean().exp()
+            loss = loss - torch.minimum(ratio * a, ratio.clamp(0.8, 1.3) * a)
+            count += 1
+    _check(scorer, update, loss / count)
+
+
+@pytest.mark.parametrize("objective", objectives.names())
+@pytest.mark.parametrize("unit", ["turn", "trajectory"])
+def test_rows_of_turns_add_up_to_the_whole(scorer, objective, unit):
+    episodes = _conversations(2)
+    near = parallel.score(_policy(0.01), episodes.passes.samples, 10_000, None, ALONE)[0]
+    settings = LOOSE.model_copy(
+        update={
+            "objective": objective,
+            "unit": unit,
+            "penalties": Penalties(kl=0.1),
+            "diversity": Diversity(entropy=0.05),
+        }
+    )
+    known = {"old_logprobs": near, "reference_logprobs": near + 0.1, "diversity": torch.rand(12).double()}
+    whole = _learn(scorer, settings, episodes, **known)
+    want = _gradient(scorer)
+    parts = _learn(scorer, settings.model_copy(update={"token_budget": 1}), episodes, **known)
+    assert (_gradient(scorer) - want).norm() <= 1e-10 * want.norm()
+    assert want.norm() > 1e-6
+    assert parts.metrics.pop("tokens_packed") > whole.metrics.pop("tokens_packed")
+    assert parts.metrics == pytest.approx(whole.metrics, rel=1e-9, abs=1e-9)
+
+
+def test_a_whole_conversation_and_one_read_in_parts_in_one_update(scorer):
+    """A memory of three turns is all of four, so they must agree with episodes that are read whole."""
+    parts = _conversations(3)
+    whole = replace(parts, windows=None)
+    mixed = Passes(
+        tuple(parts.samples[:6])
+        + tuple(s for n, s in zip(parts.passes.episode, parts.passes.samples, strict=True) if n >= 6),
+        tuple(range(6)) + tuple(n for n in parts.passes.episode if n >= 6),
+    )
+    for unit in ("turn", "trajectory"):
+        settings = LOOSE.model_copy(update={"objective": "vespo", "unit": unit})
+        want = _learn(scorer, settings, whole)
+        gradient = _gradient(scorer)
+        for windows in (parts.windows, mixed):
+            got = _learn(scorer, settings, replace(parts, windows=windows))
+            assert (_gradient(scorer) - gradient).norm() <= 1e-10 * gradient.norm()
+            assert got.metrics["loss"] == pytest.approx(want.metrics["loss"], rel=1e-10)
+            assert got.metrics["tokens"] == want.metrics["tokens"]
 
 
 @pytest.mark.parametrize("unit", ["trajectory", "turn"])
