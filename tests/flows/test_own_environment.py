@@ -1,4 +1,4 @@
-"""A cycle on an environment of one's own, named by module:factory, through the command line."""
+"""A cycle on an environment of one's own, named by module:factory, and on one with a memory, through the command line."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from tasks.evaluation.paired import read_outcomes
@@ -16,16 +17,17 @@ from tests.flows.conftest import ENVIRONMENT, environment, lay_workspace
 
 PAGE = Path(__file__).parents[2] / "docs" / "environments.md"
 NAME = "my_tasks:doubles"
+REMEMBERED = "memory_1/feedback/letter"
 
 
 @pytest.mark.slow
-def test_a_cycle_collects_from_it_and_judges_on_it(tmp_path: Path, tiny_base: Path) -> None:
+def test_a_cycle_collects_from_them_and_judges_on_them(tmp_path: Path, tiny_base: Path) -> None:
     root = lay_workspace(tmp_path / "ws", tiny_base).workspace.root
     (code,) = re.findall(r"```python\n(# my_tasks\.py\n.*?)```", PAGE.read_text(), re.DOTALL)
     (root / "my_tasks.py").write_text(code)
     settings = {
-        "collect.environments": {NAME: 4, ENVIRONMENT: 24},
-        "evaluation.tasks": {NAME: 10, ENVIRONMENT: 30},
+        "collect.environments": {NAME: 4, ENVIRONMENT: 24, REMEMBERED: 4},
+        "evaluation.tasks": {NAME: 10, ENVIRONMENT: 30, REMEMBERED: 10},
         "training.steps": 4,
     }
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
@@ -38,3 +40,9 @@ def test_a_cycle_collects_from_it_and_judges_on_it(tmp_path: Path, tiny_base: Pa
     (file,) = (root / ".forebay" / "evidence" / "outcomes").glob("*.jsonl")
     outcomes = read_outcomes(file, file.stem)
     assert sum(pair.env == NAME for pair in outcomes.pairs) == 10
+    assert sum(pair.env == REMEMBERED for pair in outcomes.pairs) == 10
+    rows = [row for path in root.glob("data/**/*.parquet") for row in pq.read_table(path).to_pylist()]
+    kept = [row for row in rows if row["env"] == REMEMBERED]
+    assert len(kept) == 4 * 8
+    assert {json.loads(row["reward_components"])["memory_turns"] for row in kept} == {1}
+    assert max(row["turn_ids"][-1] for row in kept) == 3

@@ -9,8 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from models.packing import Sample
 from tasks.arena.calculator import Calculator
+from tasks.arena.environment import get
 from tasks.core.settings import DeepThinking
+from tasks.replay.passes import passes
 from tasks.replay.schema import DEEP_THINKING, Episode
 from tasks.rollout.deep_thinking import measured
 from tasks.rollout.rollout import BehaviourIdentity, rollout
@@ -47,16 +50,21 @@ def group(model: PreTrainedModel) -> list[Episode]:
 
 def by_definition(model: PreTrainedModel, episode: Episode, threshold: float, first_deep: int) -> float:
     """Share of the tokens that the policy wrote whose first settled layer, from 1, is in the deep regime."""
-    ids = torch.tensor([episode.prompt_ids + episode.response_ids])
+    deep = [one for sample in passes(episode) for one in _deep(model, sample, threshold, first_deep)]
+    return sum(deep) / len(deep)
+
+
+def _deep(model: PreTrainedModel, sample: Sample, threshold: float, first_deep: int) -> list[bool]:
     with torch.no_grad():
+        ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
         states = model(ids, output_hidden_states=True).hidden_states
         layers = [model.lm_head(model.model.norm(h)).softmax(-1) for h in states[1:-1]]
         layers.append(model.lm_head(states[-1]).softmax(-1))  # normed already
     deep = []
-    for at, mine in enumerate(episode.loss_mask):
+    for at, mine in enumerate(sample.trained):
         if not mine:
             continue
-        place = len(episode.prompt_ids) + at - 1
+        place = len(sample.prompt_ids) + at - 1
         last = layers[-1][0, place]
         for layer, values in enumerate(layers, start=1):
             p, q = values[0, place], last
@@ -67,7 +75,7 @@ def by_definition(model: PreTrainedModel, episode: Episode, threshold: float, fi
             if divergence <= threshold:
                 deep.append(layer >= first_deep)
                 break
-    return sum(deep) / len(deep)
+    return deep
 
 
 @pytest.mark.parametrize(("threshold", "rho", "first_deep"), [(0.5, 0.85, 6), (0.3, 0.5, 3), (0.05, 0.6, 4)])
@@ -79,6 +87,26 @@ def test_the_ratio_of_an_episode_is_that_of_its_definition(
     assert ratios == pytest.approx([by_definition(model, one, threshold, first_deep) for one in group])
     assert len(set(ratios)) > 1
     assert not all(all(one.loss_mask) for one in group)  # observations do not count
+
+
+def test_the_ratio_is_of_what_was_read(model: PreTrainedModel) -> None:
+    """With a memory of one turn, of four."""
+    env = get("memory_1/feedback/number")
+    identity = BehaviourIdentity("agent/1", "a" * 64, "b" * 64, "c" * 64)
+    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    tasks = env.tasks("train", 1, seed=1)
+    (group,) = rollout(
+        model, tokenizer, env, tasks, group_size=6, temperature=1.0, seed=7, batch_rows=8, identity=identity
+    )
+    assert max(turn for one in group for turn in one.turn_ids) == 3
+    differ = 0
+    for threshold in (0.05, 0.1, 0.2, 0.4):
+        found = measured(model, group, DeepThinking(threshold=threshold, rho=0.6))
+        ratios = [json.loads(one.reward_components)[DEEP_THINKING] for one in found]
+        assert ratios == pytest.approx([by_definition(model, one, threshold, 4) for one in group])
+        whole = [replace(one, reward_components="{}") for one in group]
+        differ += ratios != pytest.approx([by_definition(model, one, threshold, 4) for one in whole])
+    assert differ
 
 
 def test_nothing_else_of_an_episode_changes(model: PreTrainedModel, group: list[Episode]) -> None:
