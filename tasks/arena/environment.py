@@ -15,7 +15,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -300,44 +300,57 @@ _OWN: Mapping[str, str] = {
     "safety/leaky_tool": "tasks.arena.safety:LeakyTool",
     "safety/shortcut": "tasks.arena.safety:Shortcut",
 }
-# Packages that bring environments if they are installed, by how the names of these begin, and how they are installed. The last
-# two ask for old versions of much else (of numpy, say) that they do not need here.
-_PACKAGES: Mapping[str, tuple[str, str]] = {
-    "bfcl": ("bfcl_eval", "pip install --no-deps bfcl-eval==2026.3.23"),
-    "gymnasium": ("gymnasium", "install forebay[arena]"),
-    "minigrid": ("minigrid", "install forebay[arena]"),
-    "textarena": ("textarena", "install forebay[arena]"),
-    "textworld": ("textworld_express", "pip install --no-deps textworld-express==1.1.0 py4j, and have Java"),
-}
-# Conversations with a teacher: a truthful one, one who speaks of another task, a language model.
-_FEEDBACK = ("feedback", "feedback_shuffled", "feedback_endpoint")
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Environments whose names begin alike.
+
+    Attributes:
+        known: import path of what stands behind the slash: a collection, or a function that gives it.
+        make: import path of the function that makes one of them.
+        package: what has to be installed for them, if anything, and `how`.
+        open: it makes others than the known ones too.
+    """
+
+    known: str
+    make: str
+    package: str = ""
+    how: str = "install forebay[arena]"
+    open: bool = False
+
+
+# By the prefix of the name. Two packages ask for old versions of much else (of numpy, say) that they do not need here.
+_SOURCES: Mapping[str, _Source] = {
+    "feedback": _Source("tasks.arena.topics:TOPICS", "tasks.arena.teachers:truthful"),
+    "feedback_shuffled": _Source("tasks.arena.topics:TOPICS", "tasks.arena.teachers:shuffled"),
+    "feedback_endpoint": _Source("tasks.arena.topics:TOPICS", "tasks.arena.teachers:by_endpoint"),
+    "bfcl": _Source(
+        "tasks.arena.bfcl_calls:CATEGORIES", "tasks.arena.bfcl_calls:Bfcl", "bfcl_eval",
+        "pip install --no-deps bfcl-eval==2026.3.23",
+    ),
+    "textworld": _Source(
+        "tasks.arena.textworld_games:GAMES", "tasks.arena.textworld_games:make", "textworld_express",
+        "pip install --no-deps textworld-express==1.1.0 py4j, and have Java",
+    ),
+    "gymnasium": _Source(
+        "tasks.arena.gymnasium_adapter:WORLDS", "tasks.arena.gymnasium_adapter:make", "gymnasium", open=True
+    ),
+    "minigrid": _Source("tasks.arena.minigrid_rooms:LEVELS", "tasks.arena.minigrid_rooms:make", "minigrid"),
+    "textarena": _Source("tasks.arena.textarena_games:GAMES", "tasks.arena.textarena_games:make", "textarena"),
+    "reasoning_gym": _Source("tasks.arena.reasoning:dataset_names", "tasks.arena.reasoning:ReasoningGym"),
+}  # fmt: skip
+_REMEMBERED = re.compile(r"memory_(\d+)/(.+)")
 
 
 def names() -> list[str]:
-    """Every environment that `get` knows by a name of ours and that is installed."""
-    from tasks.arena.bfcl_calls import CATEGORIES
-    from tasks.arena.gymnasium_adapter import WORLDS
-    from tasks.arena.minigrid_rooms import LEVELS
-    from tasks.arena.reasoning import dataset_names
+    """Every environment that `get` knows by a name of ours and that can be used here."""
     from tasks.arena.teachers import configured
-    from tasks.arena.textarena_games import GAMES
-    from tasks.arena.textworld_games import GAMES as TEXTWORLD
-    from tasks.arena.topics import TOPICS
 
-    taught = [prefix for prefix in _FEEDBACK if prefix != "feedback_endpoint" or configured()]
-    others: Mapping[str, Iterable[str]] = {
-        "bfcl": CATEGORIES,
-        "textworld": TEXTWORLD,
-        "gymnasium": WORLDS,
-        "minigrid": LEVELS,
-        "textarena": GAMES,
-    }
-    return [
-        *_OWN,
-        *(f"{prefix}/{name}" for prefix in taught for name in TOPICS),
-        *(f"{prefix}/{name}" for prefix, found in others.items() if _installed(prefix) for name in found),
-        *(f"reasoning_gym/{name}" for name in dataset_names()),
-    ]
+    usable = [prefix for prefix, source in _SOURCES.items() if _installed(source)]
+    if not configured():
+        usable.remove("feedback_endpoint")
+    return [*_OWN, *(f"{prefix}/{name}" for prefix in usable for name in _known(_SOURCES[prefix]))]
 
 
 def get(name: str) -> Environment:
@@ -352,62 +365,26 @@ def get(name: str) -> Environment:
         Unavailable: the package that it comes from is not installed.
     """
     if name in _OWN:
-        return _load(_OWN[name])
-    if remembered := re.fullmatch(r"memory_(\d+)/(.+)", name):
+        return _made(_OWN[name])
+    if remembered := _REMEMBERED.fullmatch(name):
         from tasks.arena.memory import Memory
 
         return Memory(get(remembered[2]), int(remembered[1]))
     prefix, _, rest = name.partition("/")
-    if prefix in _PACKAGES and not _installed(prefix):
-        package, how = _PACKAGES[prefix]
+    source = _SOURCES.get(prefix)
+    if source is not None and not _installed(source):
         raise Unavailable(
-            f"The environment {name} needs the package {package}, which is not installed; {how}."
+            f"The environment {name} needs the package {source.package}, which is not installed; {source.how}."
         )
-    if prefix == "gymnasium" and rest:
-        from tasks.arena import gymnasium_adapter
-
-        return gymnasium_adapter.make(rest)
-    if ":" in name:
+    if source is not None and rest and (source.open or rest in _known(source)):
+        return _made(source.make, rest)
+    if source is None and ":" in name:
         return _from_path(name)
-    if prefix in _FEEDBACK and (conversation := _conversation(prefix, rest)):
-        return conversation
-    known = names()
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise UsageError(
-            f"There is no environment {name!r}; the nearest name is {nearest!r}. One of your own is named "
-            "package.module:factory (docs/environments.md#your-own)."
-        )
-    if prefix == "bfcl":
-        from tasks.arena.bfcl_calls import Bfcl
-
-        return Bfcl(rest)
-    if prefix == "textworld":
-        from tasks.arena import textworld_games
-
-        return textworld_games.make(rest)
-    if prefix == "minigrid":
-        from tasks.arena import minigrid_rooms
-
-        return minigrid_rooms.make(rest)
-    if prefix == "textarena":
-        from tasks.arena import textarena_games
-
-        return textarena_games.make(rest)
-    from tasks.arena.reasoning import ReasoningGym
-
-    return ReasoningGym(rest)
-
-
-def _conversation(prefix: str, topic: str) -> Environment | None:
-    from tasks.arena.feedback import Feedback
-    from tasks.arena.teachers import Scripted, from_environment
-    from tasks.arena.topics import TOPICS
-
-    if (found := TOPICS.get(topic)) is None:
-        return None
-    teacher = from_environment() if prefix == "feedback_endpoint" else Scripted(found)
-    return Feedback(found, teacher, prefix, shuffled=prefix == "feedback_shuffled")
+    nearest = difflib.get_close_matches(name, names(), n=1, cutoff=0.0)[0]
+    raise UsageError(
+        f"There is no environment {name!r}; the nearest name is {nearest!r}. One of your own is named "
+        "package.module:factory (docs/environments.md#your-own)."
+    )
 
 
 def _from_path(path: str) -> Environment:
@@ -417,7 +394,7 @@ def _from_path(path: str) -> Environment:
         UsageError: the path leads nowhere, the factory fails, or what it gives is no `Environment` of this name.
     """
     try:
-        env = _load(path)
+        env = _made(path)
     except UsageError:
         raise
     except Exception as error:  # whatever the module does when it is imported
@@ -438,15 +415,26 @@ def _from_path(path: str) -> Environment:
 _MEMBERS = sorted(name for name in vars(Environment) if not name.startswith("_"))
 
 
-def _load(path: str) -> Environment:
-    """Call what stands at the import path `package.module:factory`."""
-    module, _, factory = path.partition(":")
-    made: Environment = getattr(import_module(module), factory)()
+def _at(path: str) -> Any:
+    """What stands at the import path `package.module:name`."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+def _made(path: str, *arguments: str) -> Environment:
+    """What the function at the import path makes."""
+    made: Environment = _at(path)(*arguments)
     return made
 
 
-def _installed(prefix: str) -> bool:
-    return find_spec(_PACKAGES[prefix][0]) is not None
+def _known(source: _Source) -> Collection[str]:
+    found = _at(source.known)
+    known: Collection[str] = found() if callable(found) else found
+    return known
+
+
+def _installed(source: _Source) -> bool:
+    return not source.package or find_spec(source.package) is not None
 
 
 def verifier_digest(env: Environment) -> str:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tasks.arena.environment import cut
-from tasks.arena.feedback import Conversation
-from tasks.arena.topics import WORDS, Topic
+from tasks.arena.feedback import Conversation, Feedback
+from tasks.arena.topics import TOPICS, WORDS, Topic
 from tasks.core.digest import canonical_json, digest_json, write_atomic
 from tasks.core.endpoint import Endpoint, chat_content
 from tasks.core.errors import UsageError
@@ -193,3 +193,18 @@ def _messages(conversation: Conversation, order: str) -> list[Message]:
 
 def _line(text: str) -> str:
     return cut(" ".join(text.split()), _LONGEST)
+
+
+def truthful(topic: str) -> Feedback:
+    """The environment `feedback/<topic>`: a script that goes by the answer."""
+    return Feedback(TOPICS[topic], Scripted(TOPICS[topic]), "feedback")
+
+
+def shuffled(topic: str) -> Feedback:
+    """The environment `feedback_shuffled/<topic>`: the script goes by the answer of another task."""
+    return Feedback(TOPICS[topic], Scripted(TOPICS[topic]), "feedback_shuffled", shuffled=True)
+
+
+def by_endpoint(topic: str) -> Feedback:
+    """The environment `feedback_endpoint/<topic>`: a language model; see `from_environment`, and what it raises."""
+    return Feedback(TOPICS[topic], from_environment(), "feedback_endpoint")
