@@ -6,13 +6,11 @@ imports mlflow.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +18,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from importlib import import_module
-from importlib.metadata import version as installed
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -28,12 +25,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-import yaml
-
 from tasks.core.digest import digest_files, digest_tree
 from tasks.core.errors import NotFound, Unavailable
 from tasks.core.locks import file_lock
 from tasks.promotion.drift import Held
+from tasks.promotion.mlmodel import lay_out
 from tasks.promotion.promote import Office
 
 if TYPE_CHECKING:
@@ -589,13 +585,14 @@ class Registry:
             return None
 
     def _fill(self, model: LoggedModel, files: Path) -> None:
+        whose: Any = {"office": self.office, "model_id": model.model_id, "run_id": model.source_run_id}
         place = urlsplit(model.artifact_location)
         if place.scheme in ("", "file"):
-            _lay_out(Path(url2pathname(place.path)), files, model, self.office)
+            lay_out(Path(url2pathname(place.path)), files, **whose)
             return
         staging = files.parent / f".{files.name}.upload"
         try:
-            _lay_out(staging, files, model, self.office)
+            lay_out(staging, files, **whose)
             self._client.log_model_artifacts(model.model_id, str(staging))
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -660,69 +657,6 @@ def dvc_source_class() -> Any:
 
     register_dataset_source(DvcSource)  # type: ignore[arg-type]
     return DvcSource
-
-
-def _lay_out(target: Path, files: Path, model: LoggedModel, office: Office) -> None:
-    """Make `target` an MLflow model; its model/ is the folder `files` itself, an agent's for plain transformers.
-
-    `mlflow.transformers.save_model` is not used: it copies the weights, and with transformers 5 it fails on a
-    folder.
-    """
-    for source in sorted(p for p in files.rglob("*") if p.is_file()):
-        _link(source, target / "model" / source.relative_to(files))
-    description = {
-        "flavors": {
-            "forebay": {"office": office, "files": "model"}
-        },  # MLflow wants one; only Forebay reads it
-        "mlflow_version": installed("mlflow"),
-        "model_id": model.model_id,
-        "run_id": model.source_run_id,
-    }
-    if office == "agent":
-        description |= _for_transformers(target, files)
-    (target / "MLmodel").write_text(yaml.safe_dump(description))
-
-
-def _for_transformers(target: Path, files: Path) -> dict[str, Any]:
-    """Write what MLflow's transformers and pyfunc flavors look for; return what MLmodel says of them."""
-    for source in sorted(p for p in files.rglob("*") if p.is_file() and p.suffix != ".safetensors"):
-        _link(source, target / "components" / "tokenizer" / source.relative_to(files))
-    text = json.dumps([{"type": "string", "required": True}])
-    python = ".".join(map(str, sys.version_info[:3]))
-    packages = [f"{name}=={installed(name)}" for name in ("mlflow", "transformers", "torch", "accelerate")]
-    (target / "requirements.txt").write_text("\n".join(packages) + "\n")
-    environment = {"python": python, "dependencies": ["-r requirements.txt"]}
-    (target / "python_env.yaml").write_text(yaml.safe_dump(environment))
-    return {
-        "flavors": {
-            "transformers": {
-                "code": None,
-                "components": ["tokenizer"],
-                "instance_type": "TextGenerationPipeline",
-                "model_binary": "model",
-                "pipeline_model_type": "AutoModelForCausalLM",
-                "source_model_name": "agent",
-                "task": "text-generation",
-                "tokenizer_type": "AutoTokenizer",
-                "transformers_version": installed("transformers"),
-            },
-            "python_function": {
-                "loader_module": "mlflow.transformers",
-                "env": {"virtualenv": "python_env.yaml"},
-                "python_version": python,
-            },
-        },
-        "signature": {"inputs": text, "outputs": text, "params": None},
-    }
-
-
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copy2(source, target)
 
 
 def _answering(uri: str) -> None:
