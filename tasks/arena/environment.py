@@ -152,20 +152,58 @@ class Hackable(Protocol):
 
 
 @runtime_checkable
-class Wrapping(Protocol):
-    """An environment that only runs another one, which alone says what an episode is worth."""
-
-    @property
-    def inside(self) -> Environment:
-        """The one that is run."""
-
-
-@runtime_checkable
 class Batched(Protocol):
     """An environment that can answer several episodes at once."""
 
     def steps(self, turns: Sequence[tuple[Task, Sequence[str]]]) -> list[Step | Exception]:
         """Answer each (task, actions) as `Environment.step` does; what that would raise stands in the answer's place."""
+
+
+class Wrapper:
+    """An environment that only runs another one, `inside`, which alone says what an episode is worth."""
+
+    inside: Environment
+
+    @property
+    def name(self) -> str:
+        """See `Environment`."""
+        return self.inside.name
+
+    @property
+    def version(self) -> str:
+        """See `Environment`."""
+        return self.inside.version
+
+    @property
+    def licence(self) -> str:
+        """See `Environment`."""
+        return self.inside.licence
+
+    @property
+    def max_turns(self) -> int:
+        """See `Environment`."""
+        return self.inside.max_turns
+
+    @property
+    def max_new_tokens(self) -> int:
+        """See `Environment`."""
+        return self.inside.max_new_tokens
+
+    def tasks(self, split: Split, n: int, seed: int) -> list[Task]:
+        """See `Environment.tasks`."""
+        return self.inside.tasks(split, n, seed)
+
+    def step(self, task: Task, actions: Sequence[str]) -> Step:
+        """See `Environment.step`."""
+        return self.inside.step(task, actions)
+
+    def constant_baseline(self, tasks: Sequence[Task]) -> tuple[str, float]:
+        """See `Environment.constant_baseline`."""
+        return self.inside.constant_baseline(tasks)
+
+    def random_baseline(self, tasks: Sequence[Task], seed: int) -> float:
+        """See `Environment.random_baseline`."""
+        return self.inside.random_baseline(tasks, seed)
 
 
 def step_all(env: Environment, turns: Sequence[tuple[Task, Sequence[str]]]) -> list[Step | Exception]:
@@ -439,7 +477,7 @@ def _installed(source: _Source) -> bool:
 
 def verifier_digest(env: Environment) -> str:
     """Identity of what scores an episode: the environment's name, version and source code, however it is run."""
-    while isinstance(env, Wrapping):
+    while isinstance(env, Wrapper):
         env = env.inside
     source = inspect.getsource(sys.modules[type(env).__module__])
     return digest_json({"name": env.name, "version": env.version, "source": sha256_bytes(source.encode())})

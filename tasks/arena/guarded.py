@@ -27,7 +27,7 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Self
 
-from tasks.arena.environment import Environment, Split, Step, Task, get
+from tasks.arena.environment import Environment, Step, Task, Wrapper, get
 from tasks.arena.guard_server import LARGEST_REPLY, Limits
 from tasks.core.errors import ForebayError, Unavailable, UsageError
 
@@ -48,7 +48,7 @@ class _Worker:
     orders: Connection
 
 
-class Guarded:
+class Guarded(Wrapper):
     """`env` behind `workers` processes; close it, or use it as a context manager. For one thread at a time.
 
     Attributes:
@@ -79,43 +79,6 @@ class Guarded:
         except BaseException:
             self.close()
             raise
-
-    @property
-    def name(self) -> str:
-        """See `Environment`."""
-        return self.inside.name
-
-    @property
-    def version(self) -> str:
-        """See `Environment`."""
-        return self.inside.version
-
-    @property
-    def licence(self) -> str:
-        """See `Environment`."""
-        return self.inside.licence
-
-    @property
-    def max_turns(self) -> int:
-        """See `Environment`."""
-        return self.inside.max_turns
-
-    @property
-    def max_new_tokens(self) -> int:
-        """See `Environment`."""
-        return self.inside.max_new_tokens
-
-    def tasks(self, split: Split, n: int, seed: int) -> list[Task]:
-        """See `Environment.tasks`."""
-        return self.inside.tasks(split, n, seed)
-
-    def constant_baseline(self, tasks: Sequence[Task]) -> tuple[str, float]:
-        """See `Environment.constant_baseline`."""
-        return self.inside.constant_baseline(tasks)
-
-    def random_baseline(self, tasks: Sequence[Task], seed: int) -> float:
-        """See `Environment.random_baseline`."""
-        return self.inside.random_baseline(tasks, seed)
 
     def step(self, task: Task, actions: Sequence[str]) -> Step:
         """See `Environment.step`.

@@ -7,16 +7,15 @@ are those of the environment inside. The recipe of ARL-Arena (arXiv 2602.21534, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tasks.arena.environment import Environment, Split, Step, Task
+from tasks.arena.environment import Environment, Split, Task, Wrapper
 from tasks.core.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Memory:
+class Memory(Wrapper):
     """The environment `inside`, with a memory of so many turns (1 at least: the newest observation is part of a turn).
 
     It can do what the one inside can (`Listed`, `Expert` and so on).
@@ -44,26 +43,6 @@ class Memory:
         """See `Environment`."""
         return f"memory_{self.memory_turns}/{self.inside.name}"
 
-    @property
-    def version(self) -> str:
-        """See `Environment`."""
-        return self.inside.version
-
-    @property
-    def licence(self) -> str:
-        """See `Environment`."""
-        return self.inside.licence
-
-    @property
-    def max_turns(self) -> int:
-        """See `Environment`."""
-        return self.inside.max_turns
-
-    @property
-    def max_new_tokens(self) -> int:
-        """See `Environment`."""
-        return self.inside.max_new_tokens
-
     def tasks(self, split: Split, n: int, seed: int) -> list[Task]:
         """See `Environment.tasks`."""
         prefix = f"memory_{self.memory_turns}/"
@@ -71,21 +50,11 @@ class Memory:
             replace(task, id=prefix + task.id, env=self.name) for task in self.inside.tasks(split, n, seed)
         ]
 
-    def step(self, task: Task, actions: Sequence[str]) -> Step:
-        """See `Environment.step`."""
-        return self.inside.step(task, actions)
-
-    def constant_baseline(self, tasks: Sequence[Task]) -> tuple[str, float]:
-        """See `Environment.constant_baseline`."""
-        return self.inside.constant_baseline(tasks)
-
-    def random_baseline(self, tasks: Sequence[Task], seed: int) -> float:
-        """See `Environment.random_baseline`."""
-        return self.inside.random_baseline(tasks, seed)
-
 
 def memory_turns(env: Environment) -> int | None:
     """Turns that a policy reads beside the prompt; None: all of them."""
-    found: int | None = getattr(env, "memory_turns", None)
-    inside: Environment | None = getattr(env, "inside", None)
-    return memory_turns(inside) if found is None and inside is not None else found
+    while isinstance(env, Wrapper):
+        if isinstance(env, Memory):
+            return env.memory_turns
+        env = env.inside
+    return None
