@@ -86,16 +86,20 @@ def plans(context: Context, question: Question) -> list[Plan]:
 
 def floors_of(context: Context, envs: Sequence[str]) -> dict[str, Floor]:
     """Return what the held-out tasks of each environment give without any skill."""
-    from tasks.arena.environment import get
+    from tasks.arena.guarded import StepFault
     from tasks.leaderboard.cell import heldout_of
     from tasks.leaderboard.page import Floor
 
     floors = {}
-    for name in envs:
-        env = get(name)
-        tasks = heldout_of(env, context.settings.arena.judging.tasks)
-        action, constant = env.constant_baseline(tasks)
-        floors[name] = Floor(len(tasks), constant, action, env.random_baseline(tasks, 0))
+    with context.environments() as environments:
+        for name in envs:
+            env = environments(name)
+            tasks = heldout_of(env, context.settings.arena.judging.tasks)
+            try:
+                action, constant = env.constant_baseline(tasks)
+                floors[name] = Floor(len(tasks), constant, action, env.random_baseline(tasks, 0))
+            except StepFault as fault:
+                floors[name] = Floor(len(tasks), None, None, None, str(fault))
     return floors
 
 

@@ -115,9 +115,12 @@ def _show(board: dict[str, Any], as_json: bool) -> None:
     out.print(order)
     for env, floor in board["floors"].items():
         out.print(
-            f"\n[bold]{env}[/]: {floor['tasks']} held-out tasks; start {_mean(board['starts'][env])}, constant "
-            f"{floor['constant']:.3f}, random {floor['random']:.3f}",
-            highlight=False,
+            Text.assemble(
+                "\n",
+                (env, "bold"),
+                f": {floor['tasks']} held-out tasks; start {_mean(board['starts'][env])}, {_floor(floor)}",
+            ),
+            soft_wrap=True,
         )
         lines = [line for line in board["lines"] if line["env"] == env]
         widest = next(name for name in lines[0]["figures"] if name.startswith("pass@"))
@@ -159,6 +162,12 @@ def _show(board: dict[str, Any], as_json: bool) -> None:
         highlight=False,
     )
     out.print(board["page"], soft_wrap=True, highlight=False)
+
+
+def _floor(floor: dict[str, Any]) -> str:
+    if floor.get("error"):
+        return f"no baselines: {floor['error']}"
+    return f"constant {floor['constant']:.3f}, random {floor['random']:.3f}"
 
 
 def _mean(value: dict[str, Any], sign: str = "") -> str:

@@ -18,12 +18,16 @@ _PLAUSIBLE = 0.05  # share of the resamples in which another method is first, ab
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """What an environment's held-out tasks give without any skill: the best constant action and a blind choice."""
+    """What an environment's held-out tasks give without any skill: the best constant action and a blind choice.
+
+    None where the environment did not live through it; then `error` says why.
+    """
 
     tasks: int
-    constant: float
-    constant_action: str
-    random: float
+    constant: float | None
+    constant_action: str | None
+    random: float | None
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +161,16 @@ def _environment(board: Board, env: str) -> Section:
     )
     return Section(
         env,
-        says=(
-            f"{floor.tasks} held-out tasks. Start {_mean(start)}; always “{floor.constant_action}” "
-            f"{number(floor.constant)}; a blind choice {number(floor.random)}.",
-        ),
+        says=(f"{floor.tasks} held-out tasks. Start {_mean(start)}; {_floor(floor)}",),
         table=Table(heads, rows),
+    )
+
+
+def _floor(floor: Floor) -> str:
+    if floor.error:
+        return f"no baselines: {floor.error}"
+    return (
+        f"always “{floor.constant_action}” {number(floor.constant)}; a blind choice {number(floor.random)}."
     )
 
 
