@@ -27,7 +27,7 @@ class Doors:
 
     def tasks(self, split: Split, n: int, seed: int) -> list[Task]:
         if self.name.endswith(":shut") and SHUT.exists():
-            raise UsageError("The house is shut.")
+            raise RuntimeError("The house is shut.")
         doors = ((f"Door {i}. Go {SIDES[i % 2]}.\n", {"side": SIDES[i % 2]}) for i in range(400))
         return draw_tasks(self, doors, split, n, seed)
 
