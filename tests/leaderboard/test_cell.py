@@ -15,7 +15,7 @@ from tasks.core.errors import Refused, UsageError
 from tasks.leaderboard import cell
 from tasks.leaderboard.cell import Plan, as_job, from_job, run_cell
 from tasks.leaderboard.methods import METHODS, training_settings
-from tasks.leaderboard.settings import Arena, Judging, Recipe, Start
+from tasks.leaderboard.settings import Arena, Judging, Method, Recipe, Start
 from tasks.leaderboard.starter import demonstrations, start_from_own, start_from_scratch
 from tasks.training.curve import read_curve
 from tasks.training.trainer import check
@@ -49,6 +49,27 @@ def test_the_dimensions_are_independent_and_sampo_is_their_combination():
     assert training_settings(swapped, Recipe(format_penalty=0.2)) == grpo.model_copy(
         update={"advantage": "gigpo"}
     )
+
+
+def own_advantage(outcomes, *, scale: float = 1.0, penalty: float = 0.0):
+    return scale * (outcomes.rewards[outcomes.trajectory] - penalty * (~outcomes.valid).double())
+
+
+@pytest.mark.parametrize(
+    ("advantage", "given"),
+    [
+        ("empg_per_turn", {"penalty": 0.2}),
+        ("group_norm_to_go", {"penalty": 0.2}),
+        (f"{__name__}:own_advantage", {"penalty": 0.2}),
+        ("empg", {}),
+        ("group_norm", {}),
+    ],
+)
+def test_the_format_penalty_goes_to_every_advantage_that_has_one(advantage, given):
+    settings = training_settings(Method(advantage=advantage), Recipe(format_penalty=0.2))
+    assert settings.advantage_options == given
+    own = Method(advantage=advantage, advantage_options=dict.fromkeys(given, 0.7))
+    assert training_settings(own, Recipe()).advantage_options == dict.fromkeys(given, 0.7)
 
 
 def test_demonstrations_earn_everything_and_without_noise_are_the_experts():
