@@ -17,6 +17,7 @@ from typing import Any
 
 from tasks.leaderboard.page import Board, Floor, counted, firmness, leaderboard_page, verdict
 from tasks.leaderboard.ranking import Mean, lines, ranks, starts
+from tasks.pages.parts import number
 
 BASELINE = Path(__file__).parent / "baselines" / "leaderboard.json"
 
@@ -59,7 +60,7 @@ def markdown(board: Board) -> str:
         told += [
             "",
             f"`{env}`: {floor.tasks} held-out tasks; start {_mean(board.starts[env])}, always `{floor.constant_action}` "
-            f"{floor.constant:.3f}, a blind choice {floor.random:.3f}.",
+            f"{number(floor.constant)}, a blind choice {number(floor.random)}.",
             "",
         ]
         found = [line for line in board.lines if line.env == env]

@@ -25,7 +25,7 @@ def cell(name: str, job: Mapping[str, Any], root: str) -> dict[str, Any]:
 
     # As many cells side by side as there are processes, and the same bits however many.
     torch.set_num_threads(1)
-    return isolated(name, lambda: run_cell(from_job(job), Path(root)))
+    return isolated(lambda: run_cell(from_job(job), Path(root)))
 
 
 @flow(name="arena", flow_run_name="arena", persist_result=False)
@@ -36,25 +36,28 @@ def arena(
     seeds: int,
     overrides: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Run every cell that has no result yet, and record the whole comparison.
-
-    Raises:
-        Refused: some cells could not be run; the results of the others are kept.
-    """
+    """Run every cell that has no result yet, and record the comparison; a cell that fails costs only itself."""
     from tasks.leaderboard.cell import as_job
+    from tasks.leaderboard.page import Failure
 
     context = Context.open(Path(workspace), overrides or ())
     question = Question(tuple(envs), tuple(methods), seeds)
     wanted = plans(context, question)
     root = context.workspace.state / "arena"
     with report_to_prefect(), progress.current().bar("arena") as report:
-        futures = [
-            cell.submit(f"{plan.name} {plan.env} {plan.seed}", as_job(plan), str(root)) for plan in wanted
+        futures = {
+            name: cell.submit(name, as_job(plan), str(root))
+            for name, plan in ((f"{plan.name} {plan.env} {plan.seed}", plan) for plan in wanted)
+        }
+        found = list(gathered(futures, report, "cells", _told).values())
+        done = [one for one in found if "error" not in one]
+        failures = [
+            Failure(plan.env, plan.name, plan.seed, plan.key(), one["error"])
+            for plan, one in zip(wanted, found, strict=True)
+            if "error" in one
         ]
-        done = gathered(futures, report, "cells", _told)
-        order = {plan.key(): place for place, plan in enumerate(wanted)}
-        done.sort(key=lambda one: order[one["key"]])
-        return keep_board(context, question, done, floors_of(context, question.envs))
+        envs = list(dict.fromkeys(one["env"] for one in done))
+        return keep_board(context, question, done, failures, floors_of(context, envs))
 
 
 def _told(result: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from flows import progress
 from flows.context import Context
 from flows.examination import Terms, exams
 from flows.logs import report_to_prefect
-from flows.parallel import gathered, isolated
+from flows.parallel import gathered, isolated, require_all
 
 
 @task(name="attempt", task_run_name="attempt {name}", cache_policy=NO_CACHE, persist_result=False)
@@ -26,7 +26,7 @@ def attempt(name: str, exam: Mapping[str, Any]) -> dict[str, Any]:
 
     if exam["device"] == "cpu":
         torch.set_num_threads(1)  # as many exams side by side as there are processes
-    return isolated(name, lambda: sit(Exam(**{**exam, "limits": Limits(**exam["limits"])})))
+    return isolated(lambda: sit(Exam(**{**exam, "limits": Limits(**exam["limits"])})))
 
 
 @flow(name="exam", flow_run_name="exam of {ref}", persist_result=False)
@@ -41,6 +41,7 @@ def exam(
     context = Context.open(Path(workspace), overrides or ())
     asked = Terms(**{**terms, "envs": tuple(terms["envs"])})
     with report_to_prefect(), progress.current().bar("attempt") as report:
-        futures = [attempt.submit(one["env"], one) for one in exams(context, ref, asked)]
+        futures = {one["env"]: attempt.submit(one["env"], one) for one in exams(context, ref, asked)}
         done = gathered(futures, report, "environments", lambda one: str(one["env"]))
-    return sorted(done, key=lambda one: asked.envs.index(one["env"]))
+    require_all(done, "environments")
+    return [done[env] for env in asked.envs]

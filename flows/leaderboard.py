@@ -17,9 +17,10 @@ from tasks.core.stages import code_digest, lock_digest, once
 
 if TYPE_CHECKING:
     from tasks.leaderboard.cell import Plan
-    from tasks.leaderboard.page import Floor
+    from tasks.leaderboard.page import Failure, Floor
 
 STAGE = "arena"
+_TAG = 5000  # characters that MLflow takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +86,20 @@ def plans(context: Context, question: Question) -> list[Plan]:
 
 def floors_of(context: Context, envs: Sequence[str]) -> dict[str, Floor]:
     """Return what the held-out tasks of each environment give without any skill."""
-    from tasks.arena.environment import get
+    from tasks.arena.guarded import StepFault
     from tasks.leaderboard.cell import heldout_of
     from tasks.leaderboard.page import Floor
 
     floors = {}
-    for name in envs:
-        env = get(name)
-        tasks = heldout_of(env, context.settings.arena.judging.tasks)
-        action, constant = env.constant_baseline(tasks)
-        floors[name] = Floor(len(tasks), constant, action, env.random_baseline(tasks, 0))
+    with context.environments() as environments:
+        for name in envs:
+            env = environments(name)
+            tasks = heldout_of(env, context.settings.arena.judging.tasks)
+            try:
+                action, constant = env.constant_baseline(tasks)
+                floors[name] = Floor(len(tasks), constant, action, env.random_baseline(tasks, 0))
+            except StepFault as fault:
+                floors[name] = Floor(len(tasks), None, None, None, str(fault))
     return floors
 
 
@@ -107,7 +112,7 @@ def run_arena(
 ) -> dict[str, Any]:
     """Return the comparison, run now by Prefect or found in the ledger; see `keep_board` for what it holds.
 
-    Cells that were finished before an interruption are found again.
+    Cells that were finished before an interruption are found again; those that failed are tried again.
 
     Args:
         workers: cells at once.
@@ -115,7 +120,7 @@ def run_arena(
         address: of the cluster, as ray://host:10001; None starts one here.
 
     Raises:
-        Unavailable: Ray is not installed. Refused: some cells could not be run.
+        Unavailable: Ray is not installed.
     """
     wanted = plans(context, question)
     found = context.ledger.last("stage.done", _key(wanted, context))
@@ -140,19 +145,25 @@ def keep_board(
     context: Context,
     question: Question,
     results: Sequence[Mapping[str, Any]],
+    failures: Sequence[Failure],
     floors: Mapping[str, Floor],
 ) -> dict[str, Any]:
     """Record a comparison: results as evidence, a page, MLflow runs, an entry in the ledger.
 
+    Args:
+        results: of the cells that finished; failures: the others.
+        floors: of the environments that have results.
+
     Returns:
-        {question, ranks, lines, floors, starts, results: {path, sha256}, page, cpu_seconds, machine}.
+        {question, ranks, unranked: methods, lines, floors, starts, failures, results: {path, sha256}, page, cpu_seconds,
+        machine}.
     """
     from models.machine import describe
     from tasks.leaderboard.page import Board, leaderboard_page
     from tasks.leaderboard.ranking import lines, ranks, starts
 
     def work(key: str) -> dict[str, Any]:
-        _track(context, results)
+        _track(context, results, failures)
         cpu_seconds = sum(one["cpu_seconds"] for one in results)
         board = Board(
             ranks(results),
@@ -163,6 +174,7 @@ def keep_board(
             cpu_seconds,
             describe(),
             _recipe(context),
+            failures,
         )
         data = canonical_json({"results": list(results)})
         file = context.workspace.evidence / "arena" / f"{sha256_bytes(data)}.json"
@@ -172,9 +184,11 @@ def keep_board(
         return {
             "question": asdict(question),
             "ranks": [asdict(one) for one in board.ranks],
+            "unranked": board.unranked(),
             "lines": [asdict(one) for one in board.lines],
             "floors": {name: asdict(floor) for name, floor in floors.items()},
             "starts": {name: asdict(start) for name, start in board.starts.items()},
+            "failures": [asdict(one) for one in failures],
             "recipe": board.recipe,
             "results": {"path": context.workspace.relative(file), "sha256": sha256_bytes(data)},
             "page": context.workspace.relative(page),
@@ -183,6 +197,8 @@ def keep_board(
         }
 
     inputs = _inputs([str(one["key"]) for one in results])
+    if failures:  # never what `run_arena` finds: asked again, these cells are tried again
+        inputs["failures"] = digest_json([asdict(one) for one in failures])
     outputs, _ = once(context.ledger, STAGE, inputs, work, partial(_stands, context))
     return outputs
 
@@ -195,7 +211,7 @@ def last_board(context: Context) -> dict[str, Any]:
     """
     for entry in reversed(list(context.ledger.entries("stage.done"))):
         if entry.payload["stage"] == STAGE:
-            return {**entry.payload["outputs"], "found": True}
+            return {"failures": [], "unranked": [], **entry.payload["outputs"], "found": True}
     raise NotFound("Nothing was compared here yet; `forebay arena run` does it.")
 
 
@@ -215,8 +231,8 @@ def _stands(context: Context, outputs: Mapping[str, Any]) -> bool:
     return intact(context, outputs["results"]) and (context.workspace.root / outputs["page"]).exists()
 
 
-def _track(context: Context, results: Sequence[Mapping[str, Any]]) -> None:
-    """One MLflow run a cell, found again by the cell's key."""
+def _track(context: Context, results: Sequence[Mapping[str, Any]], failures: Sequence[Failure]) -> None:
+    """One MLflow run a cell, found again by the cell's key; of one that failed it says why."""
     with progress.current().bar("MLflow") as report:
         for number, one in enumerate(results, start=1):
             tracked = context.registry.run(
@@ -235,6 +251,14 @@ def _track(context: Context, results: Sequence[Mapping[str, Any]]) -> None:
                 }
                 run.log({**figures, "cpu_seconds": one["cpu_seconds"]}, len(one["curve"]))
             report(number, len(results), "runs")
+    for failure in failures:
+        context.registry.run(
+            "arena",
+            failure.key,
+            name=f"{failure.method} {failure.env} {failure.seed}",
+            params={name: getattr(failure, name) for name in ("env", "method", "seed")},
+            tags={"error": failure.error[:_TAG]},
+        ).close("FAILED")
 
 
 def _recipe(context: Context) -> str:

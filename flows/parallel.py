@@ -40,40 +40,55 @@ def task_runner(runner: Runner, workers: int, address: str | None = None) -> Any
     return RayTaskRunner(init_kwargs={"num_cpus": workers, "include_dashboard": False})
 
 
-def isolated(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def isolated(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `work` returns, in a worker that ends with its flow; a failure comes back as {error: sentence}, for it must not
     end the others."""
     end_with_parent()
     try:
         return work()
     except Exception as error:  # an environment of one's own may raise anything, and its rewards be anything
-        what = str(error) if isinstance(error, ForebayError) else f"{type(error).__name__}: {error}"
-        return {"error": f"{name}: {what}"}
+        return {
+            "error": str(error) if isinstance(error, ForebayError) else f"{type(error).__name__}: {error}"
+        }
 
 
 def gathered(
-    futures: list[Any], report: Report, unit: str, says: Callable[[Mapping[str, Any]], str]
-) -> list[dict[str, Any]]:
-    """Wait for what `isolated` returned in each of Prefect's `futures`; the results in the order in which they came.
+    futures: Mapping[str, Any], report: Report, unit: str, says: Callable[[Mapping[str, Any]], str]
+) -> dict[str, dict[str, Any]]:
+    """Wait for what `isolated` returned in each of Prefect's `futures`; the results by the same names in the same order.
+
+    Of work that failed, or whose process ended, the result is {error: sentence}.
 
     Args:
         unit: what is counted, for the progress bar; `says` tells of a result.
-
-    Raises:
-        Refused: some failed; the others have been waited for.
     """
     from prefect.futures import as_completed
 
-    done: list[dict[str, Any]] = []
+    names = {future: name for name, future in futures.items()}
+    done: dict[str, dict[str, Any]] = {}
     report(0, len(futures), unit)
-    for future in as_completed(futures):
-        done.append(future.result())
-        report(len(done), len(futures), done[-1]["error"] if "error" in done[-1] else says(done[-1]))
-    errors = [one["error"] for one in done if "error" in one]
+    for future in as_completed(list(names)):
+        name = names[future]
+        try:
+            one = done[name] = future.result()
+        except (
+            Exception
+        ) as error:  # a worker that was killed, for want of memory say, takes those that wait with it
+            one = done[name] = {"error": f"Its process ended: {type(error).__name__}: {error}"}
+        report(len(done), len(futures), f"{name}: {one['error']}" if "error" in one else says(one))
+    return {name: done[name] for name in futures}
+
+
+def require_all(results: Mapping[str, Mapping[str, Any]], unit: str) -> None:
+    """Refuse what `gathered` returned unless nothing failed.
+
+    Raises:
+        Refused: the sentence is that of the first, and says how many more there are.
+    """
+    errors = [f"{name}: {one['error']}" for name, one in results.items() if "error" in one]
     if errors:
         more = f" ({len(errors) - 1} more {unit} failed)" if len(errors) > 1 else ""
         raise Refused(f"{errors[0]}{more}")
-    return done
 
 
 def end_with_parent() -> None:

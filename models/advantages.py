@@ -193,13 +193,17 @@ def group_norm_discounted(outcomes: Outcomes, *, gamma: float = 0.7) -> Tensor:
 
 
 @register("group_norm_to_go")
-def group_norm_to_go(outcomes: Outcomes, *, gamma: float = 0.7) -> Tensor:
+def group_norm_to_go(outcomes: Outcomes, *, gamma: float = 0.7, penalty: float = 0.0) -> Tensor:
     """`group_norm` of each turn's discounted return, over all turns of the group (the other reading of 2602.16488).
+
+    Args:
+        penalty: taken from the return of a turn that broke the format, after discounting.
 
     Returns:
         [K].
     """
-    return group_norm(returns_to_go(outcomes, gamma), outcomes.groups[outcomes.trajectory])
+    returns = returns_to_go(outcomes, gamma) - _penalties(outcomes, penalty)
+    return group_norm(returns, outcomes.groups[outcomes.trajectory])
 
 
 @register("gigpo", needs=("anchors",))
@@ -258,14 +262,34 @@ def empg(outcomes: Outcomes, *, k: float = 1.0, k_future: float = 1.0, zeta: flo
     Raises:
         ValueError: `entropies` are missing.
     """
+    return _by_confidence(_for_turns(group_norm, outcomes), outcomes, k, k_future, zeta)
+
+
+@register("empg_per_turn", needs=("entropies",))
+def empg_per_turn(
+    outcomes: Outcomes, *, k: float = 1.0, k_future: float = 1.0, zeta: float = 0.05, penalty: float = 0.1
+) -> Tensor:
+    """`empg` of `group_norm_per_turn`, as ARL-Arena runs it: a turn that broke the format has a score of its own.
+
+    Returns:
+        [K].
+
+    Raises:
+        ValueError: `entropies` are missing.
+    """
+    return _by_confidence(group_norm_per_turn(outcomes, penalty=penalty), outcomes, k, k_future, zeta)
+
+
+def _by_confidence(advantages: Tensor, outcomes: Outcomes, k: float, k_future: float, zeta: float) -> Tensor:
+    """EMPG's A' of the `advantages` [K] of the turns, see `empg`."""
     entropies = _required(outcomes, "entropies")
     lowest, highest = entropies.aminmax()
     spread = highest - lowest
     level = (entropies - lowest) / torch.where(spread > 0, spread, torch.ones_like(spread))
     confidence = torch.exp(-k * level)
     future = _padded(torch.exp(-k_future * level))[_next_turn(outcomes)]
-    advantages = _for_turns(group_norm, outcomes) * confidence / confidence.mean() + zeta * future
-    return advantages - advantages.mean()
+    changed = advantages * confidence / confidence.mean() + zeta * future
+    return changed - changed.mean()
 
 
 def discounted_rewards(outcomes: Outcomes, gamma: float) -> Tensor:

@@ -148,6 +148,18 @@ def load_policy(path: Path, device: str = "cpu", dtype: str = "float32") -> PreT
     return model.eval()  # type: ignore[no-untyped-call]
 
 
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 of names, types, shapes and bytes of the parameters as they are now: equal where two models are the same policy.
+
+    0.3 s of a processor for 135 M weights.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def save_policy(model: PreTrainedModel, target: Path, like: Path) -> None:
     """Write `model` into the existing directory `target`, with the tokenizer files of the directory `like`,
     byte for byte."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from flows.cli.console import (
     HERE,
@@ -20,6 +21,7 @@ from flows.cli.console import (
     print_json,
     watch,
 )
+from tasks.core.errors import Refused
 
 METHODS = "grpo,gspo,sapo,cispo,vespo,sampo"
 ENVS = "minigrid/BabyAI-GoToLocalS5N2,minigrid/Fetch-5x5-N2,textarena/GuessTheNumber"
@@ -41,7 +43,8 @@ def arena_run(
 
     All methods of a seed begin with the same policy, cloned from filtered episodes, and share one recipe (`arena.recipe`).
     Interrupted, the same command goes on with the cells that are left; asked again, it finds the answer. The table comes
-    with a page and with a run in MLflow for every cell.
+    with a page and with a run in MLflow for every cell. A cell that fails is shown with its reason and costs only itself; the
+    exit code is 5 then, and the same command tries it again.
 
     Examples: `forebay arena run` · `forebay arena run --methods grpo,sampo --envs textarena/Sokoban --seeds 5 --workers 2` ·
     `forebay arena run --set arena.recipe.steps=100 --json`
@@ -50,7 +53,10 @@ def arena_run(
 
     watch(as_json)
     question = Question(_names(envs), _names(methods), seeds)
-    _show(run_arena(open_context(workspace, overrides), question, workers, runner, ray_address), as_json)
+    board = run_arena(open_context(workspace, overrides), question, workers, runner, ray_address)
+    _show(board, as_json)
+    if board["failures"]:
+        raise typer.Exit(Refused.exit_code)
 
 
 @arena_app.command("show")
@@ -104,17 +110,23 @@ def _show(board: dict[str, Any], as_json: bool) -> None:
     for one in board["ranks"]:
         rank = Rank(**one)
         order.add_row(rank.method, f"{rank.rank:.2f}", *firmness(rank), f"{rank.success:.3f}")
+    for method in board["unranked"]:
+        order.add_row(method, "not ranked")
     out.print(order)
     for env, floor in board["floors"].items():
         out.print(
-            f"\n[bold]{env}[/]: {floor['tasks']} held-out tasks; start {_mean(board['starts'][env])}, constant "
-            f"{floor['constant']:.3f}, random {floor['random']:.3f}",
-            highlight=False,
+            Text.assemble(
+                "\n",
+                (env, "bold"),
+                f": {floor['tasks']} held-out tasks; start {_mean(board['starts'][env])}, {_floor(floor)}",
+            ),
+            soft_wrap=True,
         )
         lines = [line for line in board["lines"] if line["env"] == env]
         widest = next(name for name in lines[0]["figures"] if name.startswith("pass@"))
         table = Table(
             "method",
+            "seeds",
             "success",
             "gain",
             widest,
@@ -129,6 +141,7 @@ def _show(board: dict[str, Any], as_json: bool) -> None:
             figures = line["figures"]
             table.add_row(
                 line["method"],
+                str(line["seeds"]),
                 _mean(figures["success"]),
                 _mean(line["gain"], "+"),
                 *(_mean(figures[name]) for name in (widest, "turns", "valid_format")),
@@ -136,12 +149,25 @@ def _show(board: dict[str, Any], as_json: bool) -> None:
                 counted(line["stopped"]),
             )
         out.print(table)
+    for one in board["failures"]:
+        out.print(
+            Text.assemble(
+                ("failed: ", "bold red"), f"{one['method']} {one['env']} seed {one['seed']}: {one['error']}"
+            ),
+            soft_wrap=True,
+        )
     seeds = board["question"]["seeds"]
     out.print(
         f"\n± half of a 95 % interval over {seeds} seeds; {board['cpu_seconds'] / 60:.1f} CPU minutes on {board['machine']}",
         highlight=False,
     )
     out.print(board["page"], soft_wrap=True, highlight=False)
+
+
+def _floor(floor: dict[str, Any]) -> str:
+    if floor.get("error"):
+        return f"no baselines: {floor['error']}"
+    return f"constant {floor['constant']:.3f}, random {floor['random']:.3f}"
 
 
 def _mean(value: dict[str, Any], sign: str = "") -> str:

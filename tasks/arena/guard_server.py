@@ -19,9 +19,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from tasks.arena.environment import Environment, Task, checked, cut
+from tasks.arena.environment import Environment, checked, cut
+from tasks.core.errors import UsageError
 
 LARGEST_REPLY = 1 << 20  # bytes
 
@@ -106,27 +107,35 @@ def _work(orders: Connection, env: Environment, limits: Limits) -> NoReturn:
         most = mapped + limits.memory
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         while True:
-            task, actions = pickle.loads(orders.recv_bytes())
-            orders.send_bytes(_reply(env, limits, task, actions))
+            call, *words = pickle.loads(orders.recv_bytes())
+            orders.send_bytes(_reply(env, limits, call, words))
     except (EOFError, ConnectionError):
         os._exit(0)
     finally:
         os._exit(1)
 
 
-def _reply(env: Environment, limits: Limits, task: Task, actions: Sequence[str]) -> bytes:
-    """One step as JSON: ["step", fields of the `Step`], or ["raised", what, whether the worker should be replaced]."""
+def _reply(env: Environment, limits: Limits, call: str, words: Sequence[Any]) -> bytes:
+    """What a method of the environment answers, as JSON: ["step", fields of the `Step`], ["value", what another method gave],
+    ["refused", sentence of the `UsageError` of another method], or ["raised", what, whether the worker should be replaced]."""
     try:
-        step = checked(env.step(task, actions))
-        least, greatest = limits.rewards
-        if not least <= step.reward <= greatest:
-            raise ValueError(f"the reward {step.reward} is not in [{least}, {greatest}]")
-        observation = cut(step.observation, limits.observation)
-        fields = [observation, step.done, step.reward, dict(step.components), step.valid]
-        reply = json.dumps(["step", *fields]).encode()
+        answer = getattr(env, call)(*words)
+        told = _step(answer, limits) if call == "step" else ["value", answer]
+        reply = json.dumps(told, default=float).encode()
         if len(reply) > LARGEST_REPLY:
             raise ValueError(f"the answer has {len(reply)} bytes")
     except BaseException as error:  # whatever an environment raises
+        if call != "step" and isinstance(error, UsageError):
+            return json.dumps(["refused", str(error)[:500]]).encode()
         what = f"{type(error).__name__}: {error}"[:500]
         return json.dumps(["raised", what, isinstance(error, MemoryError)]).encode()
     return reply
+
+
+def _step(answer: object, limits: Limits) -> list[Any]:
+    step = checked(answer)
+    least, greatest = limits.rewards
+    if not least <= step.reward <= greatest:
+        raise ValueError(f"the reward {step.reward} is not in [{least}, {greatest}]")
+    observation = cut(step.observation, limits.observation)
+    return ["step", observation, step.done, step.reward, dict(step.components), step.valid]

@@ -5,8 +5,8 @@ A step that takes too long, ends its process, uses too much memory, raises, or a
 died is replaced; since `step` is a pure function of task and actions, nothing is lost with it. Healthy steps are the same
 as without the guard, byte for byte, and the environment keeps its identity.
 
-A guard is against accidents: code that means harm belongs into `tasks.arena.sandbox`. Drawing tasks and the baseline are not
-guarded, they run here. Linux.
+The environment's choices, its expert and its baselines run in those processes too. A guard is against accidents: code that
+means harm belongs into `tasks.arena.sandbox`. Drawing tasks is not guarded, that runs here. Linux.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from tasks.arena.environment import Environment, Step, Task, Wrapper, get
+from tasks.arena.environment import Environment, Expert, Listed, Step, Task, Wrapper, get
 from tasks.arena.guard_server import LARGEST_REPLY, Limits
 from tasks.core.errors import ForebayError, Unavailable, UsageError
 
@@ -39,7 +40,7 @@ _SERVER = "import sys; sys.path[:] = sys.argv[2:]; from tasks.arena.guard_server
 
 
 class StepFault(ForebayError):
-    """A step hung, died, raised or gave nonsense; the sentence says which, in which environment."""
+    """A step, or another call, hung, died, raised or gave nonsense; the sentence says which, in which environment."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +51,8 @@ class _Worker:
 
 class Guarded(Wrapper):
     """`env` behind `workers` processes; close it, or use it as a context manager. For one thread at a time.
+
+    It is `Listed`, or has an `Expert`, if `env` is and has.
 
     Attributes:
         inside: the environment itself; it has to be picklable, and its module importable.
@@ -72,6 +75,10 @@ class Guarded(Wrapper):
             raise UsageError(
                 f"The environment {env.name} cannot be sent to a process of its own: {error}."
             ) from None
+        if isinstance(env, Listed):
+            self.choices = partial(self._ask, limits.seconds, "choices")
+        if isinstance(env, Expert):
+            self.expert = partial(self._ask, limits.seconds, "expert")
         self._workers: list[_Worker] = []
         self._start_server()
         try:
@@ -79,6 +86,19 @@ class Guarded(Wrapper):
         except BaseException:
             self.close()
             raise
+
+    def constant_baseline(self, tasks: Sequence[Task]) -> tuple[str, float]:
+        """See `Environment.constant_baseline`; it may take as long as one step for each task.
+
+        Raises:
+            StepFault: it failed.
+        """
+        action, reward = self._ask(self.limits.seconds * max(1, len(tasks)), "constant_baseline", tasks)
+        return str(action), float(reward)
+
+    def random_baseline(self, tasks: Sequence[Task], seed: int) -> float:
+        """See `Environment.random_baseline`; limits and failures as for `constant_baseline`."""
+        return float(self._ask(self.limits.seconds * max(1, len(tasks)), "random_baseline", tasks, seed))
 
     def step(self, task: Task, actions: Sequence[str]) -> Step:
         """See `Environment.step`.
@@ -101,13 +121,12 @@ class Guarded(Wrapper):
             UsageError: the guard is closed.
             Unavailable: no worker could be started.
         """
-        if not self._workers:
-            raise UsageError(f"The guarded environment {self.name} is closed.")
+        self._require_open()
         answers: dict[int, Step | Exception] = {}
         waiting: deque[tuple[int, bytes]] = deque()
         for i, (task, actions) in enumerate(turns):
             try:
-                waiting.append((i, pickle.dumps((task, list(actions)))))
+                waiting.append((i, pickle.dumps(("step", task, list(actions)))))
             except Exception as error:  # whatever the task's pickling raises
                 answers[i] = self._fault(f"could not be sent to its process: {error}")
         busy: dict[Connection, tuple[int, int, float]] = {}  # to which worker and turn, and until when
@@ -123,7 +142,8 @@ class Guarded(Wrapper):
                 for orders, (place, i, end) in list(busy.items()):
                     if orders in ready or end <= now:
                         del busy[orders]
-                        answers[i] = self._received(place) if orders in ready else self._hung(place)
+                        hung = orders not in ready
+                        answers[i] = self._hung(place, self.limits.seconds) if hung else self._received(place)
                         idle.append(place)
         except BaseException:  # an interrupt, or no worker to be had
             self.close()  # answers may be under way that nobody waits for any more
@@ -150,6 +170,29 @@ class Guarded(Wrapper):
     ) -> None:
         self.close()
 
+    def _ask(self, seconds: float, call: str, *words: Any) -> Any:
+        """Call a method of the environment in a worker; what it gives has to be made of JSON's types, a tuple comes as a list.
+
+        Raises:
+            StepFault: the call failed, or took longer than `seconds`. UsageError: the method's own, or the guard is closed.
+            Unavailable: no worker could be started.
+        """
+        self._require_open()
+        order = pickle.dumps((call, *words))
+        try:
+            ready = wait([self._send(0, order)], seconds)
+            answer = self._received(0, call) if ready else self._hung(0, seconds, call)
+        except BaseException:  # as in `steps`
+            self.close()
+            raise
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _require_open(self) -> None:
+        if not self._workers:
+            raise UsageError(f"The guarded environment {self.name} is closed.")
+
     def _send(self, place: int, order: bytes) -> Connection:
         """Give the order to the worker at `place`; one that died while it was idle is replaced and costs nothing."""
         try:
@@ -159,26 +202,31 @@ class Guarded(Wrapper):
             self._workers[place].orders.send_bytes(order)
         return self._workers[place].orders
 
-    def _received(self, place: int) -> Step | StepFault:
+    def _received(self, place: int, call: str = "step") -> Any:
+        """The answer of the worker at `place`, an exception where there is none."""
         try:
             kind, *rest = json.loads(self._workers[place].orders.recv_bytes(LARGEST_REPLY))
         except (EOFError, OSError, ValueError):  # it died, perhaps while it was writing
             status = self._replace(place)
             how = f"signal {-status}" if status < 0 else f"exit status {status}"
-            return self._fault(f"ended its process ({how})")
+            return self._fault(f"ended its process ({how})", call)
         if kind == "step":
             return Step(*rest)
+        if kind == "value":
+            return rest[0]
+        if kind == "refused":
+            return UsageError(rest[0])
         what, spent = rest
         if spent:
             self._replace(place)
-        return self._fault(f"failed: {what}")
+        return self._fault(f"failed: {what}", call)
 
-    def _hung(self, place: int) -> StepFault:
+    def _hung(self, place: int, seconds: float, call: str = "step") -> StepFault:
         self._replace(place)
-        return self._fault(f"took more than {self.limits.seconds:g} s and was ended")
+        return self._fault(f"took more than {seconds:g} s and was ended", call)
 
-    def _fault(self, what: str) -> StepFault:
-        return StepFault(f"A step of {self.name} {what}.")
+    def _fault(self, what: str, call: str = "step") -> StepFault:
+        return StepFault(f"{'A step' if call == 'step' else f'{call}()'} of {self.name} {what}.")
 
     def _replace(self, place: int) -> int:
         """End the worker at `place`, start another; the exit status of the old one."""
@@ -186,7 +234,7 @@ class Guarded(Wrapper):
         worker.orders.close()
         status = -signal.SIGKILL
         try:
-            status = int(self._ask(str(worker.pid).encode()))
+            status = int(self._order(str(worker.pid).encode()))
         except (OSError, ValueError):  # the server is gone
             with suppress(ProcessLookupError):
                 os.killpg(worker.pid, signal.SIGKILL)
@@ -199,7 +247,7 @@ class Guarded(Wrapper):
             ours, theirs = socket.socketpair()
             with ours, theirs:
                 try:
-                    pid = int(self._ask(b"start", theirs.fileno()))
+                    pid = int(self._order(b"start", theirs.fileno()))
                 except (OSError, ValueError):  # somebody killed the server
                     self._control.close()
                     self._server.kill()
@@ -211,7 +259,7 @@ class Guarded(Wrapper):
             f"No process could be started for the environment {self.name}; see to memory and process limits."
         )
 
-    def _ask(self, message: bytes, *fds: int) -> bytes:
+    def _order(self, message: bytes, *fds: int) -> bytes:
         socket.send_fds(self._control, [message], fds)
         return self._control.recv(64)
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from models.causal_lm import load_policy, load_tokenizer
-from tasks.arena.environment import Environment, Task, Wrapper, draw_up_to
+from tasks.arena.environment import Environment, Task, draw_up_to
 from tasks.arena.guarded import Environments, Limits
 from tasks.core.digest import canonical_json, digest_json, sha256_file, write_atomic
 from tasks.core.locks import file_lock
@@ -172,10 +172,9 @@ def _start(plan: Plan, root: Path, env: Environment) -> tuple[Path, dict[str, An
     done = folder / "start.json"
     with file_lock(root / "locks" / f"start-{plan.start_key()[:16]}.lock", timeout=float("inf")):
         if not done.exists():
-            inside = env.inside if isinstance(env, Wrapper) else env  # a guard passes no choices on
             settings = plan.arena.start
             if plan.policy is None:
-                start = start_from_scratch(inside, settings, plan.seed, folder)
+                start = start_from_scratch(env, settings, plan.seed, folder)
             else:
                 start = start_from_own(
                     env, Path(plan.policy), settings, plan.seed, folder,

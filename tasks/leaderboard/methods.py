@@ -6,6 +6,7 @@ S1; VESPO: 2602.10693). SAMPO is the combination that it ends with.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Final
 
 from tasks.core.settings import build_section
@@ -29,23 +30,23 @@ METHODS: Final[dict[str, Method]] = {
     "cispo": Method(clipping=Clipping(objective="cispo", options={"eps_lo": 1.0, "eps_hi": 0.2})),
     "vespo": Method(clipping=Clipping(objective="vespo", unit="trajectory")),
     "gigpo": Method(clipping=Clipping(objective="grpo", options=_WIDE), advantage="gigpo"),
-    "empg": Method(clipping=Clipping(objective="grpo", options=_WIDE), advantage="empg"),
+    "empg": Method(clipping=Clipping(objective="grpo", options=_WIDE), advantage="empg_per_turn"),
     "sampo": Method(
         clipping=Clipping(objective="sampo", options=_SEQUENCE), advantage="gigpo", filtering=True
     ),
 }
 
-_PENALISED = {"gigpo", "gigpo_mean", "group_norm_per_turn"}  # advantages that know a format penalty
-
 
 def training_settings(method: Method, recipe: Recipe, name: str = "") -> TrainingSettings:
     """Return how the trainer is to run `method`: on fresh groups of the policy in training, several updates a round.
+
+    An advantage that has a constant `penalty`, one of the user's own too, gets the recipe's format penalty as that.
 
     Raises:
         UsageError: the method names what does not exist; `name` is the method's in the sentence.
     """
     options = dict(method.advantage_options)
-    if method.advantage in _PENALISED:
+    if _has_penalty(method.advantage):
         options.setdefault("penalty", recipe.format_penalty)
     values = {
         "objective": method.clipping.objective,
@@ -70,3 +71,14 @@ def training_settings(method: Method, recipe: Recipe, name: str = "") -> Trainin
         "checkpoint_every": max(recipe.updates_per_round, 10),
     }
     return build_section(TrainingSettings, values, f"arena.methods.{name}")
+
+
+def _has_penalty(advantage: str) -> bool:
+    from models import advantages  # takes torch with it
+
+    try:
+        return "penalty" in signature(advantages.get(advantage).estimate).parameters
+    except (
+        ValueError
+    ):  # there is none of this name, which the settings say, or it tells nothing of its constants
+        return False

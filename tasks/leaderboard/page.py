@@ -18,17 +18,32 @@ _PLAUSIBLE = 0.05  # share of the resamples in which another method is first, ab
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """What an environment's held-out tasks give without any skill: the best constant action and a blind choice."""
+    """What an environment's held-out tasks give without any skill: the best constant action and a blind choice.
+
+    None where the environment did not live through it; then `error` says why.
+    """
 
     tasks: int
-    constant: float
-    constant_action: str
-    random: float
+    constant: float | None
+    constant_action: str | None
+    random: float | None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A cell without a result; `error` says why, in a sentence."""
+
+    env: str
+    method: str
+    seed: int
+    key: str
+    error: str
 
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """Everything that a page shows."""
+    """Everything that a page shows; `results` are of the cells that finished."""
 
     ranks: Sequence[Rank]
     lines: Sequence[Line]
@@ -38,13 +53,21 @@ class Board:
     cpu_seconds: float
     machine: str
     recipe: str
+    failures: Sequence[Failure] = ()
+
+    def unranked(self) -> list[str]:
+        """The methods that have no rank, for want of a cell that another method has."""
+        ranked = {one.method for one in self.ranks}
+        names = [*(one.method for one in self.lines), *(one.method for one in self.failures)]
+        return [name for name in dict.fromkeys(names) if name not in ranked]
 
 
 def leaderboard_page(board: Board) -> str:
     """Return the page as HTML; it loads nothing from elsewhere."""
     envs = list(dict.fromkeys(line.env for line in board.lines))
     sections = (
-        _order(board),
+        *([_order(board)] if board.ranks else []),
+        *([_failed(board)] if board.failures else []),
         *(_environment(board, env) for env in envs),
         *(_courses(board, env) for env in envs),
     )
@@ -52,11 +75,11 @@ def leaderboard_page(board: Board) -> str:
     page = template("tasks.leaderboard", "leaderboard.html.jinja")
     return str(
         page.render(
-            says=verdict(board.ranks),
+            says=verdict(board.ranks, board.unranked()),
             runs=runs,
             seeds=seeds,
             envs=len(envs),
-            methods=len(board.ranks),
+            methods=len(board.ranks) + len(board.unranked()),
             cpu_minutes=board.cpu_seconds / 60,
             machine=board.machine,
             recipe=board.recipe,
@@ -65,11 +88,18 @@ def leaderboard_page(board: Board) -> str:
     )
 
 
-def verdict(ranks: Sequence[Rank]) -> str:
-    """Return in a sentence who leads, and how firmly."""
+def verdict(ranks: Sequence[Rank], unranked: Sequence[str] = ()) -> str:
+    """Return in a sentence who leads, and how firmly; and in another one who has no rank."""
+    said = _leader(ranks) if ranks else "No order: no method has every cell."
+    return f"{said} Not ranked, for cells that failed: {listed(unranked)}." if ranks and unranked else said
+
+
+def _leader(ranks: Sequence[Rank]) -> str:
+    if len(ranks) == 1:
+        return f"No order: {ranks[0].method} stands alone."
     first = [one for one in ranks if one.rank <= ranks[0].rank + 1e-9]
     names = listed([one.method for one in first])
-    if len(first) == len(ranks) > 1:
+    if len(first) == len(ranks):
         return f"No order: {names} have the same mean rank."
     head = f"{names} {'lead' if len(first) > 1 else 'leads'}, with a mean rank of {first[0].rank:.1f}"
     if first[0].best is None:
@@ -103,14 +133,24 @@ def _order(board: Board) -> Section:
     )
 
 
+def _failed(board: Board) -> Section:
+    rows = tuple((one.method, one.env, str(one.seed), one.error) for one in board.failures)
+    return Section(
+        "Cells without a result",
+        says=("A method without a cell that another one has is shown and not ranked.",),
+        table=Table(("method", "environment", "seed", "why"), rows),
+    )
+
+
 def _environment(board: Board, env: str) -> Section:
     floor, start = board.floors[env], board.starts[env]
     found = [line for line in board.lines if line.env == env]
     names = list(found[0].figures)
-    heads = ("method", *names, "gain", "CPU s", "episodes", "trouble")
+    heads = ("method", "seeds", *names, "gain", "CPU s", "episodes", "trouble")
     rows = tuple(
         (
             line.method,
+            str(line.seeds),
             *(_mean(line.figures[name]) for name in names),
             _mean(line.gain, signed=True),
             f"{line.cpu_seconds:.0f}",
@@ -121,11 +161,16 @@ def _environment(board: Board, env: str) -> Section:
     )
     return Section(
         env,
-        says=(
-            f"{floor.tasks} held-out tasks. Start {_mean(start)}; always “{floor.constant_action}” "
-            f"{number(floor.constant)}; a blind choice {number(floor.random)}.",
-        ),
+        says=(f"{floor.tasks} held-out tasks. Start {_mean(start)}; {_floor(floor)}",),
         table=Table(heads, rows),
+    )
+
+
+def _floor(floor: Floor) -> str:
+    if floor.error:
+        return f"no baselines: {floor.error}"
+    return (
+        f"always “{floor.constant_action}” {number(floor.constant)}; a blind choice {number(floor.random)}."
     )
 
 

@@ -125,22 +125,24 @@ def over_seeds(values: Sequence[float]) -> Mean:
 def ranks(results: Sequence[Mapping[str, Any]]) -> list[Rank]:
     """Return the order of the methods, best first, with its stability under other seeds.
 
-    Only seeds that every method has on every environment count; a method that lacks one of the others' environments is
-    refused.
-
-    Raises:
-        ValueError: there is no such seed.
+    A method that lacks a cell (environment and seed) which another one has is not ranked: which of its runs fail may depend on
+    how it does. A seed that is lacking on an environment altogether says nothing of the methods and does not count.
     """
-    methods = list(dict.fromkeys(one["method"] for one in results))
-    envs = list(dict.fromkeys(one["env"] for one in results))
     table = {(one["env"], one["method"], one["seed"]): _figure(one["after"], "success") for one in results}
+    cells = {(env, seed) for env, _, seed in table}
+    methods = [
+        method
+        for method in dict.fromkeys(one["method"] for one in results)
+        if all((env, method, seed) in table for env, seed in cells)
+    ]
+    envs = list(dict.fromkeys(one["env"] for one in results))
     seeds = [
         seed
         for seed in dict.fromkeys(one["seed"] for one in results)
-        if all((env, method, seed) in table for env in envs for method in methods)
+        if all((env, seed) in cells for env in envs)
     ]
-    if not seeds:
-        raise ValueError("no seed was run with every method on every environment")
+    if not (methods and seeds):
+        return []
     success = np.array([[[table[e, m, s] for s in seeds] for m in methods] for e in envs])  # [E, M, S]
     each = _ranked(success).mean(0)  # [M, S]
     rng = np.random.default_rng(0)

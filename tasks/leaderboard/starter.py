@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 from models.causal_lm import load_policy, load_tokenizer, template_digest, tokenizer_digest
 from models.from_scratch import Shape, make_policy
 from tasks.arena.environment import Environment, Expert, Listed, Step, Task, draw_up_to, verifier_digest
+from tasks.arena.guarded import StepFault
 from tasks.arena.memory import memory_turns
 from tasks.arena.playing import ListedEnvironment
 from tasks.core.digest import digest_json, digest_tree, sha256_bytes, sha256_file
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 FULL = 1.0  # reward of an episode that is worth cloning
 EPOCH = "1970-01-01T00:00:00+00:00"  # a start is a function of its inputs, the time is none of them
 _ROUNDS = 64  # of demonstrations over the tasks, until there are enough with full reward
+_FAULTS = 20  # demonstrations in a row that the environment did not live through: each may cost as long as a step may take
 _TOKENISED = 2000  # episodes from whose texts the vocabulary is made
 
 
@@ -137,16 +139,27 @@ def clone(
 def demonstrations(env: Environment, settings: Start, seed: int) -> list[tuple[Task, list[tuple[str, Step]]]]:
     """Play training tasks until enough episodes earned the full reward: [(task, [(action, answer)])].
 
+    An episode in which a guarded `env` hangs, dies or raises is not shown.
+
     Raises:
-        UsageError: the environment has no list of actions. Refused: too few earned the full reward.
+        UsageError: the environment has no list of actions. Refused: too few earned the full reward, or it fails again and
+            again.
     """
     listed = require_actions(env)
     rng = random.Random(f"{env.name}/demonstrations/{seed}")
     tasks = draw_up_to(env, "train", settings.demonstrations, seed)
     kept: list[tuple[Task, list[tuple[str, Step]]]] = []
+    faults = 0
     for _ in range(_ROUNDS):
         for task in tasks:
-            turns = list(_demonstrated(listed, task, rng, settings.noise))
+            try:
+                turns = list(_demonstrated(listed, task, rng, settings.noise))
+            except StepFault as fault:
+                faults += 1
+                if faults == _FAULTS:
+                    raise Refused(f"{faults} demonstrations in a row were cut short. {fault}") from None
+                continue
+            faults = 0
             if turns[-1][1].reward >= FULL:
                 kept.append((task, turns))
             if len(kept) == settings.demonstrations:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from models.causal_lm import weights_digest
 from tasks.arena.environment import Environment
 from tasks.core.digest import digest_json, sha256_bytes, sha256_file, write_atomic, write_file_atomic
 from tasks.core.settings import Collect
@@ -55,7 +56,7 @@ def fresh_source(sampling: Sampling, tokenizer: PreTrainedTokenizerBase) -> Fres
 
     A shard that is there already with the digest beside it is taken as it is: a resumed run learns from the bytes
     that it learnt from before. Anything else is sampled again. The episodes are marked as `agent/<n>+<updates>`:
-    written by that agent's successor in the making.
+    written by that agent's successor in the making, whose weights the digest beside it stands for.
     """
     return partial(_collect, sampling, tokenizer)
 
@@ -74,7 +75,8 @@ def _collect(
         start, settings = sampling.start, sampling.settings
         identity = BehaviourIdentity(
             f"{start.version}+{updates}",
-            digest_json(["run", sampling.key, "updates", updates]),
+            # Not the number of updates: a run that goes back and on another way comes by the same number again.
+            digest_json(["run", sampling.key, "weights", weights_digest(model)]),
             start.tokenizer_digest,
             start.template_digest,
         )

@@ -20,7 +20,7 @@ OBJECTIVES: Final = (
     *("sequence_tis", "tis", "topr", "vespo", "vespo_trl"),
 )
 ADVANTAGES: Final = (
-    *("empg", "gigpo", "gigpo_mean", "group_mean", "group_norm", "group_norm_discounted"),
+    *("empg", "empg_per_turn", "gigpo", "gigpo_mean", "group_mean", "group_norm", "group_norm_discounted"),
     *("group_norm_per_turn", "group_norm_population", "group_norm_to_go", "group_norm_trl", "leave_one_out"),
 )
 MASK: Final = 0.15  # sequence mask after a collapse began; measured in benchmarks/collapse.py

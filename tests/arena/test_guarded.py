@@ -13,11 +13,12 @@ import psutil
 import pytest
 
 from tasks.arena.calculator import Calculator
-from tasks.arena.environment import Environment, Step, cut, get, verifier_digest
+from tasks.arena.environment import Environment, Expert, Listed, Step, cut, get, verifier_digest
 from tasks.arena.guarded import Guarded, Limits, StepFault
 from tasks.arena.largest import Largest
 from tasks.core.errors import UsageError
 from tests.arena.faulty import FAULTS, FLOOD, Faulty
+from tests.leaderboard import doors
 
 QUICK = Limits(seconds=0.5, memory=200 << 20)
 
@@ -50,6 +51,34 @@ def test_a_healthy_environment_is_the_same_with_a_guard(name: str) -> None:
         assert repr(guarded.step(*turns[0])) == repr(env.step(*turns[0]))
         assert guarded.steps([]) == []
         assert guarded.restarts == 0
+
+
+def test_choices_expert_and_baselines_are_those_of_the_environment() -> None:
+    env = doors.sleepy()
+    with Guarded(env, QUICK) as guarded, Guarded(Calculator()) as another:
+        assert isinstance(guarded, Listed)
+        assert isinstance(guarded, Expert)
+        assert not isinstance(another, Listed | Expert)
+        task, *tasks = guarded.tasks("train", 2, 0)
+        assert guarded.choices(task) == env.choices(task)
+        assert guarded.expert(task, []) == env.expert(task, [])
+        with pytest.raises(UsageError, match="waits at this door already"):  # the environment's own word
+            guarded.expert(task, ["wait"])
+        with pytest.raises(StepFault, match=r"constant_baseline\(\) of .*:sleepy took more than 0.5 s"):
+            guarded.constant_baseline(tasks)
+        with pytest.raises(StepFault, match=r"expert\(\) of .*:sleepy failed: TypeError"):
+            guarded.expert(task)  # type: ignore[call-arg]
+        assert guarded.choices(task) == env.choices(
+            task
+        )  # by the process that took the place of the one that hung
+        with pytest.raises(UsageError, match="at least one task"):
+            guarded.random_baseline([], 0)
+    with Guarded(doors.plain(), QUICK) as guarded:
+        tasks = guarded.tasks("train", 20, 0)
+        assert guarded.constant_baseline(tasks) == doors.plain().constant_baseline(tasks)
+        assert guarded.random_baseline(tasks, 3) == doors.plain().random_baseline(tasks, 3)
+    with pytest.raises(UsageError, match="is closed"):
+        guarded.choices(task)
 
 
 WHAT = {

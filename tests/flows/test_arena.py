@@ -95,6 +95,63 @@ def test_the_same_question_is_found_and_shown_again(compared):
     assert last_board(context)["ranks"] == board["ranks"]
 
 
+SMALL = {
+    "start": {**ARENA["start"], "demonstrations": 16, "steps": 20},
+    "recipe": {"steps": 2, "groups_per_step": 2, "group_size": 2, "first_groups": 1},
+    "judging": {"tasks": 4, "samples": 2},
+}
+PLAIN, SHUT, SLEEPY = (f"tests.leaderboard.doors:{name}" for name in ("plain", "shut", "sleepy"))
+
+
+@pytest.mark.slow
+def test_a_cell_that_fails_costs_only_itself_and_is_tried_again(tmp_path: Path, tiny_base: Path):
+    """A filter of which nothing is left, an environment that is not to be had, and one that hangs now and then."""
+    context = lay_workspace(tmp_path / "ws", tiny_base, arena=SMALL, guard={"seconds": 1})
+    root = context.workspace.root
+    asked = ("--methods", "grpo,dapo", "--seeds", "1", "--workers", "2", "--envs", f"{PLAIN},{SHUT},{SLEEPY}")
+    (root / "shut").touch()
+    done = forebay(root, "arena", "run", *asked, "--json", timeout=400)
+    assert done.returncode == 5, done.stderr
+    board = json.loads(done.stdout)
+    failed = {(one["env"], one["method"]): one for one in board["failures"]}
+    assert {key for key in failed if key[0] == SHUT or key[1] == "grpo"} == {(SHUT, "grpo"), (SHUT, "dapo")}
+    assert failed[SHUT, "grpo"]["error"] == "RuntimeError: The house is shut."
+    assert "No group" in failed[PLAIN, "dapo"]["error"]
+    assert [one["method"] for one in board["ranks"]] == ["grpo"]
+    assert board["unranked"] == ["dapo"]
+    lines = {(line["env"], line["method"]) for line in board["lines"]}
+    assert {(PLAIN, "grpo"), (SLEEPY, "grpo")} <= lines
+    assert lines.isdisjoint(failed)
+    # The one that hangs when one action is tried has no baselines, and everything else.
+    assert set(board["floors"]) == {PLAIN, SLEEPY}
+    assert "constant_baseline() of" in board["floors"][SLEEPY]["error"]
+    assert board["floors"][PLAIN]["constant"] >= 0.25
+    page = (root / board["page"]).read_text()
+    assert "The house is shut." in page
+    tracked = context.registry._find_run("arena", failed[SHUT, "grpo"]["key"])
+    assert tracked is not None
+    assert (tracked.info.status, tracked.data.tags["error"]) == ("FAILED", "RuntimeError: The house is shut.")
+    shown = forebay(root, "arena", "show")
+    assert shown.returncode == 0
+    for text in (
+        "not ranked",
+        f"failed: grpo {SHUT} seed 0: RuntimeError: The house is shut.",
+        "no baselines",
+    ):
+        assert text in shown.stdout
+
+    kept = {path: path.stat().st_mtime_ns for path in root.glob(".forebay/arena/cells/*/result.json")}
+    (root / "shut").unlink()
+    again = forebay(root, "arena", "run", "--methods", "grpo", *asked[2:], "--json", timeout=400)
+    assert again.returncode == 0, again.stderr
+    whole = json.loads(again.stdout)
+    assert (whole["failures"], whole["unranked"], len(whole["lines"])) == ([], [], 3)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    tracked = context.registry._find_run("arena", failed[SHUT, "grpo"]["key"])
+    assert tracked is not None
+    assert tracked.info.status == "FINISHED"
+
+
 @pytest.mark.parametrize(
     ("envs", "methods", "says"),
     [

@@ -9,16 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks.arena.environment import draw_up_to, get
-from tasks.arena.guarded import Limits
+from tasks.arena.guarded import Guarded, Limits
 from tasks.core.digest import digest_tree
 from tasks.core.errors import Refused, UsageError
 from tasks.leaderboard import cell
 from tasks.leaderboard.cell import Plan, as_job, from_job, run_cell
 from tasks.leaderboard.methods import METHODS, training_settings
-from tasks.leaderboard.settings import Arena, Judging, Recipe, Start
+from tasks.leaderboard.settings import Arena, Judging, Method, Recipe, Start
 from tasks.leaderboard.starter import demonstrations, start_from_own, start_from_scratch
 from tasks.training.curve import read_curve
 from tasks.training.trainer import check
+from tests.leaderboard import doors
 
 ENV = "minigrid/BabyAI-GoToLocalS5N2"
 ARENA = Arena(
@@ -50,6 +51,27 @@ def test_the_dimensions_are_independent_and_sampo_is_their_combination():
     )
 
 
+def own_advantage(outcomes, *, scale: float = 1.0, penalty: float = 0.0):
+    return scale * (outcomes.rewards[outcomes.trajectory] - penalty * (~outcomes.valid).double())
+
+
+@pytest.mark.parametrize(
+    ("advantage", "given"),
+    [
+        ("empg_per_turn", {"penalty": 0.2}),
+        ("group_norm_to_go", {"penalty": 0.2}),
+        (f"{__name__}:own_advantage", {"penalty": 0.2}),
+        ("empg", {}),
+        ("group_norm", {}),
+    ],
+)
+def test_the_format_penalty_goes_to_every_advantage_that_has_one(advantage, given):
+    settings = training_settings(Method(advantage=advantage), Recipe(format_penalty=0.2))
+    assert settings.advantage_options == given
+    own = Method(advantage=advantage, advantage_options=dict.fromkeys(given, 0.7))
+    assert training_settings(own, Recipe()).advantage_options == dict.fromkeys(given, 0.7)
+
+
 def test_demonstrations_earn_everything_and_without_noise_are_the_experts():
     env = get(ENV)
     for task, turns in demonstrations(env, ARENA.start, 0):
@@ -63,6 +85,24 @@ def test_demonstrations_earn_everything_and_without_noise_are_the_experts():
 def test_an_environment_without_a_list_of_actions_cannot_be_shown():
     with pytest.raises(UsageError, match=r"calculator has no list of actions.*arena\.start\.policy"):
         demonstrations(get("calculator"), ARENA.start, 0)
+
+
+def test_an_environment_that_hangs_now_and_then_is_shown_without_those_episodes():
+    settings = ARENA.start.model_copy(update={"demonstrations": 12, "noise": 0.5})
+    with Guarded(doors.sleepy(), Limits(seconds=0.2)) as env:
+        played = demonstrations(env, settings, 0)
+        assert env.restarts > 0
+    assert len(played) == 12
+    assert all(turns[-1][0] == task.payload["side"] for task, turns in played)
+
+
+def test_an_environment_that_always_hangs_is_given_up():
+    with Guarded(doors.bed(), Limits(seconds=0.1)) as env:
+        with pytest.raises(
+            Refused, match=r"20 demonstrations in a row.*A step of .*:bed took more than 0.1 s"
+        ):
+            demonstrations(env, ARENA.start, 0)
+        assert env.restarts == 20
 
 
 def test_a_model_that_never_earns_anything_is_no_start(tiny, tmp_path):

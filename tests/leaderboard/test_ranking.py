@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tasks.leaderboard.page import Board, Floor, leaderboard_page, verdict
+from tasks.leaderboard.page import Board, Failure, Floor, leaderboard_page, verdict
 from tasks.leaderboard.ranking import lines, over_seeds, ranks
 
 
@@ -120,11 +120,39 @@ def test_intervals_of_ranks_hold_among_equal_methods(seeds: int):
     assert np.mean(held) > 0.91
 
 
-def test_only_seeds_that_all_have_count():
-    short = [one for one in CLEAR if (one["method"], one["env"], one["seed"]) != ("poor", "b", 2)]
-    assert ranks(short)[0].success == pytest.approx(0.805)
-    with pytest.raises(ValueError, match="no seed"):
-        ranks([one for one in CLEAR if (one["method"], one["env"]) != ("poor", "b")])
+def without(*cells: tuple[str, str, int]) -> list[dict]:
+    return [one for one in CLEAR if (one["method"], one["env"], one["seed"]) not in cells]
+
+
+def test_a_method_without_a_cell_that_others_have_is_shown_and_not_ranked():
+    short = without(("fair", "b", 2))
+    # The two others are ranked over all that they have, as if there were no third.
+    assert [(one.method, one.rank, one.success) for one in ranks(short)] == [
+        ("good", 1.0, pytest.approx(0.81)),
+        ("poor", 2.0, pytest.approx(0.31)),
+    ]
+    seeds = {(line.env, line.method): line.seeds for line in lines(short)}
+    assert (seeds["a", "fair"], seeds["b", "fair"]) == (3, 2)
+    board = Board(ranks(short), lines(short), {}, {}, short, 0.0, "", "")
+    assert board.unranked() == ["fair"]
+
+
+def test_a_seed_that_no_method_has_does_not_count():
+    short = without(*((name, "b", 2) for name in ("good", "fair", "poor")))
+    assert [(one.method, one.rank) for one in ranks(short)] == [("good", 1.0), ("fair", 2.0), ("poor", 3.0)]
+    assert ranks(short)[0].success == pytest.approx(0.805)  # of seeds 0 and 1
+
+
+def test_an_environment_that_no_method_finished_is_left_out():
+    short = [one for one in CLEAR if one["env"] == "a"]
+    assert [one.rank for one in ranks(short)] == [1.0, 2.0, 3.0]
+
+
+def test_without_a_method_that_has_every_cell_there_is_no_order():
+    short = without(("good", "a", 0), ("fair", "a", 1), ("poor", "a", 2))
+    assert ranks(short) == ranks([]) == []
+    assert verdict([]) == "No order: no method has every cell."
+    assert verdict(ranks(CLEAR)[:1]) == "No order: good stands alone."
 
 
 def test_gains_are_paired_with_the_start_and_collapses_counted():
@@ -159,5 +187,24 @@ def test_the_page_says_who_leads_and_against_what():
         "From scratch.",
     ):
         assert text in page
+    assert "Cells without a result" not in page
     assert page.count("<svg") >= 3 + 6  # ranks, and a curve for each method on each environment
     assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_page_names_the_cells_that_failed_and_who_is_not_ranked():
+    short = without(("fair", "b", 0), ("fair", "b", 1), ("fair", "b", 2))
+    failures = [Failure("b", "fair", seed, "key", "All groups are <alike>.") for seed in range(3)]
+    floors = {env: Floor(10, 0.15, "left", 0.25) for env in ("a", "b")}
+    starts = {env: over_seeds([0.2, 0.2, 0.2]) for env in ("a", "b")}
+    page = leaderboard_page(Board(ranks(short), lines(short), floors, starts, short, 1.0, "", "", failures))
+    assert "good leads, with a mean rank of 1.0. Not ranked, for cells that failed: fair." in page
+    assert page.count("All groups are &lt;alike&gt;.") == 3
+    assert "3 methods" in page
+
+
+def test_a_comparison_of_failures_alone_still_has_a_page():
+    failures = [Failure("a", "m", 0, "key", "It hung.")]
+    page = leaderboard_page(Board([], [], {}, {}, [], 0.0, "", "", failures))
+    assert "No order: no method has every cell." in page
+    assert "It hung." in page

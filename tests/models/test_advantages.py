@@ -333,6 +333,47 @@ def test_worked_empg():
     assert close(empg(same, zeta=0.0), [0, 0, 0], 1e-12)
 
 
+PENALISED = [10.0, 10, 10, 0, -0.1, 0]  # ARL-Arena's worked example: the scores of the six turns
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "scores"),
+    [
+        ("group_norm_per_turn", {}, PENALISED),
+        # Without confidence and bonus, EMPG is what it multiplies, less the mean of the batch (which is 0 here).
+        ("empg_per_turn", {"k": 0.0, "zeta": 0.0}, PENALISED),
+        # The step returns: taken off after discounting, so that the turn before does not pay.
+        ("group_norm_to_go", {"gamma": 0.95, "penalty": 0.1}, [9.025, 9.5, 10, 0, -0.1, 0]),
+    ],
+)
+def test_a_turn_that_broke_the_format_pays_alone_whatever_compares_turns(name, options, scores):
+    outcomes = changed(worked(), entropies=torch.linspace(0.1, 0.6, 6, dtype=D))
+    found = get(name).estimate(outcomes, **options)
+    assert close(found, reference("group_norm", scores, [0] * 6))
+    if scores is PENALISED:
+        assert close(found, [0.912851] * 3 + [-0.906785, -0.924982, -0.906785])
+
+
+def test_empg_of_turns_counts_the_penalty_by_confidence():
+    """The turns of B alone: normalised scores times exp(-H) over its mean, less the mean."""
+    entropies = [0.2, 0.8, 0.5]
+    outcomes = Outcomes(
+        torch.tensor([0.0], dtype=D),
+        torch.tensor([0]),
+        torch.tensor([0, 0, 0]),
+        torch.tensor([0, 1, 2]),
+        valid=torch.tensor([True, False, True]),
+        entropies=torch.tensor(entropies, dtype=D),
+    )
+    normed = reference("group_norm", [0, -0.1, 0], [0, 0, 0])
+    mixed = [a * g for a, g in zip(normed, [1.519441, 0.558971, 0.921588], strict=True)]
+    found = get("empg_per_turn").estimate(outcomes, zeta=0.0)
+    assert close(found, [value - sum(mixed) / 3 for value in mixed], 1e-5)
+    assert found[1] < 0 < found[2] < found[0]
+    unpunished = get("empg_per_turn").estimate(outcomes, zeta=0.0, penalty=0.0)
+    assert not unpunished.any()
+
+
 def test_empg_shifts_credit_to_confident_turns_and_leaves_the_mean_at_zero():
     outcomes = changed(worked(), entropies=torch.tensor([0.1, 2.0, 0.3, 0.1, 2.0, 0.3], dtype=D))
     found = empg(outcomes, zeta=0.0)
