@@ -32,12 +32,14 @@ def heldout_tasks(context: Context) -> dict[str, list[Task]]:
 
     Another `evaluation.rotation` draws others; a family with few prompts may draw some of them again.
     """
-    from tasks.arena.environment import get
+    from tasks.arena.environment import get, plain_name
 
     settings = context.settings.evaluation
     turn = (settings.rotation,) if settings.rotation else ()
     return {
-        name: get(name).tasks("heldout", n, derive_seed(context.settings.seed, name, "heldout", *turn))
+        name: get(name).tasks(
+            "heldout", n, derive_seed(context.settings.seed, plain_name(name), "heldout", *turn)
+        )
         for name, n in settings.tasks.items()
     }
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 
@@ -24,6 +25,34 @@ def oldest_read(turns: Sequence[int], turn: int, memory: int) -> int:
         turns: [T] the turn of each response token so far, ascending; an observation has that of the action it answers.
     """
     return bisect_left(turns, turn - memory)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A turn in a response: tokens `read`..`start` are what it was written from beside the prompt, `start`..`stop` are its own
+    up to the last trained one."""
+
+    read: int
+    start: int
+    stop: int
+
+
+def spans(trained: Sequence[bool], turns: Sequence[int], memory: int) -> list[Span]:
+    """The turns that have trained tokens, in their order; the arguments are those of `turn_samples`.
+
+    Raises:
+        ValueError: a memory below 1, or another number of turns than of response tokens.
+    """
+    if memory < 1:
+        raise ValueError(f"a memory of {memory} turns has no place for the newest observation")
+    if len(turns) != len(trained):
+        raise ValueError(f"{len(turns)} turn numbers for {len(trained)} response tokens")
+    numbers, places = np.asarray(turns, np.int64), np.flatnonzero(np.asarray(trained, dtype=bool))
+    # The last trained token of each turn that has one.
+    last = places[np.flatnonzero(np.diff(numbers[places], append=-1))]
+    wrote = numbers[last]
+    read, start = np.searchsorted(numbers, wrote - memory), np.searchsorted(numbers, wrote)
+    return [Span(*bounds) for bounds in zip(read.tolist(), start.tolist(), (last + 1).tolist(), strict=True)]
 
 
 def turn_samples(sample: Sample, turns: Sequence[int], memory: int) -> list[Sample]:
@@ -40,17 +69,18 @@ def turn_samples(sample: Sample, turns: Sequence[int], memory: int) -> list[Samp
     Raises:
         ValueError: a memory below 1, or another number of turns than of response tokens.
     """
-    if memory < 1:
-        raise ValueError(f"a memory of {memory} turns has no place for the newest observation")
-    if len(turns) != len(sample.response_ids):
-        raise ValueError(f"{len(turns)} turn numbers for {len(sample.response_ids)} response tokens")
-    numbers = np.asarray(turns)
-    trained: Any = np.asarray(sample.trained, dtype=bool)
-    found = []
-    for turn in np.unique(numbers[trained]):
-        read = oldest_read(turns, turn, memory)
-        start = int(np.searchsorted(numbers, turn))
-        stop = 1 + int(np.flatnonzero(trained & (numbers == turn))[-1])
-        prompt = [*sample.prompt_ids, *sample.response_ids[read:start]]
-        found.append(Sample(prompt, sample.response_ids[start:stop], trained[start:stop], sample.temperature))
-    return found
+    prompt, response = (np.asarray(ids, np.int64) for ids in (sample.prompt_ids, sample.response_ids))
+    return [
+        Sample(
+            _ids(np.concatenate([prompt, response[one.read : one.start]])),
+            _ids(response[one.start : one.stop]),
+            sample.trained[one.start : one.stop],
+            sample.temperature,
+        )
+        for one in spans(sample.trained, turns, memory)
+    ]
+
+
+def _ids(values: Any) -> Sequence[int]:
+    """An array, which is a sequence of integers to all who read it."""
+    return cast("Sequence[int]", values)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from tasks.core.digest import digest_json, sha256_bytes
 from tasks.core.errors import Unavailable, UsageError
+from tasks.replay.schema import DEEP_THINKING, INVALID_TURNS, MEMORY_TURNS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -225,11 +226,14 @@ def checked(step: object) -> Step:
 
     Raises:
         TypeError: it is no `Step`, or its fields have other types than theirs.
-        ValueError: a number is not finite, or a text has no UTF-8 form.
+        ValueError: a number is not finite, a text has no UTF-8 form, or a component has a name of ours.
     """
     if not isinstance(step, Step):
         raise TypeError(f"the answer is of type {type(step).__name__}, not Step")
     texts = {"observation": step.observation} | {f"component {name!r}": name for name in step.components}
+    ours = {INVALID_TURNS, MEMORY_TURNS, DEEP_THINKING} & {*step.components}
+    if ours:
+        raise ValueError(f"the component {min(ours)!r} has a name that Forebay keeps for itself")
     numbers = {"reward": step.reward} | {f"component {name!r}": n for name, n in step.components.items()}
     for name, text in texts.items():
         if not isinstance(text, str):
@@ -378,7 +382,13 @@ _SOURCES: Mapping[str, _Source] = {
     "textarena": _Source("tasks.arena.textarena_games:GAMES", "tasks.arena.textarena_games:make", "textarena"),
     "reasoning_gym": _Source("tasks.arena.reasoning:dataset_names", "tasks.arena.reasoning:ReasoningGym"),
 }  # fmt: skip
-_REMEMBERED = re.compile(r"memory_(\d+)/(.+)")
+_REMEMBERED = re.compile(r"memory_(0|[1-9][0-9]{0,9})/(.+)")
+
+
+def plain_name(name: str) -> str:
+    """The name without a memory: of the environment that draws the tasks and says what they are worth."""
+    remembered = _REMEMBERED.fullmatch(name)
+    return remembered[2] if remembered else name
 
 
 def names() -> list[str]:

@@ -8,10 +8,13 @@ are those of the environment inside. The recipe of ARL-Arena (arXiv 2602.21534, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from tasks.arena.environment import Environment, Split, Task, Wrapper
 from tasks.core.errors import UsageError
+from tasks.replay.schema import MOST_TURNS
+
+# What only some environments can do. Set on the object, for later versions of Python look for them there.
+_ABILITIES = ("choices", "expert", "hack", "picture", "steps")
 
 
 @dataclass(frozen=True)
@@ -25,18 +28,16 @@ class Memory(Wrapper):
     memory_turns: int
 
     def __post_init__(self) -> None:
-        if self.memory_turns < 1:
+        if not 1 <= self.memory_turns <= MOST_TURNS:
             raise UsageError(
-                f"A memory of {self.memory_turns} turns has no place for what the environment answered last; "
-                f"name memory_1/{self.inside.name} or more."
+                f"A memory of {self.memory_turns} turns cannot be: the newest is needed, for what the environment answered "
+                f"last, and an episode has at most {MOST_TURNS}; name memory_1/{self.inside.name} or more."
             )
         if isinstance(self.inside, Memory):
             raise UsageError(f"{self.inside.name} has a memory already; name one.")
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "inside":  # asked for while an object is unpickled
-            raise AttributeError(name)
-        return getattr(self.inside, name)
+        for ability in _ABILITIES:
+            if hasattr(self.inside, ability):
+                object.__setattr__(self, ability, getattr(self.inside, ability))
 
     @property
     def name(self) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from models.causal_lm import load_policy, load_tokenizer
+from tasks.arena.environment import plain_name
 from tasks.arena.guarded import Environments, Limits
 from tasks.core.stages import derive_seed
 from tasks.evaluation.report import report
@@ -54,7 +55,7 @@ def sit(exam: Exam) -> dict[str, Any]:
     tokenizer = load_tokenizer(folder)
     with Environments(exam.limits) as environments:
         env = environments(exam.env)
-        tasks = env.tasks("heldout", exam.tasks, derive_seed(exam.seed, exam.env, "exam"))
+        tasks = env.tasks("heldout", exam.tasks, derive_seed(exam.seed, plain_name(exam.env), "exam"))
         began = time.process_time()
         with torch.inference_mode():
             found = attempts(

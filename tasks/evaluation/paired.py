@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tasks.arena.environment import plain_name
 from tasks.core.digest import canonical_json, digest_json, sha256_bytes, write_atomic
 from tasks.core.errors import Corrupt, NotFound, UsageError
 from tasks.evaluation.statistics import Estimate, paired_difference
@@ -84,8 +85,8 @@ class Pair:
 
     @property
     def cluster(self) -> str:
-        """The name of the family among those of all environments."""
-        return f"{self.env}/{self.family}"
+        """The name of the family among those of all environments; a task is the same with and without a memory."""
+        return f"{plain_name(self.env)}/{self.family}"
 
 
 @dataclass(frozen=True)

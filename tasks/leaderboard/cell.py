@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from models.causal_lm import load_policy, load_tokenizer
-from tasks.arena.environment import Environment, Task, draw_up_to
+from tasks.arena.environment import Environment, Task, draw_up_to, plain_name
 from tasks.arena.guarded import Environments, Limits
 from tasks.core.digest import canonical_json, digest_json, sha256_file, write_atomic
 from tasks.core.locks import file_lock
@@ -123,7 +123,7 @@ def _run(plan: Plan, root: Path, folder: Path) -> dict[str, Any]:
                 temperature=recipe.temperature,
                 batch_rows=_BATCH_ROWS,
             ),
-            seed=derive_seed(plan.seed, plan.env, "arena"),
+            seed=derive_seed(plan.seed, plain_name(plan.env), "arena"),
             environment=environments,
             root=folder,
             folder=folder / "fresh",
@@ -192,7 +192,7 @@ def _first_groups(plan: Plan, start: Path, env: Environment, folder: Path) -> Sh
     path = folder / "first.parquet"
     recipe = plan.arena.recipe
     if not path.exists():
-        seed = derive_seed(plan.seed, plan.env, "first")
+        seed = derive_seed(plan.seed, plain_name(plan.env), "first")
         tasks = draw_up_to(env, "train", recipe.first_groups, seed)
         groups = rollout(
             load_policy(start, plan.device, plan.dtype), load_tokenizer(start), env, tasks, group_size=recipe.group_size,
@@ -216,7 +216,7 @@ def _judged(plan: Plan, policy: Path, env: Environment) -> Slice:
 
 def heldout_of(env: Environment, wanted: int) -> list[Task]:
     """The held-out tasks of every comparison on `env`; a small environment may have fewer than wanted."""
-    return draw_up_to(env, "heldout", wanted, derive_seed(0, env.name, "arena heldout"))
+    return draw_up_to(env, "heldout", wanted, derive_seed(0, plain_name(env.name), "arena heldout"))
 
 
 def _processor_seconds() -> float:

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, cast
 
 from models.causal_lm import load_policy, load_tokenizer, template_digest, tokenizer_digest
 from models.from_scratch import Shape, make_policy
-from tasks.arena.environment import Environment, Expert, Listed, Step, Task, draw_up_to, verifier_digest
+from tasks.arena.environment import (
+    Environment,
+    Expert,
+    Listed,
+    Step,
+    Task,
+    draw_up_to,
+    plain_name,
+    verifier_digest,
+)
 from tasks.arena.guarded import StepFault
 from tasks.arena.memory import memory_turns
 from tasks.arena.playing import ListedEnvironment
@@ -146,7 +155,7 @@ def demonstrations(env: Environment, settings: Start, seed: int) -> list[tuple[T
             again.
     """
     listed = require_actions(env)
-    rng = random.Random(f"{env.name}/demonstrations/{seed}")
+    rng = random.Random(f"{plain_name(env.name)}/demonstrations/{seed}")
     tasks = draw_up_to(env, "train", settings.demonstrations, seed)
     kept: list[tuple[Task, list[tuple[str, Step]]]] = []
     faults = 0

@@ -6,6 +6,7 @@ either is a change of the format and raises `SCHEMA_VERSION`.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +19,8 @@ MEMORY_TURNS = (
     "memory_turns"  # of `reward_components`: how many turns the policy read beside the prompt, if not all
 )
 DEEP_THINKING = "deep_thinking_ratio"  # of `reward_components`: that of the response, where it was measured
+BROKEN = -1  # a memory of no number of turns
+MOST_TURNS = (1 << 15) - 1  # that a row can have
 
 LogprobSource = Literal["engine", "recomputed", "missing"]
 FinishReason = Literal["done", "length", "turns", "error"]
@@ -112,3 +115,18 @@ def arrow_schema() -> pa.Schema:
         ],
         metadata={"forebay.schema_version": str(SCHEMA_VERSION)},
     )
+
+
+def memory_of(components: str) -> int:
+    """The turns that the policy read beside the prompt, by an episode's `reward_components`: 0 for all, BROKEN for what is no
+    number of turns. Experience that others recorded may hold anything."""
+    if f'"{MEMORY_TURNS}"' not in components:
+        return 0
+    try:
+        found = json.loads(components)
+    except (ValueError, RecursionError):
+        return BROKEN
+    if not isinstance(found, dict) or MEMORY_TURNS not in found:
+        return 0
+    turns = found[MEMORY_TURNS]
+    return turns if type(turns) is int and 0 < turns <= MOST_TURNS else BROKEN

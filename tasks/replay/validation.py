@@ -16,6 +16,7 @@ from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
 from tasks.core.ledger import Ledger
 from tasks.core.locks import file_lock
 from tasks.core.workspace import Workspace
+from tasks.replay.schema import BROKEN, memory_of
 from tasks.replay.seal import SealedDataset
 from tasks.replay.shards import read_rows
 
@@ -225,6 +226,11 @@ def _policy_spoke(rows: _Rows) -> Check:
     return rows.report("policy_spoke", bad, "have no token that the policy sampled")
 
 
+def _memory_told(rows: _Rows) -> Check:
+    bad = rows.texts("reward_components", lambda components: memory_of(components) == BROKEN)
+    return rows.report("memory_told", bad, "have a memory_turns that is no number of turns")
+
+
 def _turns_ordered(rows: _Rows) -> Check:
     bad = np.zeros(len(rows.turns), dtype=bool)
     bad[1:] = (rows.turns[1:] != rows.turns[:-1]) & (rows.turns[1:] != rows.turns[:-1] + 1)
@@ -348,6 +354,7 @@ _CHECKS: Sequence[Callable[[_Rows], Check]] = (
     _logprobs_masked,
     _logprob_source_known,
     _policy_spoke,
+    _memory_told,
     _turns_ordered,
     _tokens_known,
     _episodes_unique,

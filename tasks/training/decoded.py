@@ -26,19 +26,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from models.packing import Sample
-from models.turn_samples import turn_samples
+from models.turn_samples import spans
 from tasks.core.digest import sha256_file, write_atomic, write_file_atomic
 from tasks.core.errors import Corrupt, NotFound, Refused
 from tasks.core.locks import file_lock
-from tasks.replay.passes import memory_turns
-from tasks.replay.schema import DEEP_THINKING, INVALID_TURNS, arrow_schema
+from tasks.replay.schema import DEEP_THINKING, INVALID_TURNS, MOST_TURNS, arrow_schema, memory_of
 
 LAYOUT = 5  # a change of the columns below, or of what they mean, raises it
 FOREIGN = -1  # the version of a policy that is not ours
 NO_TIME = -(1 << 62)
 BLOCK_BYTES = 1 << 26  # decoded at once, about
-_LAST_TURN = (1 << 15) - 1  # that the column of turns can hold
 IDLE_SECONDS = 24 * 3600  # a decoded shard that nobody opened for so long may be removed
 
 _SOURCE = pa.schema(
@@ -342,7 +339,7 @@ def _decoded(batch: pa.RecordBatch, source: Path) -> pa.RecordBatch:
     distinct = components.dictionary.to_pylist()
     lists = pa.array(map(_invalid_turns, distinct), pa.list_(pa.int16()))
     made["invalid_turns"] = lists.take(components.indices)
-    made["memory_turns"] = pa.array(map(memory_turns, distinct), pa.int16()).take(components.indices)
+    made["memory_turns"] = pa.array(map(memory_of, distinct), pa.int16()).take(components.indices)
     made["longest_read"] = _longest_reads(rows, lengths, made["memory_turns"].to_numpy())
     made["deep_thinking"] = pa.array(map(_deep_thinking, distinct), pa.float64()).take(components.indices)
     columns = [pa.array(made[f.name]) if f.name in made else rows[f.name].cast(f.type) for f in _SCHEMA]
@@ -407,7 +404,7 @@ def _component(components: str, name: str) -> Any:
         return None
     try:
         value = json.loads(components)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value.get(name) if isinstance(value, dict) else None
 
@@ -416,7 +413,7 @@ def _invalid_turns(components: str) -> list[int]:
     found = _component(components, INVALID_TURNS)
     if not isinstance(found, list):
         return []
-    return [turn for turn in found if type(turn) is int and 0 <= turn <= _LAST_TURN]
+    return [turn for turn in found if type(turn) is int and 0 <= turn <= MOST_TURNS]
 
 
 def _longest_reads(
@@ -428,12 +425,11 @@ def _longest_reads(
         lengths["loss_mask"] == lengths["response_ids"]
     )
     for row in np.flatnonzero(even & (memory > 0)):
-        prompt, response, mask, turns = (
-            rows[name][row].values.to_numpy(zero_copy_only=False)
-            for name in ("prompt_ids", "response_ids", "loss_mask", "turn_ids")
+        mask, turns = (
+            rows[name][row].values.to_numpy(zero_copy_only=False) for name in ("loss_mask", "turn_ids")
         )
-        samples = turn_samples(Sample(prompt, response, mask), turns, int(memory[row]))
-        found[row] = max((len(one.prompt_ids) + len(one.response_ids) for one in samples), default=0)
+        turned = spans(mask, turns, int(memory[row]))
+        found[row] = lengths["prompt_ids"][row] + max((one.stop - one.read for one in turned), default=0)
     return found
 
 

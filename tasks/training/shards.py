@@ -19,7 +19,7 @@ from torch import Tensor
 from models.packing import Sample
 from models.turn_samples import turn_samples
 from tasks.core.errors import Refused
-from tasks.replay.passes import BROKEN
+from tasks.replay.schema import BROKEN
 from tasks.training import decoded
 from tasks.training.decoded import FOREIGN, Block, Ragged, Shard
 from tasks.training.groups import GroupTable
@@ -71,12 +71,12 @@ class Episodes:
     texts: tuple[str, ...]  # [B] what was answered, observations included
     valid: Tensor | None = None  # [N] bool, the turn of the token kept the format; None: all did
     deep_thinking: Tensor | None = None  # [B] float64, ratio of the response; None if one was not measured
-    windows: Passes | None = None  # None: every episode is one pass, for the policy read all of it
+    parts: Passes | None = None  # None: every episode is one pass, for the policy read all of it
 
     @property
     def passes(self) -> Passes:
         """How the policy read them."""
-        return self.windows or Passes(self.samples, tuple(range(len(self.samples))))
+        return self.parts or Passes(self.samples, tuple(range(len(self.samples))))
 
 
 def join(parts: Sequence[Episodes]) -> Episodes:
@@ -92,10 +92,10 @@ def join(parts: Sequence[Episodes]) -> Episodes:
             ]
         )
     ratios = [part.deep_thinking for part in parts if part.deep_thinking is not None]
-    windows = None
-    if any(part.windows is not None for part in parts):
+    read = None
+    if any(part.parts is not None for part in parts):
         firsts = accumulate((len(part.samples) for part in parts), initial=0)
-        windows = Passes(
+        read = Passes(
             tuple(sample for part in parts for sample in part.passes.samples),
             tuple(first + n for first, part in zip(firsts, parts, strict=False) for n in part.passes.episode),
         )
@@ -112,7 +112,7 @@ def join(parts: Sequence[Episodes]) -> Episodes:
         texts=tuple(text for part in parts for text in part.texts),
         valid=valid,
         deep_thinking=torch.cat(ratios) if len(ratios) == len(parts) else None,
-        windows=windows,
+        parts=read,
     )
 
 
@@ -184,9 +184,9 @@ class Replay:
             )
         )
         memory = plain(lambda block: block.memory_turns).tolist()
-        windows = None
+        read = None
         if any(memory):
-            windows = _passes(samples, [turns[c:d] for c, d in pairwise(response_at)], memory)
+            read = _passes(samples, [turns[c:d] for c, d in pairwise(response_at)], memory)
         return Episodes(
             samples,
             tuple(plain(lambda block: block.reward).tolist()),
@@ -198,7 +198,7 @@ class Replay:
             tuple(utf8[a:b].decode() for a, b in pairwise(text_at)),
             valid,
             None if np.isnan(ratios).any() else torch.from_numpy(ratios),
-            windows,
+            read,
         )
 
     def _places(self, groups: Sequence[str]) -> np.ndarray:

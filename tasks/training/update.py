@@ -134,7 +134,7 @@ def accumulate_gradients(
     samples, passes = episodes.samples, episodes.passes
     advised = fields.needs_entropies(settings)
     # A trajectory that was read in parts may lie in several rows, so its sums are not whole in one.
-    parted = episodes.windows is not None and settings.unit != "turn"
+    parted = episodes.parts is not None and settings.unit != "turn"
     coupled = objectives.get(settings.objective).coupled or parted
     scores = torch.zeros(2, len(episodes.turns), device=world.device, dtype=wide(scorer))
     if coupled or advised:
@@ -211,7 +211,7 @@ def _part(known: Batch, row: MicroBatch, passes: Passes) -> Batch:
     chosen: Any = {name: value[places[name]] for name, value in values.items() if value is not None}
     part = replace(known, sequence=row.sequence, sequences=row.sequences, **chosen)
     if part.diversity is not None:  # an episode's share goes to its turns by their tokens
-        whole = objectives.lengths(known)[episode]
+        whole = objectives.lengths(known)[episode].clamp(min=1)
         part = replace(part, diversity=part.diversity * (objectives.lengths(part) / whole))
     return part
 

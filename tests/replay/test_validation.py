@@ -48,7 +48,7 @@ def test_good_rows_pass_every_check() -> None:
     checks = validate_rows(table(rows()), EXPECTED)
     assert all(check.ok for check in checks)
     assert {(check.failed, check.of) for check in checks} == {(0, 12)}
-    assert len({check.name for check in checks}) == len(checks) == 18
+    assert len({check.name for check in checks}) == len(checks) == 19
 
 
 def put(name: str, at: int, value: Any) -> Callable[[dict[str, Any]], None]:

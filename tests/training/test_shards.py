@@ -262,7 +262,7 @@ def assert_equal_to_naive(replay: Replay, groups: dict[str, list[Episode]], newe
     assert (found.valid is None) == (not any(broken))
     assert found.valid is None or found.valid.tolist() == right
     memories = [json.loads(e.reward_components or "{}").get(MEMORY_TURNS, 99) for e in rows]
-    assert (found.windows is None) == (set(memories) <= {99})
+    assert (found.parts is None) == (set(memories) <= {99})
     read, written = [], []  # before each trained token, by its definition, and the token
     for e, memory in zip(rows, memories, strict=True):
         for place, (token, turn, mine) in enumerate(

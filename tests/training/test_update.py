@@ -290,7 +290,7 @@ def test_data_without_log_probabilities(scorer):
 def _conversations(memory: int) -> Episodes:
     """Episodes of one to four turns with observations between them, in groups of four, read with this memory."""
     rng = random.Random(5)
-    samples, turns, windows = [], [], []
+    samples, turns, read = [], [], []
     for number in range(12):
         answer: list[int] = []
         trained: list[bool] = []
@@ -302,14 +302,14 @@ def _conversations(memory: int) -> Episodes:
             numbers += [turn] * (wrote + saw)
         samples.append(Sample([5, 6, 7 + number // 4], answer, trained))
         turns += [turn for turn, mine in zip(numbers, trained, strict=True) if mine]
-        windows += [(number, one) for one in turn_samples(samples[-1], numbers, memory)]
+        read += [(number, one) for one in turn_samples(samples[-1], numbers, memory)]
     behaviour = torch.tensor([-4.6 + rng.uniform(-0.3, 0.3) for _ in turns])
     return replace(
         EPISODES,
         samples=tuple(samples),
         turns=torch.tensor(turns),
         behaviour_logprobs=behaviour,
-        windows=Passes(tuple(one for _, one in windows), tuple(number for number, _ in windows)),
+        parts=Passes(tuple(one for _, one in read), tuple(number for number, _ in read)),
     )
 
 
@@ -391,7 +391,7 @@ def test_rows_of_turns_add_up_to_the_whole(scorer, objective, unit):
 def test_a_whole_conversation_and_one_read_in_parts_in_one_update(scorer):
     """A memory of three turns is all of four, so they must agree with episodes that are read whole."""
     parts = _conversations(3)
-    whole = replace(parts, windows=None)
+    whole = replace(parts, parts=None)
     mixed = Passes(
         tuple(parts.samples[:6])
         + tuple(s for n, s in zip(parts.passes.episode, parts.passes.samples, strict=True) if n >= 6),
@@ -401,8 +401,8 @@ def test_a_whole_conversation_and_one_read_in_parts_in_one_update(scorer):
         settings = LOOSE.model_copy(update={"objective": "vespo", "unit": unit})
         want = _learn(scorer, settings, whole)
         gradient = _gradient(scorer)
-        for windows in (parts.windows, mixed):
-            got = _learn(scorer, settings, replace(parts, windows=windows))
+        for read in (parts.parts, mixed):
+            got = _learn(scorer, settings, replace(parts, parts=read))
             assert (_gradient(scorer) - gradient).norm() <= 1e-10 * gradient.norm()
             assert got.metrics["loss"] == pytest.approx(want.metrics["loss"], rel=1e-10)
             assert got.metrics["tokens"] == want.metrics["tokens"]
