@@ -116,7 +116,7 @@ def test_a_cell_that_fails_costs_only_itself_and_is_tried_again(tmp_path: Path, 
     failed = {(one["env"], one["method"]): one for one in board["failures"]}
     assert {key for key in failed if key[0] == SHUT or key[1] == "grpo"} == {(SHUT, "grpo"), (SHUT, "dapo")}
     assert failed[SHUT, "grpo"]["error"] == "RuntimeError: The house is shut."
-    assert "No group" in failed[PLAIN, "dapo"]["error"]
+    assert "0 of 1 groups admitted" in failed[PLAIN, "dapo"]["error"]
     assert [one["method"] for one in board["ranks"]] == ["grpo"]
     assert board["unranked"] == ["dapo"]
     lines = {(line["env"], line["method"]) for line in board["lines"]}
