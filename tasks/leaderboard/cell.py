@@ -27,7 +27,7 @@ from tasks.evaluation.report import Slice, report
 from tasks.leaderboard.methods import training_settings
 from tasks.leaderboard.settings import Arena, Method
 from tasks.leaderboard.starter import EPOCH, identity_of, start_from_own, start_from_scratch
-from tasks.rollout.fresh import Sampling, fresh_source, write_episodes
+from tasks.rollout.fresh import Sampling, fresh_source, may_be_asked, write_episodes
 from tasks.rollout.rollout import attempts, rollout
 from tasks.training.curve import FILE, read_curve
 from tasks.training.shards import ShardRef
@@ -46,6 +46,7 @@ class Plan:
         policy: directory of the language model to start from, and `policy_digest` of its files; None: from scratch.
         code: digest of everything else that decides: the code, the environment's verifier, the installed packages.
         limits: of the environment's steps.
+        without: SHA-256 of prompts that are revoked; nothing is learnt from them.
         device, dtype: as in `trainer.train`; what is computed where differs in the last bits.
     """
 
@@ -60,6 +61,7 @@ class Plan:
     limits: Limits = field(default_factory=Limits)
     device: str = "cpu"
     dtype: str = "float32"
+    without: tuple[str, ...] = ()
 
     def start_key(self) -> str:
         """Digest of what decides the start: all methods of an environment and a seed share it."""
@@ -75,6 +77,7 @@ class Plan:
                 "code": self.code,
                 "limits": asdict(self.limits),
                 "device": [self.device, self.dtype],
+                "without": self.without,
             }
         )
 
@@ -127,6 +130,7 @@ def _run(plan: Plan, root: Path, folder: Path) -> dict[str, Any]:
             root=folder,
             folder=folder / "fresh",
             created_at=EPOCH,
+            without=plan.without,
         )
         metrics: dict[int, Mapping[str, float]] = {int(row["step"]): row for row in read_curve(folder)}
 
@@ -182,12 +186,12 @@ def _start(plan: Plan, root: Path) -> tuple[Path, dict[str, Any]]:
 def _made_start(plan: Plan, env: Environment, folder: Path) -> tuple[Path, dict[str, Any]]:
     settings = plan.arena.start
     if plan.policy is None:
-        start = start_from_scratch(env, settings, plan.seed, folder)
+        start = start_from_scratch(env, settings, plan.seed, folder, plan.without)
     else:
         start = start_from_own(
             env, Path(plan.policy), settings, plan.seed, folder,
             temperature=plan.arena.recipe.temperature, batch_rows=_BATCH_ROWS,
-            device=plan.device, dtype=plan.dtype,
+            device=plan.device, dtype=plan.dtype, without=plan.without,
         )  # fmt: skip
     return start, _judged(plan, start, env).to_json()
 
@@ -198,7 +202,7 @@ def _first_groups(plan: Plan, start: Path, env: Environment, folder: Path) -> Sh
     recipe = plan.arena.recipe
     if not path.exists():
         seed = derive_seed(plan.seed, plan.env, "first")
-        tasks = draw_up_to(env, "train", recipe.first_groups, seed)
+        tasks = may_be_asked(draw_up_to(env, "train", recipe.first_groups, seed), plan.without)
         groups = rollout(
             load_policy(start, plan.device, plan.dtype), load_tokenizer(start), env, tasks, group_size=recipe.group_size,
             temperature=recipe.temperature, seed=seed, batch_rows=_BATCH_ROWS, identity=identity_of("agent/0", start),
@@ -270,5 +274,10 @@ def as_job(plan: Plan) -> dict[str, Any]:
 def from_job(job: Mapping[str, Any]) -> Plan:
     """The plan of which `job` are the `as_job`."""
     limits = Limits(**{**job["limits"], "rewards": tuple(job["limits"]["rewards"])})
-    parts = {"method": Method(**job["method"]), "arena": Arena(**job["arena"]), "limits": limits}
+    parts = {
+        "method": Method(**job["method"]),
+        "arena": Arena(**job["arena"]),
+        "limits": limits,
+        "without": tuple(job["without"]),
+    }
     return Plan(**{**job, **parts})
