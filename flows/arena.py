@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows import progress
 from flows.context import Context
-from flows.leaderboard import Question, floors_of, keep_board, plans
+from flows.leaderboard import Question, floors_of, keep_board, plans, require_same
 from flows.logs import report_to_prefect
 from flows.parallel import gathered, isolated
 
@@ -36,7 +36,11 @@ def arena(
     seeds: int,
     overrides: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Run every cell that has no result yet, and record the comparison; a cell that fails costs only itself."""
+    """Run every cell that has no result yet, and record the comparison; a cell that fails costs only itself.
+
+    Raises:
+        Conflict, Refused: what they learnt from was revoked meanwhile.
+    """
     from tasks.leaderboard.cell import as_job
     from tasks.leaderboard.page import Failure
 
@@ -56,6 +60,7 @@ def arena(
             for plan, one in zip(wanted, found, strict=True)
             if "error" in one
         ]
+        require_same(context, question, wanted)
         envs = list(dict.fromkeys(one["env"] for one in done))
         return keep_board(context, question, done, failures, floors_of(context, envs))
 

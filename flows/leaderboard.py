@@ -12,7 +12,7 @@ from flows import progress
 from flows.context import Context
 from flows.parallel import Runner, task_runner
 from tasks.core.digest import canonical_json, digest_json, sha256_bytes, write_atomic
-from tasks.core.errors import NotFound, UsageError
+from tasks.core.errors import Conflict, NotFound, Refused, UsageError
 from tasks.core.stages import code_digest, lock_digest, once
 
 if TYPE_CHECKING:
@@ -37,12 +37,16 @@ def plans(context: Context, question: Question) -> list[Plan]:
 
     Raises:
         UsageError: a method or an environment does not exist, or one is named twice. Unavailable: a package is missing.
+        Refused: the start learnt from revoked data, or nothing may be learnt from an environment.
     """
     from tasks.arena.environment import get, verifier_digest
     from tasks.arena.guarded import Limits
     from tasks.leaderboard.cell import Plan
     from tasks.leaderboard.methods import training_settings
+    from tasks.leaderboard.starter import SOURCE as SHOWN
     from tasks.leaderboard.starter import require_actions
+    from tasks.lineage.revocation import revoked
+    from tasks.rollout.rollout import SOURCE
     from tasks.training.trainer import check
 
     settings = context.settings.arena
@@ -60,12 +64,18 @@ def plans(context: Context, question: Question) -> list[Plan]:
             )
         check(training_settings(known[name], settings.recipe, name))
     start, code = settings.start.policy, {}
+    now = revoked(context.ledger, context.workspace)
     for env in question.envs:
         found = get(env)
         if start == "scratch":
             require_actions(found)
+        if any(now.origin(source, found.licence) for source in (SOURCE, SHOWN)):
+            raise Refused(
+                f"Nothing may be learnt from {env}: its licence ({found.licence}), or all that is sampled here, is revoked; see "
+                "`forebay revoke --list`."
+            )
         code[env] = digest_json([code_digest(), lock_digest(), verifier_digest(found)])
-    agent = None if start == "scratch" else context.agent(start).payload
+    agent = None if start == "scratch" else _unflagged(context, start)
     guard = context.settings.guard
     make = partial(
         Plan,
@@ -75,6 +85,7 @@ def plans(context: Context, question: Question) -> list[Plan]:
         limits=Limits(seconds=guard.seconds, memory=guard.memory_mib << 20),
         device=context.device(),
         dtype=context.dtype(),
+        without=tuple(sorted(now.values.get("prompt_sha256", ()))),
     )
     return [
         make(env, name, known[name], seed, code=code[env])
@@ -82,6 +93,31 @@ def plans(context: Context, question: Question) -> list[Plan]:
         for name in question.methods
         for seed in range(question.seeds)
     ]
+
+
+def _unflagged(context: Context, name: str) -> dict[str, Any]:
+    """The entry of the agent that all methods start from, unless it learnt from revoked data."""
+    from flows.scoring import flag_of
+
+    entry = context.agent(name)
+    if why := flag_of(context, entry.subject):
+        raise Refused(
+            f"{entry.subject} {why}, and every policy of the arena would start from it; set arena.start.policy to another "
+            "agent. `forebay revoke --list` says what is revoked and what to train anew."
+        )
+    return dict(entry.payload)
+
+
+def require_same(context: Context, question: Question, began: Sequence[Plan]) -> None:
+    """Refuse a comparison whose cells would be others now, for data was revoked or reinstated while they ran.
+
+    Raises:
+        Conflict: they would. Refused: they could not even begin.
+    """
+    if [plan.key() for plan in plans(context, question)] != [plan.key() for plan in began]:
+        raise Conflict(
+            "Prompts were revoked or reinstated while the arena ran; nothing is made of it, run the same command again."
+        )
 
 
 def floors_of(context: Context, envs: Sequence[str]) -> dict[str, Floor]:

@@ -27,7 +27,7 @@ from tasks.evaluation.report import Slice, report
 from tasks.leaderboard.methods import training_settings
 from tasks.leaderboard.settings import Arena, Method
 from tasks.leaderboard.starter import EPOCH, identity_of, start_from_own, start_from_scratch
-from tasks.rollout.fresh import Sampling, fresh_source, write_episodes
+from tasks.rollout.fresh import Sampling, fresh_source, may_be_asked, write_episodes
 from tasks.rollout.rollout import attempts, rollout
 from tasks.training.curve import FILE, read_curve
 from tasks.training.shards import ShardRef
@@ -46,6 +46,7 @@ class Plan:
         policy: directory of the language model to start from, and `policy_digest` of its files; None: from scratch.
         code: digest of everything else that decides: the code, the environment's verifier, the installed packages.
         limits: of the environment's steps.
+        without: SHA-256 of prompts that are revoked; nothing is learnt from them.
         device, dtype: as in `trainer.train`; what is computed where differs in the last bits.
     """
 
@@ -60,6 +61,7 @@ class Plan:
     limits: Limits = field(default_factory=Limits)
     device: str = "cpu"
     dtype: str = "float32"
+    without: tuple[str, ...] = ()
 
     def start_key(self) -> str:
         """Digest of what decides the start: all methods of an environment and a seed share it."""
@@ -75,6 +77,7 @@ class Plan:
                 "code": self.code,
                 "limits": asdict(self.limits),
                 "device": [self.device, self.dtype],
+                "without": self.without,
             }
         )
 
@@ -91,7 +94,7 @@ def run_cell(plan: Plan, root: Path) -> dict[str, Any]:
     Returns:
         {env, method, seed, key, before, after: `Slice.to_json`, curve: [mean training reward of each update], stop_reason,
         steps, findings: [driver, onset], episodes (sampled in training), cpu_seconds, seconds}; `before` is the start's. The
-        times are without the start, and of a cell that was cut short those since it went on.
+        times are without the start, and of all parts of a cell that was cut short, each up to its last update.
 
     Raises:
         UsageError: settings that cannot work, or an environment that is not there. Refused: no start could be made.
@@ -106,14 +109,13 @@ def run_cell(plan: Plan, root: Path) -> dict[str, Any]:
 
 
 def _run(plan: Plan, root: Path, folder: Path) -> dict[str, Any]:
-    began, spent = time.perf_counter(), _processor_seconds()
     recipe = plan.arena.recipe
     settings = training_settings(plan.method, recipe, plan.name)
     folder.mkdir(parents=True, exist_ok=True)
+    start, before = _start(plan, root)
+    meter = Meter(folder / "spent.json")
     with Environments(plan.limits) as environments:
         env = environments(plan.env)
-        start, before = _start(plan, root, env)
-        made_start = _processor_seconds() - spent
         sampling = Sampling(
             key=plan.key(),
             start=identity_of("agent/0", start),
@@ -128,12 +130,14 @@ def _run(plan: Plan, root: Path, folder: Path) -> dict[str, Any]:
             root=folder,
             folder=folder / "fresh",
             created_at=EPOCH,
+            without=plan.without,
         )
         metrics: dict[int, Mapping[str, float]] = {int(row["step"]): row for row in read_curve(folder)}
 
         def on_metrics(step: int, values: Mapping[str, float]) -> None:
             metrics[step] = values
             _keep_curve(folder / FILE, metrics)
+            meter.keep()
 
         made = train(
             run_dir=folder / "run",
@@ -161,30 +165,35 @@ def _run(plan: Plan, root: Path, folder: Path) -> dict[str, Any]:
         "stop_reason": made.stop_reason,
         "findings": [{"driver": one.driver, "onset": one.onset} for one in find_collapse(curve)],
         "episodes": sum(map(_episodes, (folder / "fresh").glob("*.parquet"))),
-        "cpu_seconds": round(_processor_seconds() - spent - made_start, 2),
-        "seconds": round(time.perf_counter() - began, 2),
+        **meter.keep(),
     }
 
 
-def _start(plan: Plan, root: Path, env: Environment) -> tuple[Path, dict[str, Any]]:
+def _start(plan: Plan, root: Path) -> tuple[Path, dict[str, Any]]:
     """The start of all methods with its figures, made by the first that comes."""
     folder = root / "starts" / plan.start_key()[:16]
     done = folder / "start.json"
     with file_lock(root / "locks" / f"start-{plan.start_key()[:16]}.lock", timeout=float("inf")):
         if not done.exists():
-            settings = plan.arena.start
-            if plan.policy is None:
-                start = start_from_scratch(env, settings, plan.seed, folder)
-            else:
-                start = start_from_own(
-                    env, Path(plan.policy), settings, plan.seed, folder,
-                    temperature=plan.arena.recipe.temperature, batch_rows=_BATCH_ROWS,
-                    device=plan.device, dtype=plan.dtype,
-                )  # fmt: skip
-            figures = _judged(plan, start, env).to_json()
+            # With processes of its own: what they took is known when they have ended, and belongs to no cell.
+            with Environments(plan.limits) as environments:
+                start, figures = _made_start(plan, environments(plan.env), folder)
             write_atomic(done, canonical_json({"path": str(start.relative_to(root)), "figures": figures}))
     found = json.loads(done.read_text())
     return root / found["path"], found["figures"]
+
+
+def _made_start(plan: Plan, env: Environment, folder: Path) -> tuple[Path, dict[str, Any]]:
+    settings = plan.arena.start
+    if plan.policy is None:
+        start = start_from_scratch(env, settings, plan.seed, folder, plan.without)
+    else:
+        start = start_from_own(
+            env, Path(plan.policy), settings, plan.seed, folder,
+            temperature=plan.arena.recipe.temperature, batch_rows=_BATCH_ROWS,
+            device=plan.device, dtype=plan.dtype, without=plan.without,
+        )  # fmt: skip
+    return start, _judged(plan, start, env).to_json()
 
 
 def _first_groups(plan: Plan, start: Path, env: Environment, folder: Path) -> ShardRef:
@@ -193,7 +202,7 @@ def _first_groups(plan: Plan, start: Path, env: Environment, folder: Path) -> Sh
     recipe = plan.arena.recipe
     if not path.exists():
         seed = derive_seed(plan.seed, plain_name(plan.env), "first")
-        tasks = draw_up_to(env, "train", recipe.first_groups, seed)
+        tasks = may_be_asked(draw_up_to(env, "train", recipe.first_groups, seed), plan.without)
         groups = rollout(
             load_policy(start, plan.device, plan.dtype), load_tokenizer(start), env, tasks, group_size=recipe.group_size,
             temperature=recipe.temperature, seed=seed, batch_rows=_BATCH_ROWS, identity=identity_of("agent/0", start),
@@ -217,6 +226,26 @@ def _judged(plan: Plan, policy: Path, env: Environment) -> Slice:
 def heldout_of(env: Environment, wanted: int) -> list[Task]:
     """The held-out tasks of every comparison on `env`; a small environment may have fewer than wanted."""
     return draw_up_to(env, "heldout", wanted, derive_seed(0, plain_name(env.name), "arena heldout"))
+
+
+class Meter:
+    """Processor and clock time from now on, added to that of earlier parts of the same work, which the file `path` keeps.
+
+    A part that was killed counts as far as it was kept, and what an environment's processes took in it is not known.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        before = json.loads(path.read_text()) if path.exists() else {"cpu_seconds": 0.0, "seconds": 0.0}
+        self._since = _processor_seconds() - before["cpu_seconds"], time.perf_counter() - before["seconds"]
+
+    def keep(self) -> dict[str, float]:
+        """Write {cpu_seconds, seconds} and return them."""
+        now = _processor_seconds(), time.perf_counter()
+        spent = [round(one - since, 2) for one, since in zip(now, self._since, strict=True)]
+        found = {"cpu_seconds": spent[0], "seconds": spent[1]}
+        write_atomic(self._path, canonical_json(found))
+        return found
 
 
 def _processor_seconds() -> float:
@@ -245,5 +274,10 @@ def as_job(plan: Plan) -> dict[str, Any]:
 def from_job(job: Mapping[str, Any]) -> Plan:
     """The plan of which `job` are the `as_job`."""
     limits = Limits(**{**job["limits"], "rewards": tuple(job["limits"]["rewards"])})
-    parts = {"method": Method(**job["method"]), "arena": Arena(**job["arena"]), "limits": limits}
+    parts = {
+        "method": Method(**job["method"]),
+        "arena": Arena(**job["arena"]),
+        "limits": limits,
+        "without": tuple(job["without"]),
+    }
     return Plan(**{**job, **parts})

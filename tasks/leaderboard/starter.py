@@ -8,7 +8,7 @@ Cloning is the trainer's own: REINFORCE with an advantage of 1 on every kept epi
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -32,7 +32,7 @@ from tasks.core.digest import digest_json, digest_tree, sha256_bytes, sha256_fil
 from tasks.core.errors import Refused, UsageError
 from tasks.leaderboard.settings import Start
 from tasks.replay.schema import Episode
-from tasks.rollout.fresh import write_episodes
+from tasks.rollout.fresh import may_be_asked, write_episodes
 from tasks.rollout.rollout import BehaviourIdentity, reward_components, rollout
 from tasks.training.checkpoint import whole_directory
 from tasks.training.settings import Admission, Guards, TrainingSettings
@@ -43,21 +43,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FULL = 1.0  # reward of an episode that is worth cloning
+SOURCE = "demonstration"  # of what is shown to a model from scratch
 EPOCH = "1970-01-01T00:00:00+00:00"  # a start is a function of its inputs, the time is none of them
 _ROUNDS = 64  # of demonstrations over the tasks, until there are enough with full reward
 _FAULTS = 20  # demonstrations in a row that the environment did not live through: each may cost as long as a step may take
 _TOKENISED = 2000  # episodes from whose texts the vocabulary is made
 
 
-def start_from_scratch(env: Environment, settings: Start, seed: int, folder: Path) -> Path:
+def start_from_scratch(
+    env: Environment, settings: Start, seed: int, folder: Path, without: Collection[str] = ()
+) -> Path:
     """Make the start for one environment without a pretrained model; return its directory, made before or now.
+
+    Args:
+        without: SHA-256 of prompts that are revoked; they are not shown.
 
     Raises:
         UsageError: the environment has no list of actions to demonstrate with.
         Refused: too few demonstrations earned the full reward.
     """
     shape = Shape(settings.hidden, settings.layers, settings.heads, settings.vocabulary)
-    played = demonstrations(env, settings, seed)
+    played = demonstrations(env, settings, seed, without)
     policy = folder / "random"
     if not policy.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,15 +86,19 @@ def start_from_own(
     batch_rows: int,
     device: str,
     dtype: str,
+    without: Collection[str] = (),
 ) -> Path:
     """Make the start for one environment from a language model's own episodes; return its directory.
+
+    Args:
+        without: SHA-256 of prompts that are revoked; they are not asked.
 
     Raises:
         Refused: too few of its episodes earn the full reward.
     """
     model, tokenizer = load_policy(policy, device, dtype), load_tokenizer(policy)
     size, kept, played = 8, list[Episode](), 0
-    tasks = draw_up_to(env, "train", 4 * settings.demonstrations, seed)
+    tasks = may_be_asked(draw_up_to(env, "train", 4 * settings.demonstrations, seed), without)
     for group in rollout(
         model, tokenizer, env, tasks, group_size=size, temperature=temperature, seed=seed, batch_rows=batch_rows,
         identity=identity_of("start/own", policy), created_at=EPOCH,
@@ -145,7 +155,9 @@ def clone(
     return made.export_dir
 
 
-def demonstrations(env: Environment, settings: Start, seed: int) -> list[tuple[Task, list[tuple[str, Step]]]]:
+def demonstrations(
+    env: Environment, settings: Start, seed: int, without: Collection[str] = ()
+) -> list[tuple[Task, list[tuple[str, Step]]]]:
     """Play training tasks until enough episodes earned the full reward: [(task, [(action, answer)])].
 
     An episode in which a guarded `env` hangs, dies or raises is not shown.
@@ -156,7 +168,7 @@ def demonstrations(env: Environment, settings: Start, seed: int) -> list[tuple[T
     """
     listed = require_actions(env)
     rng = random.Random(f"{plain_name(env.name)}/demonstrations/{seed}")
-    tasks = draw_up_to(env, "train", settings.demonstrations, seed)
+    tasks = may_be_asked(draw_up_to(env, "train", settings.demonstrations, seed), without)
     kept: list[tuple[Task, list[tuple[str, Step]]]] = []
     faults = 0
     for _ in range(_ROUNDS):
@@ -248,7 +260,7 @@ def as_episode(
         max_new_tokens=env.max_new_tokens, tokenizer_digest=who.tokenizer_digest, template_digest=who.template_digest,
         reward=turns[-1][1].reward, reward_components=reward_components(turns[-1][1], (), memory_turns(env)),
         reward_digest=verifier_digest(env), finish_reason="done", prompt_sha256=sha256_bytes(task.prompt.encode()),
-        response_text=_text(task, *turns).removeprefix(task.prompt), source="demonstration", licence=env.licence,
+        response_text=_text(task, *turns).removeprefix(task.prompt), source=SOURCE, licence=env.licence,
         created_at=EPOCH,
     )  # fmt: skip
 

@@ -378,7 +378,8 @@ def quoted(workspace: Workspace, now: Revoked) -> tuple[Place, ...]:
 
 
 def _everything(ledger: Entries, workspace: Workspace) -> Iterator[tuple[Place, pa.Table]]:
-    """Every file that holds episodes now: sealed shards, shards of runs (also of such that did not end well), segments."""
+    """Every file that holds episodes now: sealed shards, shards of runs (also of such that did not end well) and of the
+    arena, segments."""
     import pyarrow as pa
 
     from tasks.replay.segments import read_line, scan, unsealed_files
@@ -389,15 +390,23 @@ def _everything(ledger: Entries, workspace: Workspace) -> Iterator[tuple[Place, 
         if shard["path"] not in seen:
             seen.add(shard["path"])
             yield Place(shard["path"], shard["sha256"], dataset, 0), look.rows(shard)
-    for path in sorted(workspace.runs.glob("*/fresh/*.parquet")):
+    for path in _sampled(workspace):
         name = workspace.relative(path)
-        if name not in seen:  # of a run that failed, was killed, or is at work
+        if name not in seen:  # of the arena, or of a run that failed, was killed, or is at work
             shard = {"path": name, "sha256": sha256_file(path)}
             yield Place(name, shard["sha256"], "", 0), look.rows(shard)
     for dataset, path in unsealed_files(workspace):
         rows = [read_line(line) for group in scan(path).groups for line in group]
         columns = {name: pa.array([row[name] for row in rows], pa.string()) for name in FACTS}
         yield Place(workspace.relative(path), "", dataset, 0), pa.table(columns)
+
+
+def _sampled(workspace: Workspace) -> Iterator[Path]:
+    """The shards that training runs, the arena's among them, sampled for themselves."""
+    yield from sorted(workspace.runs.glob("*/fresh/*.parquet"))
+    arena = workspace.state / "arena"
+    for pattern in ("cells/*/fresh/*.parquet", "cells/*/first.parquet", "starts/*/demonstrations.parquet"):
+        yield from sorted(arena.glob(pattern))
 
 
 def _recorded(ledger: Entries) -> Iterator[tuple[Mapping[str, Any], str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.causal_lm import weights_digest
-from tasks.arena.environment import Environment
+from tasks.arena.environment import Environment, Task
 from tasks.core.digest import digest_json, sha256_bytes, sha256_file, write_atomic, write_file_atomic
 from tasks.core.settings import Collect
 from tasks.core.stages import derive_seed
@@ -84,11 +84,7 @@ def _collect(
         for name, groups in shares(settings.environments, before, before + count).items():
             env = sampling.environment(name)
             noise = derive_seed(sampling.seed, name, f"fresh {before}")
-            tasks = [
-                task
-                for task in env.tasks("train", groups, noise)
-                if sha256_bytes(task.prompt.encode()) not in sampling.without
-            ]
+            tasks = may_be_asked(env.tasks("train", groups, noise), sampling.without)
             for group in rollout(
                 model,
                 tokenizer,
@@ -105,6 +101,11 @@ def _collect(
         write_episodes(path, episodes)
         write_atomic(digest, sha256_file(path).encode())
     return ShardRef(str(path.relative_to(sampling.root)), digest.read_text())
+
+
+def may_be_asked(tasks: Iterable[Task], without: Collection[str]) -> list[Task]:
+    """The tasks but those whose prompts' SHA-256 is among `without`, for they are revoked."""
+    return [task for task in tasks if sha256_bytes(task.prompt.encode()) not in without]
 
 
 def write_episodes(path: Path, episodes: list[Episode]) -> None:

@@ -7,17 +7,20 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
 from flows.context import Context
-from flows.leaderboard import Question, last_board, plans
+from flows.leaderboard import Question, last_board, plans, require_same
+from flows.revoke import erase, revoke
 from models.causal_lm import load_policy, load_tokenizer
 from tasks.arena.environment import get
 from tasks.core.digest import sha256_file
-from tasks.core.errors import NotFound, UsageError
+from tasks.core.errors import Conflict, NotFound, Refused, UsageError
 from tasks.core.locks import file_lock
 from tasks.leaderboard.cell import heldout_of, run_cell
 from tasks.rollout.rollout import attempts
@@ -116,7 +119,7 @@ def test_a_cell_that_fails_costs_only_itself_and_is_tried_again(tmp_path: Path, 
     failed = {(one["env"], one["method"]): one for one in board["failures"]}
     assert {key for key in failed if key[0] == SHUT or key[1] == "grpo"} == {(SHUT, "grpo"), (SHUT, "dapo")}
     assert failed[SHUT, "grpo"]["error"] == "RuntimeError: The house is shut."
-    assert "No group" in failed[PLAIN, "dapo"]["error"]
+    assert "0 of 1 groups admitted" in failed[PLAIN, "dapo"]["error"]
     assert [one["method"] for one in board["ranks"]] == ["grpo"]
     assert board["unranked"] == ["dapo"]
     lines = {(line["env"], line["method"]) for line in board["lines"]}
@@ -150,6 +153,53 @@ def test_a_cell_that_fails_costs_only_itself_and_is_tried_again(tmp_path: Path, 
     tracked = context.registry._find_run("arena", failed[SHUT, "grpo"]["key"])
     assert tracked is not None
     assert tracked.info.status == "FINISHED"
+
+
+def prompts(root: Path) -> Counter[str]:
+    """How many rows of each prompt the shards of the arena hold."""
+    files = [
+        *root.rglob("fresh/*.parquet"),
+        *root.rglob("first.parquet"),
+        *root.rglob("demonstrations.parquet"),
+    ]
+    return Counter(
+        name
+        for path in files
+        for name in pq.read_table(path, columns=["prompt_sha256"])["prompt_sha256"].to_pylist()
+    )
+
+
+def test_a_revoked_prompt_is_not_asked_again_and_erasing_reaches_what_the_arena_sampled(context: Context):
+    asked = Context.open(
+        context.workspace.root, [f"arena={json.dumps(SMALL)}", "arena.recipe.first_groups=4"]
+    )
+    question, arena = Question((PLAIN,), ("grpo",), 1), context.workspace.state / "arena"
+    (before,) = plans(asked, question)
+    found = run_cell(before, arena)
+    counts = prompts(arena)
+    ((prompt, rows),) = counts.most_common(1)
+    report = revoke(context, f"prompt:{prompt}", "a bad question")
+    assert report["episodes"] == rows
+    assert all(file["path"].startswith(".forebay/arena/") for file in report["files"])
+    with pytest.raises(Conflict, match="revoked or reinstated while the arena ran"):
+        require_same(asked, question, [before])
+    (after,) = plans(asked, question)
+    assert after.without == (prompt,)
+    run_cell(after, arena)
+    assert prompts(arena)[prompt] == rows  # no more of them than there were
+    erased = erase(context, f"prompt:{prompt}", "")
+    assert set(erased["files"]) == {file["path"] for file in report["files"]}
+    assert prompts(arena)[prompt] == 0
+    assert run_cell(before, arena) == found  # figures are no episodes
+    assert erase(context, f"prompt:{prompt}", "")["entry"] == erased["entry"]
+
+
+@pytest.mark.parametrize("what", ["licence:CC0-1.0", "source:rollout", "source:demonstration"])
+def test_an_arena_asks_nothing_of_a_revoked_origin(context: Context, what: str):
+    plans(context, Question((PLAIN,), ("grpo",), 1))
+    revoke(context, what, "withdrawn")
+    with pytest.raises(Refused, match=r"Nothing may be learnt from .*:plain"):
+        plans(context, Question((PLAIN,), ("grpo",), 1))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from flows.experience import (
     unsealed_rows,
     validate_dataset,
 )
+from flows.leaderboard import Question, plans, require_same
 from flows.registry import settle
 from flows.revoke import erase, listing, reinstate, revoke
 from flows.reward_office import rollback_reward
@@ -452,6 +453,19 @@ MIXED = (
     "training.groups_per_step=4",
     "collect.environments.largest=8",
 )
+
+
+def test_no_arena_starts_from_an_agent_that_learnt_from_revoked_data(chain: Context):
+    question = Question((ENVIRONMENT,), ("vespo",), 1)
+    flagged = opened(chain.workspace.root, "arena.start.policy=agent/3")
+    (before,) = plans(flagged, question)
+    revoke(chain, f"group:{used(chain, 2)[0]}", "a test")
+    with pytest.raises(Refused, match=r"agent/3 started from agent/2, and every policy of the arena"):
+        plans(flagged, question)
+    with pytest.raises(Refused, match=r"agent/3 started from agent/2"):
+        require_same(flagged, question, [before])  # also at the end of one that began before
+    (clean,) = plans(opened(chain.workspace.root, "arena.start.policy=agent/1"), question)
+    assert clean.without == ()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,7 +176,14 @@ def test_a_cell_that_was_cut_short_ends_as_one_that_was_not(straight, tmp_path, 
         patched.setattr(cell, "_keep_curve", cut)
         with pytest.raises(Cut):
             run_cell(plan(), tmp_path)
-    _same(run_cell(plan(), tmp_path), straight[1])
+    file = tmp_path / "cells" / plan().key()[:16] / "spent.json"
+    spent = json.loads(file.read_text())  # up to the second update
+    assert spent["cpu_seconds"] > 0
+    file.write_text(json.dumps({"cpu_seconds": 1000.0, "seconds": 2000.0}))  # as if that had been long
+    found = run_cell(plan(), tmp_path)
+    _same(found, straight[1])
+    assert 1000 < found["cpu_seconds"] < 1100
+    assert 2000 < found["seconds"] < 2200
 
 
 def test_a_finished_cell_is_found_and_another_method_shares_the_start(straight, monkeypatch):
