@@ -53,6 +53,10 @@ def test_it_survives_a_guard() -> None:
     ("name", "match"),
     [
         (f"memory_0/{ROOM}", "memory_1/minigrid"),
+        (f"memory_99999/{ROOM}", "at most 32767"),
+        (f"memory_02/{ROOM}", "There is no environment"),
+        (f"memory_\uff12/{ROOM}", "There is no environment"),
+        (f"memory_{'9' * 5000}/{ROOM}", "There is no environment"),
         (f"memory_2/memory_2/{ROOM}", "has a memory already"),
         ("memory_2/minigrid/BabyAI-GoToLokal", "There is no environment 'minigrid/BabyAI-GoToLokal'"),
         (f"memory_two/{ROOM}", "There is no environment"),

@@ -96,6 +96,34 @@ def test_ratios_are_those_of_plain_forward_passes_turn_by_turn(policy, other, ro
         assert max(map(abs, expected)) > 1e-3
 
 
+def test_ratios_are_of_what_was_read(other, rows):
+    """A memory of one turn: the third turn was not written from the first."""
+    three = [
+        replace(
+            one,
+            turn_ids=[0, 0, 0, 1, *[2] * (len(one.response_ids) - 4)],
+            reward_components='{"memory_turns": 1}',
+        )
+        for one in rows[:6]
+    ]
+    found = log_ratios(other, three)
+    for number, one in enumerate(three):
+        expected, place = [0.0, 0.0, 0.0], 0
+        for place, (token, turn, mine) in enumerate(
+            zip(one.response_ids, one.turn_ids, one.loss_mask, strict=True)
+        ):
+            before = zip(one.response_ids[:place], one.turn_ids[:place], strict=True)
+            read = [i for i, t in before if t >= turn - 1]
+            with torch.no_grad():
+                logs = other(torch.tensor([[*one.prompt_ids, *read]])).logits[0, -1].log_softmax(-1)
+            if mine:
+                expected[turn] += float(logs[token]) - one.behaviour_logprobs[place]
+        assert found[number].tolist() == pytest.approx(expected, abs=1e-4)
+    whole = log_ratios(other, [replace(one, reward_components="{}") for one in three])
+    assert np.abs(found[:, :2] - whole[:, :2]).max() < 1e-5
+    assert np.abs(found[:, 2] - whole[:, 2]).max() > 1e-3
+
+
 def test_the_difference_has_the_sign_of_who_comes_first(policy, other, rows):
     episodes = usable(table(rows), rows[0].tokenizer_digest)
     forth = difference_on_replay(episodes, other, policy, Rule())

@@ -14,7 +14,7 @@ from tasks.arena.guarded import Guarded, Limits
 from tasks.core.digest import digest_tree
 from tasks.core.errors import Refused, UsageError
 from tasks.leaderboard import cell
-from tasks.leaderboard.cell import Plan, as_job, from_job, run_cell
+from tasks.leaderboard.cell import Plan, as_job, from_job, heldout_of, run_cell
 from tasks.leaderboard.methods import METHODS, training_settings
 from tasks.leaderboard.settings import Arena, Judging, Method, Recipe, Start
 from tasks.leaderboard.starter import demonstrations, start_from_own, start_from_scratch
@@ -162,6 +162,25 @@ def test_a_cell_trains_on_fresh_groups_and_is_judged_before_and_after(straight):
     for part in (found["before"], found["after"]):
         assert (part["tasks"], part["samples"]) == (6, 2)
         assert 0 <= part["figures"]["success"]["estimate"] <= part["figures"]["pass@2"]["estimate"] <= 1
+
+
+def test_a_memory_is_compared_on_the_same_tasks_and_learnt_from_as_it_was_played(straight, tmp_path):
+    remembering = get(f"memory_1/{ENV}")
+    prompts = [task.prompt for task in heldout_of(get(ENV), 6)]
+    assert [task.prompt for task in heldout_of(remembering, 6)] == prompts
+    shown = [[action for action, _ in turns] for _, turns in demonstrations(get(ENV), ARENA.start, 0)]
+    assert shown == [
+        [action for action, _ in turns] for _, turns in demonstrations(remembering, ARENA.start, 0)
+    ]
+    found = run_cell(replace(plan("grpo"), env=remembering.name), tmp_path)
+    folder = next((tmp_path / "cells").iterdir())
+    rows = [row for path in (folder / "fresh").glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    assert {json.loads(row["reward_components"])["memory_turns"] for row in rows} == {1}
+    assert max(row["turn_ids"][-1] for row in rows) > 2
+    # The first update of a round is on the policy that sampled: read otherwise than played, it would not be.
+    first = [row for row in read_curve(folder) if row["step"] % 2 == 1]
+    assert max(abs(row["kl_k3"]) for row in first) < 1e-6
+    assert found["stop_reason"] == "finished"
 
 
 def test_a_cell_that_was_cut_short_ends_as_one_that_was_not(straight, tmp_path, monkeypatch):

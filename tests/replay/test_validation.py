@@ -125,6 +125,15 @@ def test_a_row_in_which_the_policy_said_nothing() -> None:
     assert failing(values) == {"policy_spoke": 1}
 
 
+@pytest.mark.parametrize("turns", ["0", "true", '"2"', "1.5", "40000", "[" * 100_000])
+def test_a_memory_of_no_number_of_turns(turns: str) -> None:
+    values = rows()
+    values[3]["reward_components"] = '{"memory_turns": 2}'
+    assert failing(values) == {}
+    values[6]["reward_components"] = f'{{"memory_turns": {turns}}}'
+    assert failing(values) == {"memory_told": 1}
+
+
 def test_duplicates_and_lost_members() -> None:
     values = rows()
     values[1] = dict(values[0])

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks.arena.calculator import Calculator
-from tasks.arena.environment import Split, Task
+from tasks.arena.environment import Split, Task, get
 from tasks.core.endpoint import Garbled
 from tasks.core.errors import Refused, Unavailable, UsageError
 from tasks.core.settings import Collect, EngineServer
@@ -122,6 +122,15 @@ def test_greedy_episodes_are_those_of_the_local_engine(server, model, tokenizer)
         found = evaluate(engine, tokenizer, ENV, TASKS, batch_rows=3)
     assert found == evaluate(model, tokenizer, ENV, TASKS, batch_rows=3)
     assert {outcome.turns for outcome in found} == {2}
+
+
+def test_with_a_memory_the_server_is_sent_what_is_read(server, vllm, model, tokenizer) -> None:
+    env = get("memory_1/feedback/number")
+    tasks = env.tasks("train", 3, seed=0)
+    with open_engine(settings(server), model, tokenizer, DIGEST) as engine:
+        found = evaluate(engine, tokenizer, env, tasks, batch_rows=3)
+    assert found == evaluate(model, tokenizer, env, tasks, batch_rows=3)
+    assert max(outcome.turns for outcome in found) == 4
 
 
 def test_sampled_turns_are_those_of_the_local_engine_under_the_servers_noise(

@@ -447,6 +447,7 @@ class Nonsense(Largest):
         Step("", done=True, components={"correct": math.nan}),
         Step("", done=True, components={"correct": "yes"}),  # type: ignore[dict-item]
         Step("", done=True, components=None),  # type: ignore[arg-type]
+        Step("", done=True, components={"memory_turns": 2.0}),  # a name of ours
     ],
 )
 def test_an_answer_that_is_no_step_costs_one_episode(
