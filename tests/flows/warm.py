@@ -18,9 +18,11 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import Any, BinaryIO
 
 _PROJECT = Path(__file__).resolve().parents[2]
 _IMPORTED = (
@@ -42,27 +44,63 @@ _IMPORTED = (
 )
 
 
-def run(words: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
+class Command:
+    """A command that runs: a process that leads a session of its own, with its streams in files.
+
+    Args:
+        out: file for its standard output; `err`: for its standard error.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        cwd: Path,
+        env: Mapping[str, str],
+        out: BinaryIO,
+        err: BinaryIO,
+        address: str,
+    ) -> None:
+        self._line = socket.socket(socket.AF_UNIX)
+        self._line.connect(address)
+        wanted = json.dumps({"words": list(words), "cwd": str(cwd), "env": dict(env)}).encode()
+        socket.send_fds(self._line, [len(wanted).to_bytes(4)], [out.fileno(), err.fileno()])
+        self._line.sendall(wanted)
+        self.pid = int.from_bytes(_read(self._line, 4))
+        self.returncode: int | None = None
+
+    def wait(self, timeout: float) -> int:
+        """Return the exit code, below 0 for a signal.
+
+        Raises:
+            TimeoutError: it still runs.
+        """
+        if self.returncode is None:
+            self._line.settimeout(timeout)
+            self.returncode = int.from_bytes(_read(self._line, 4), signed=True)
+            self._line.close()
+        return self.returncode
+
+    def kill(self) -> int:
+        """Kill it and what it started within its session; return the exit code."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        return self.wait(30)
+
+
+def run(
+    words: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float, address: str | None = None
+) -> subprocess.CompletedProcess[str]:
     """As `subprocess.run([python, "-m", "flows.cli", *words], capture_output=True, text=True, …)`.
 
     Raises:
         subprocess.TimeoutExpired: it took longer; it has been killed.
     """
-    with (
-        tempfile.TemporaryFile() as out,
-        tempfile.TemporaryFile() as err,
-        socket.socket(socket.AF_UNIX) as line,
-    ):
-        line.connect(_address())
-        wanted = json.dumps({"words": list(words), "cwd": str(cwd), "env": dict(env)}).encode()
-        socket.send_fds(line, [len(wanted).to_bytes(4)], [out.fileno(), err.fileno()])
-        line.sendall(wanted)
-        pid = int.from_bytes(_read(line, 4))
-        line.settimeout(timeout)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        command = Command(words, cwd, env, out, err, address or warm_address())
         try:
-            code = int.from_bytes(_read(line, 4), signed=True)
+            code = command.wait(timeout)
         except TimeoutError:
-            os.kill(pid, signal.SIGKILL)
+            command.kill()
             raise subprocess.TimeoutExpired(list(words), timeout) from None
         told = []
         for stream in (out, err):
@@ -72,13 +110,13 @@ def run(words: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float)
 
 
 @cache
-def _address() -> str:
+def warm_address() -> str:
     """Start the warm process of this process, which ends with it; return where it listens."""
     folder = tempfile.TemporaryDirectory(prefix="warm-")
     address = f"{folder.name}/line"
     plain = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))}
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.flows.warm", address],
+        [sys.executable, "-m", "tests.flows.warm", "serve", address],
         cwd=_PROJECT,
         env={**plain, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(_PROJECT)},
         stdin=subprocess.PIPE,  # its end of file says that we are gone
@@ -151,6 +189,8 @@ def _answer(line: socket.socket) -> None:
         if pid == 0:
             line.close()
             _command(wanted, fds)
+        for fd in fds:
+            os.close(fd)
         line.sendall(pid.to_bytes(4))
         _, status = os.waitpid(pid, 0)
         line.sendall(os.waitstatus_to_exitcode(status).to_bytes(4, signed=True))
@@ -158,7 +198,7 @@ def _answer(line: socket.socket) -> None:
         os._exit(0)
 
 
-def _command(wanted: Mapping, fds: Sequence[int]) -> None:
+def _command(wanted: Mapping[str, Any], fds: Sequence[int]) -> None:
     """Become `python -m flows.cli WORDS`; does not return."""
     code = 1
     try:
@@ -166,6 +206,7 @@ def _command(wanted: Mapping, fds: Sequence[int]) -> None:
         for number, fd in enumerate((nothing, *fds)):
             os.dup2(fd, number)
             os.close(fd)
+        os.setsid()
         os.chdir(wanted["cwd"])
         os.environ.clear()
         os.environ.update(wanted["env"])
@@ -196,4 +237,11 @@ def _leave(code: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    task, place, *rest = sys.argv[1:]
+    if task == "serve":
+        _serve(place)
+    else:  # "ask": what a script named `forebay` does
+        done = run(rest, Path.cwd(), os.environ, 240, place)
+        sys.stdout.write(done.stdout)
+        sys.stderr.write(done.stderr)
+        sys.exit(done.returncode)
