@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,8 @@ from flows.settings import Settings
 from tasks.arena.environment import get
 from tasks.core.digest import digest_tree
 from tasks.core.stages import STAGES
+from tests.flows import warm
+from tests.flows.shared_server import prefect_up
 from tests.tiny import make_tiny_model, teach
 
 ENVIRONMENT = "reasoning_gym/gcd"
@@ -40,6 +45,14 @@ validation: {{min_groups: 4}}
 """
 # The reward model of a tiny policy has nothing to go by, so its verdict is reported and not required here.
 # Serving it takes two fresh processes; one test does that.
+_NOT_READ_BY_INIT = {"arena", "collect", "training", "evaluation", "validation", "deep_thinking"}
+_MLFLOW_PLACES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 POLICY = "version: 1\nreward_model: {required: false}\nserving: {required: false}\n"
 
 
@@ -53,12 +66,40 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lay_workspace(folder: Path, base: Path, **changes: object) -> Context:
-    folder.mkdir(parents=True)
+    """Lay a workspace on the tiny model `base`, with these sections of its settings changed."""
     params = yaml.safe_load(PARAMS.format(base=base, env=ENVIRONMENT))
     settings = Settings.model_validate({**params, **changes})
-    (folder / "params.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    text = yaml.safe_dump(settings.model_dump(mode="json"))
+    if changes.keys() <= _NOT_READ_BY_INIT:
+        copy_workspace(_laid(base), folder)
+        (folder / "params.yaml").write_text(text)
+        return Context.open(folder)
+    folder.mkdir(parents=True)
+    (folder / "params.yaml").write_text(text)
     (folder / "policy.yaml").write_text(POLICY)
     return init_workspace(folder)
+
+
+@cache
+def _laid(base: Path) -> Path:
+    """A workspace as `forebay init` leaves it, to copy: migrating databases takes seconds, copying does not."""
+    folder = base.parent / f"{base.name}-laid" / "ws"
+    folder.mkdir(parents=True)
+    (folder / "params.yaml").write_text(PARAMS.format(base=base, env=ENVIRONMENT))
+    (folder / "policy.yaml").write_text(POLICY)
+    init_workspace(folder)
+    return folder
+
+
+def copy_workspace(source: Path, target: Path) -> Context:
+    """Copy a workspace, with the places where MLflow says its files are."""
+    shutil.copytree(source, target, symlinks=True)
+    with closing(sqlite3.connect(target / ".forebay" / "mlflow.db")) as store, store:
+        for table, column in _MLFLOW_PLACES:
+            store.execute(
+                f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (f"{source}/", f"{target}/")
+            )
+    return Context.open(target)
 
 
 @pytest.fixture
@@ -110,7 +151,14 @@ def register_rival(context: Context) -> dict:
 
 
 def forebay(folder: Path, *words: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own, as a user does."""
+    """Run the command line in a process of its own that has imported the libraries already: see `tests.flows.warm`."""
+    flow = words[0] == "retrain" or words[:2] in {("arena", "run"), ("evaluate", "attempts")}
+    with prefect_up(folder) if flow else nullcontext():
+        return warm.run([*words, *_where(words, folder)], folder, environment(), timeout)
+
+
+def fresh_forebay(folder: Path, *words: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a new process, as a user does."""
     return subprocess.run(
         [sys.executable, "-m", "flows.cli", *words, *_where(words, folder)],
         capture_output=True,

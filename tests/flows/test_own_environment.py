@@ -14,6 +14,7 @@ import pytest
 
 from tasks.evaluation.paired import read_outcomes
 from tests.flows.conftest import ENVIRONMENT, environment, lay_workspace
+from tests.flows.shared_server import prefect_up
 
 PAGE = Path(__file__).parents[2] / "docs" / "environments.md"
 NAME = "my_tasks:doubles"
@@ -32,10 +33,11 @@ def test_a_cycle_collects_from_them_and_judges_on_them(tmp_path: Path, tiny_base
     }
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
     path = os.pathsep.join([str(root), environment()["PYTHONPATH"]])
-    told = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "retrain", "--json", *words],
-        cwd=root, env={**environment(), "PYTHONPATH": path}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    with prefect_up(root):
+        told = subprocess.run(
+            [sys.executable, "-m", "flows.cli", "retrain", "--json", *words],
+            cwd=root, env={**environment(), "PYTHONPATH": path}, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
     assert told.returncode in (0, 5), told.stderr
     (file,) = (root / ".forebay" / "evidence" / "outcomes").glob("*.jsonl")
     outcomes = read_outcomes(file, file.stem)

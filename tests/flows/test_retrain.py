@@ -1,4 +1,4 @@
-"""`forebay retrain` as a user runs it: through Prefect, killed at random, by DVC, and by an event on real servers."""
+"""`forebay retrain` as a user runs it: through Prefect, killed in every stage, by DVC, and by an event on real servers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ import yaml
 from flows.context import Context
 from flows.servers import active_runs
 from tasks.core.stages import STAGES
-from tests.flows.conftest import environment, forebay, lay_workspace, loads
+from tests.flows import warm
+from tests.flows.conftest import environment, forebay, fresh_forebay, lay_workspace, loads
 
 KILLS = 10
 
@@ -40,14 +42,14 @@ def assert_consistent(context: Context) -> None:
 @pytest.mark.server
 def test_retrain_through_prefect_then_nothing_to_do(context: Context):
     root = context.workspace.root
-    first = loads(forebay(root, "retrain", "--json"))
+    first = loads(fresh_forebay(root, "retrain", "--json"))
     assert first["outcome"] == "promoted"
     assert_consistent(context)
     flow_run = context.ledger.last("run.started").payload["prefect"]
     shown = loads(forebay(root, "lineage", "show", f"prefect:{flow_run}", "--json"))
     assert shown["root"] == f"run:{first['run']}"
     started = time.monotonic()
-    again = loads(forebay(root, "retrain", "--json"))
+    again = loads(fresh_forebay(root, "retrain", "--json"))
     seconds = time.monotonic() - started
     assert again["found"] is True
     assert again["run"] == first["run"]
@@ -57,19 +59,17 @@ def test_retrain_through_prefect_then_nothing_to_do(context: Context):
 @pytest.mark.slow
 @pytest.mark.server
 @pytest.mark.timeout(900)
-def test_ten_kills_at_random_moments(tmp_path: Path, tiny_base: Path):
+def test_ten_kills_one_in_every_stage(tmp_path: Path, tiny_base: Path):
     """What one start kept the next does not do again, and the agent has the same bytes as without any kill."""
     whole = lay_workspace(tmp_path / "whole", tiny_base)
-    clock = time.monotonic()
     loads(forebay(whole.workspace.root, "retrain", "--json"))
-    typical = time.monotonic() - clock
     expected = whole.agent("2").payload["digest"]
     chance = random.Random(20261123)
     kills = rounds = 0
     while kills < KILLS:
         context = lay_workspace(tmp_path / f"ws-{rounds}", tiny_base)
         rounds += 1
-        while kills < KILLS and _killed(context.workspace.root, chance.uniform(0.1, 0.8) * typical):
+        while kills < KILLS and _killed(context.workspace.root, kills, chance):
             kills += 1
         assert loads(forebay(context.workspace.root, "retrain", "--json"))["outcome"] == "promoted"
         assert_consistent(context)
@@ -77,22 +77,27 @@ def test_ten_kills_at_random_moments(tmp_path: Path, tiny_base: Path):
         assert loads(forebay(context.workspace.root, "verify", "agent@champion", "--json"))["ok"]
 
 
-def _killed(root: Path, seconds: float) -> bool:
-    """Start `forebay retrain` and kill it, children included, after `seconds`; False if it was done before."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "retrain", "-w", str(root)],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return True
-    return False
+def _killed(root: Path, stage: int, chance: random.Random) -> bool:
+    """Start `forebay retrain` and kill it, children included, at a random moment after the stage began (0: before any).
+
+    Returns:
+        False if it was done before.
+    """
+    told = root.parent / "told.txt"
+    # Promotion is over in a tenth of a second.
+    delay = chance.uniform(0, 0.5 if stage < len(STAGES) else 0.05)
+    with told.open("wb") as out:
+        command = warm.Command(
+            ["retrain", "-w", str(root)], root, environment(), out, out, warm.warm_address()
+        )
+        while stage and f"{stage}/{len(STAGES)} {STAGES[stage - 1]}" not in told.read_text():
+            with suppress(TimeoutError):
+                command.wait(0.02)
+                return False
+        with suppress(TimeoutError):
+            command.wait(delay)
+            return False
+        return command.kill() == -signal.SIGKILL
 
 
 @pytest.mark.slow
@@ -101,7 +106,8 @@ def test_dvc_repro_runs_the_same_chain(context: Context, tmp_path: Path):
     root = context.workspace.root
     script = tmp_path / "bin" / "forebay"
     script.parent.mkdir()
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m flows.cli "$@"\n')
+    warmed = f"{sys.executable} -m tests.flows.warm ask {warm.warm_address()}"
+    script.write_text(f'#!/bin/sh\nexec {warmed} "$@"\n')
     script.chmod(0o755)
     env = environment() | {"PATH": f"{script.parent}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
 
@@ -173,5 +179,5 @@ def _free_port() -> int:
 
 
 def test_json_errors_are_json(tmp_path: Path):
-    done = forebay(tmp_path, "status", "--json")
+    done = fresh_forebay(tmp_path, "status", "--json")
     assert json.loads(done.stdout)["exit_code"] == done.returncode == 3

