@@ -99,7 +99,7 @@ def test_the_same_question_is_found_and_shown_again(compared):
 
 
 SMALL = {
-    "start": {**ARENA["start"], "demonstrations": 16, "steps": 20},
+    "start": {**ARENA["start"], "demonstrations": 8, "steps": 2},
     "recipe": {"steps": 2, "groups_per_step": 2, "group_size": 2, "first_groups": 1},
     "judging": {"tasks": 4, "samples": 2},
 }
