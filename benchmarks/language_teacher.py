@@ -22,7 +22,7 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     topic = TOPICS[words.topic]
     complete = Writer(model, tokenizer, REMARK_TOKENS).complete
 
-    @lru_cache(maxsize=None)  # an environment asks again about every earlier turn
+    @cache  # an environment asks again about every earlier turn
     def said(system: str, user: str) -> str:
         return complete([{"role": "system", "content": system}, {"role": "user", "content": user}])
 
