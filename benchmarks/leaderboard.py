@@ -3,6 +3,7 @@
     forebay arena run --json > board.json
     python -m benchmarks.leaderboard --keep board.json --workspace DIR    # results of a run become the baseline
     python -m benchmarks.leaderboard [--page leaderboard.html]            # the tables as Markdown, and the page
+    python -m benchmarks.leaderboard --baseline benchmarks/baselines/leaderboard_memory.json   # of another comparison
 
 The run itself is the product's command; this only keeps its results, so that the tables in docs/leaderboard.md can be made
 again without it.
@@ -22,17 +23,17 @@ from tasks.pages.parts import number
 BASELINE = Path(__file__).parent / "baselines" / "leaderboard.json"
 
 
-def keep(board: Path, workspace: Path) -> None:
-    """Write the baseline from what the command printed, and the evidence that it names."""
+def keep(board: Path, workspace: Path, baseline: Path) -> None:
+    """Write `baseline` from what the command printed, and the evidence that it names."""
     told = json.loads(board.read_text())
     results = json.loads((workspace / told["results"]["path"]).read_text())["results"]
     kept = {name: told[name] for name in ("floors", "machine")} | {"recipe": told.get("recipe", "")}
-    BASELINE.write_text(json.dumps({**kept, "results": results}, indent=1, sort_keys=True) + "\n")
+    baseline.write_text(json.dumps({**kept, "results": results}, indent=1, sort_keys=True) + "\n")
 
 
-def load() -> Board:
-    """Return the kept comparison."""
-    kept = json.loads(BASELINE.read_text())
+def load(baseline: Path) -> Board:
+    """Return the comparison that is kept there."""
+    kept = json.loads(baseline.read_text())
     results: list[dict[str, Any]] = kept["results"]
     floors = {env: Floor(**floor) for env, floor in kept["floors"].items()}
     spent = sum(one["cpu_seconds"] for one in results)
@@ -88,13 +89,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--baseline", type=Path, default=BASELINE)
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--workspace", type=Path, default=Path())
     parser.add_argument("--page", type=Path)
     words = parser.parse_args()
     if words.keep:
-        keep(words.keep, words.workspace)
-    board = load()
+        keep(words.keep, words.workspace, words.baseline)
+    board = load(words.baseline)
     if words.page:
         words.page.write_text(leaderboard_page(board))
     print(markdown(board))
