@@ -5,7 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from typing import Any, Literal
 
@@ -67,16 +68,27 @@ def gathered(
     names = {future: name for name, future in futures.items()}
     done: dict[str, dict[str, Any]] = {}
     report(0, len(futures), unit)
-    for future in as_completed(list(names)):
-        name = names[future]
-        try:
-            one = done[name] = future.result()
-        except (
-            Exception
-        ) as error:  # a worker that was killed, for want of memory say, takes those that wait with it
-            one = done[name] = {"error": f"Its process ended: {type(error).__name__}: {error}"}
-        report(len(done), len(futures), f"{name}: {one['error']}" if "error" in one else says(one))
+    with _ended_if_interrupted():
+        for future in as_completed(list(names)):
+            name = names[future]
+            try:
+                one = done[name] = future.result()
+            # A worker that was killed, for want of memory say, takes those that wait with it.
+            except Exception as error:
+                one = done[name] = {"error": f"Its process ended: {type(error).__name__}: {error}"}
+            report(len(done), len(futures), f"{name}: {one['error']}" if "error" in one else says(one))
     return {name: done[name] for name in futures}
+
+
+@contextmanager
+def _ended_if_interrupted() -> Iterator[None]:
+    """After Ctrl-C or SIGTERM nobody waits for the workers, as Prefect would: what they did is taken up again where it was."""
+    try:
+        yield
+    except BaseException:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
 
 
 def require_all(results: Mapping[str, Mapping[str, Any]], unit: str) -> None:

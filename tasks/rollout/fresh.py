@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.causal_lm import weights_digest
-from tasks.arena.environment import Environment, Task
+from tasks.arena.environment import Environment, Task, plain_name
 from tasks.core.digest import digest_json, sha256_bytes, sha256_file, write_atomic, write_file_atomic
 from tasks.core.settings import Collect
 from tasks.core.stages import derive_seed
@@ -83,7 +83,7 @@ def _collect(
         episodes: list[Episode] = []
         for name, groups in shares(settings.environments, before, before + count).items():
             env = sampling.environment(name)
-            noise = derive_seed(sampling.seed, name, f"fresh {before}")
+            noise = derive_seed(sampling.seed, plain_name(name), f"fresh {before}")
             tasks = may_be_asked(env.tasks("train", groups, noise), sampling.without)
             for group in rollout(
                 model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -300,7 +301,10 @@ def test_a_language_model_starts_from_its_own_successes(context: Context):
 
 
 @pytest.mark.slow
-def test_a_comparison_that_was_killed_leaves_nobody_behind_and_no_lock(tmp_path: Path, tiny_base: Path):
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_a_comparison_that_was_ended_leaves_nobody_behind_and_no_lock(
+    tmp_path: Path, tiny_base: Path, sent: signal.Signals
+):
     recipe = {**ARENA["recipe"], "steps": 200}
     root = lay_workspace(tmp_path / "ws", tiny_base, arena={**ARENA, "recipe": recipe}).workspace.root
     run = subprocess.Popen(
@@ -317,8 +321,8 @@ def test_a_comparison_that_was_killed_leaves_nobody_behind_and_no_lock(tmp_path:
         time.sleep(0.2)
     assert found
     workers = psutil.Process(run.pid).children(recursive=True)
-    run.kill()
-    run.wait()
+    run.send_signal(sent)
+    assert run.wait(timeout=30) != 0  # not when the cells are done
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
     context = Context.open(root)
