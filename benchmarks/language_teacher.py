@@ -4,7 +4,7 @@
 
 The student goes on with conversations of `tasks.arena.feedback`, four turns at temperature 1, after three worked ones
 that show the form: a hidden thing found by what a scripted teacher says. Then four teachers, on the same training
-tasks and with the same noise:
+tasks and with the same first attempts:
 
 - model: `LanguageTeacher` with the same weights, told the answer and told not to say it, at temperature 0;
 - model, shuffled: the same, told the answer of another task. What `model` gains over it is what its words are worth;
@@ -22,7 +22,7 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     topic = TOPICS[words.topic]
     complete = Writer(model, tokenizer, REMARK_TOKENS).complete
 
-    @lru_cache(maxsize=None)  # an environment asks again about every earlier turn
+    @cache  # an environment asks again about every earlier turn
     def said(system: str, user: str) -> str:
         return complete([{"role": "system", "content": system}, {"role": "user", "content": user}])
 
