@@ -4,7 +4,7 @@
 
 The student goes on with conversations of `tasks.arena.feedback`, four turns at temperature 1, after three worked ones
 that show the form: a hidden thing found by what a scripted teacher says. Then four teachers, on the same training
-tasks and with the same noise:
+tasks and with the same first attempts:
 
 - model: `LanguageTeacher` with the same weights, told the answer and told not to say it, at temperature 0;
 - model, shuffled: the same, told the answer of another task. What `model` gains over it is what its words are worth;
