@@ -307,9 +307,8 @@ def _play(
     for turn in range(env.max_turns):
         noise = [draft.noise for draft in live if draft.noise is not None]
         last = turn == env.max_turns - 1
-        forgets = (
-            memory is not None and turn >= memory
-        )  # then the next turn is not written from all before it
+        # Then the next turn is not written from all before it.
+        forgets = memory is not None and turn >= memory
         actions = rows.act(noise or None, temperature, stop, env.max_new_tokens, last or forgets)
         written = [_decode(tokenizer, action.ids, skip_special_tokens=True) for action in actions]
         for draft, action, text in zip(live, actions, written, strict=True):

@@ -73,10 +73,7 @@ _FACTS = pa.schema(
         ("top_p", pa.float64()),
         ("reward", pa.float64()),
         ("deep_thinking", pa.float64()),  # ratio of the response; NaN where it was not measured
-        (
-            "memory_turns",
-            pa.int16(),
-        ),  # that the policy read beside the prompt; 0: all, BROKEN: it cannot be told
+        ("memory_turns", pa.int16()),  # read beside the prompt; 0: all, BROKEN: it cannot be told
         ("failed", pa.uint8()),  # the environment did
         ("truncated", pa.uint8()),  # the answer ended at its limit of tokens
         ("trained", pa.int32()),  # tokens that the policy wrote
@@ -85,10 +82,7 @@ _FACTS = pa.schema(
         ("logprobs_impossible", pa.uint8()),  # one of them is no finite number at or below 0
         ("prompt_length", pa.int32()),
         ("response_length", pa.int32()),
-        (
-            "longest_read",
-            pa.int32(),
-        ),  # most tokens that the policy had before it when it wrote the last of an action
+        ("longest_read", pa.int32()),  # most tokens that the policy had read and written in one go
         ("mask_length", pa.int32()),
         ("turns_length", pa.int32()),
         ("logprobs_length", pa.int32()),
