@@ -39,7 +39,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from models.machine import describe
-from tasks.core.digest import sha256_file, write_file_atomic
+from tasks.core.atomic import write_file_atomic
+from tasks.core.digest import sha256_file
 from tasks.core.settings import Replay as ReplaySettings
 from tasks.replay.schema import arrow_schema
 from tasks.replay.shards import _write_parquet

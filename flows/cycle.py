@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from flows.context import Context
 from flows.experience import finished_collections, waiting_groups
-from tasks.core.digest import canonical_json, digest_json, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, digest_json
 from tasks.core.errors import NotFound, Refused
 from tasks.core.ledger import Entry
 from tasks.core.stages import STAGES

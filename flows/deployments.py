@@ -25,7 +25,8 @@ from pydantic import Field, model_validator
 
 from flows.environment import configure, request
 from flows.processes import running_url
-from tasks.core.digest import digest_json, sha256_bytes, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import digest_json, sha256_bytes
 from tasks.core.errors import NotFound, Unavailable, UsageError
 from tasks.core.locks import file_lock
 from tasks.core.settings import Section, build_section

@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from flows.processes import running_url, tail
-from tasks.core.digest import write_file_atomic
+from tasks.core.atomic import write_file_atomic
 from tasks.core.errors import Unavailable
 from tasks.core.locks import file_lock
 from tasks.core.workspace import Workspace

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from flows import progress
 from flows.context import Context
 from flows.experience import intact
-from tasks.core.digest import canonical_json, digest_json, sha256_bytes, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, digest_json, sha256_bytes
 from tasks.core.errors import Refused
 from tasks.core.stages import once
 

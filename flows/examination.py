@@ -9,7 +9,8 @@ from typing import Any
 
 from flows.context import Context
 from flows.parallel import Runner, task_runner
-from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, sha256_bytes
 from tasks.core.errors import UsageError
 from tasks.core.stages import once
 

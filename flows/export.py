@@ -9,7 +9,8 @@ from typing import Any
 
 from flows import keys
 from flows.context import Context
-from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, sha256_bytes
 from tasks.core.dsse import sign
 from tasks.core.errors import UsageError
 from tasks.lineage.standards import attestations, cyclonedx, model_card, openlineage, prov

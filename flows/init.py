@@ -14,7 +14,8 @@ import yaml
 from flows import keys, progress
 from flows.champions import register_agent
 from flows.context import Context
-from tasks.core.digest import digest_files, digest_tree, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import digest_files, digest_tree
 from tasks.core.errors import Unavailable, UsageError
 from tasks.core.locks import file_lock
 from tasks.core.workspace import Workspace

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from flows import progress
 from flows.context import Context
 from flows.parallel import Runner, task_runner
-from tasks.core.digest import canonical_json, digest_json, sha256_bytes, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, digest_json, sha256_bytes
 from tasks.core.errors import Conflict, NotFound, Refused, UsageError
 from tasks.core.stages import code_digest, lock_digest, once
 

@@ -35,7 +35,7 @@ def draw_page(context: Context, entry: Entry, target: Path | None = None) -> Pat
         NotFound, Corrupt: something is missing or was changed; it is named.
         Refused: the key that signed is unknown.
     """
-    from tasks.core.digest import write_atomic
+    from tasks.core.atomic import write_atomic
     from tasks.promotion.page.document import read_record, render
 
     page = target or page_of(context, entry.payload)
@@ -131,7 +131,7 @@ def make_audit(
     Raises:
         NotFound, UsageError, Corrupt: as `tasks.lineage.graph.lineage`.
     """
-    from tasks.core.digest import write_atomic
+    from tasks.core.atomic import write_atomic
     from tasks.lineage.graph import open_index, resolve
     from tasks.lineage.page.document import build, headline, verdict
     from tasks.lineage.page.gather import gather

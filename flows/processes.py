@@ -15,7 +15,8 @@ from pathlib import Path
 
 import psutil
 
-from tasks.core.digest import canonical_json, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json
 from tasks.core.settings import Section
 from tasks.core.workspace import Workspace
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, replace
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from flows import progress
 from flows.context import Context
 from flows.registry import enter
-from tasks.core.digest import digest_files, digest_json, digest_tree, sha256_file
+from tasks.core.atomic import whole_directory
+from tasks.core.digest import digest_files, digest_tree, sha256_file
 from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
 from tasks.core.ledger import Entry
 from tasks.core.settings import ClassifierModel, HeadModel, JudgeModel, VerifierModel
@@ -324,16 +324,10 @@ def register_reward(
 
 def register_untrained(context: Context, model: VerifierModel | JudgeModel) -> dict[str, Any]:
     """Register a verifier or a judge as it is described; return the payload of `reward.registered`."""
-    from tasks.reward.open import write_untrained
+    from tasks.reward.folder import lay_about
+    from tasks.reward.open import describe_untrained
 
-    name = digest_json([model.model_dump(mode="json")])[:16]
-    aside = context.workspace.models / f".reward-{name}"
-    write_untrained(aside, model)
-    folder = context.workspace.models / f"reward-{digest_files(digest_tree(aside))[:16]}"
-    if folder.exists():
-        shutil.rmtree(aside)
-    else:
-        aside.rename(folder)
+    folder = lay_about(context.workspace.models, describe_untrained(model))
     serving = model.model_dump(mode="json", include={"url", "api_key_env"})
     return register_reward(context, folder, model.kind, parents={}, serving=serving)
 
@@ -362,10 +356,8 @@ def _lay_encoder(base: str, folder: Path) -> None:
     """Write a base in the clean form in which it is registered with its head; whole or not at all."""
     from models.reward_classifier import load_base
 
-    aside = folder.with_name(f".{folder.name}")
-    aside.mkdir(parents=True, exist_ok=True)
-    load_base(base, seed=0).save(aside)
-    aside.rename(folder)
+    with whole_directory(folder) as aside:
+        load_base(base, seed=0).save(aside)
 
 
 # ------------------------------------------------------------------------------------------- looking at them

@@ -31,7 +31,7 @@ from prefect.types.entrypoint import EntrypointType
 from flows.deployments import DEPLOYMENT, apply, load
 from flows.environment import get
 from flows.processes import ready_mark
-from tasks.core.digest import write_atomic
+from tasks.core.atomic import write_atomic
 from tasks.core.errors import ForebayError
 from tasks.core.workspace import Workspace
 

@@ -23,7 +23,7 @@ def stability(context: Context, ref: str | None = None, target: Path | None = No
     Raises:
         NotFound: there is no such thing, or it left no metrics. UsageError: it is no run, and no run made it.
     """
-    from tasks.core.digest import write_atomic
+    from tasks.core.atomic import write_atomic
     from tasks.training.curve import read_curve
     from tasks.training.stability import find_collapse
     from tasks.training.stability_page import Run, stability_page, verdict

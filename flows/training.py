@@ -18,7 +18,8 @@ from flows.context import Context
 from flows.hybrid import allowed, fresh_source
 from flows.logs import flow_run_id
 from flows.scoring import require_valid_reward
-from tasks.core.digest import digest_json, sha256_bytes, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import digest_json, sha256_bytes
 from tasks.core.errors import Conflict, Refused, UsageError
 from tasks.core.ledger import Ledger, LedgerView
 from tasks.core.stages import code_commit, code_digest, lock_digest

@@ -18,7 +18,8 @@ from pathlib import Path
 from tasks.arena.environment import cut
 from tasks.arena.feedback import Conversation, Feedback
 from tasks.arena.topics import TOPICS, WORDS, Topic
-from tasks.core.digest import canonical_json, digest_json, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, digest_json
 from tasks.core.endpoint import Endpoint, chat_content
 from tasks.core.errors import UsageError
 

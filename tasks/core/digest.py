@@ -1,17 +1,12 @@
-"""Identity: SHA-256 of content, canonical JSON, Merkle roots, and writes that are whole or absent."""
+"""Identity: SHA-256 of content, canonical JSON, Merkle roots."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from tasks.core.errors import Unavailable
 
 _CHUNK = 1 << 20
 
@@ -71,52 +66,3 @@ def digest_tree(root: Path, ignore: Iterable[str] = ()) -> dict[str, str]:
 def digest_files(files: Mapping[str, str]) -> str:
     """Return the one digest that stands for a tree of files {relative path: SHA-256}."""
     return digest_json(dict(files))
-
-
-def fsync_dir(path: Path) -> None:
-    """Make a rename in the directory `path` survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees all of it or none of it, also after a crash.
-
-    Raises:
-        Unavailable: the disk is full; nothing is left behind.
-    """
-
-    def fill(aside: Path) -> None:
-        aside.write_bytes(data)
-
-    write_file_atomic(path, fill)
-
-
-def write_file_atomic(path: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write a file aside, then make it `path` in one durable step.
-
-    Raises:
-        Unavailable: the disk is full; nothing is left behind.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    aside = Path(name)
-    try:
-        fill(aside)
-        with aside.open("rb") as stream:
-            os.fsync(stream.fileno())
-        aside.chmod(0o644)
-        aside.replace(path)
-        fsync_dir(path.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Unavailable(
-                f"The disk that holds {path.parent} is full: {path.name} was not written; free some space and run again."
-            ) from error
-        raise
-    finally:
-        aside.unlink(missing_ok=True)

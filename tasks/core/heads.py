@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tasks.core.digest import write_atomic
+from tasks.core.atomic import write_atomic
 from tasks.core.dsse import Predicate, open_envelope, sign
 from tasks.core.errors import Corrupt, Refused
 from tasks.core.keys import PrivateKey, Trust

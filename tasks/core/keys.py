@@ -29,7 +29,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from pydantic import Field, field_validator
 
-from tasks.core.digest import fsync_dir, sha256_bytes, write_atomic
+from tasks.core.atomic import fsync_dir, write_atomic
+from tasks.core.digest import sha256_bytes
 from tasks.core.errors import Conflict, NotFound, Refused, UsageError
 from tasks.core.settings import Section, load_section
 

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from tasks.arena.environment import plain_name
-from tasks.core.digest import canonical_json, digest_json, sha256_bytes, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, digest_json, sha256_bytes
 from tasks.core.errors import Corrupt, NotFound, UsageError
 from tasks.evaluation.statistics import Estimate, paired_difference
 

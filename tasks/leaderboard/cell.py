@@ -19,7 +19,8 @@ import torch
 from models.causal_lm import load_policy, load_tokenizer
 from tasks.arena.environment import Environment, Task, draw_up_to, plain_name
 from tasks.arena.guarded import Environments, Limits
-from tasks.core.digest import canonical_json, digest_json, sha256_file, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, digest_json, sha256_file
 from tasks.core.locks import file_lock
 from tasks.core.settings import Collect
 from tasks.core.stages import derive_seed

@@ -28,13 +28,13 @@ from tasks.arena.environment import (
 from tasks.arena.guarded import StepFault
 from tasks.arena.memory import memory_turns
 from tasks.arena.playing import ListedEnvironment
+from tasks.core.atomic import whole_directory
 from tasks.core.digest import digest_json, digest_tree, sha256_bytes, sha256_file
 from tasks.core.errors import Refused, UsageError
 from tasks.leaderboard.settings import Start
 from tasks.replay.schema import Episode
 from tasks.rollout.fresh import may_be_asked, write_episodes
 from tasks.rollout.rollout import BehaviourIdentity, reward_components, rollout
-from tasks.training.checkpoint import whole_directory
 from tasks.training.settings import Admission, Guards, TrainingSettings
 from tasks.training.shards import ShardRef
 from tasks.training.trainer import FINISHED, train

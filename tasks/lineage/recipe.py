@@ -15,7 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tasks.core.digest import canonical_json, digest_files, digest_json, sha256_bytes, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, digest_files, digest_json, sha256_bytes
 from tasks.core.dsse import open_envelope
 from tasks.core.errors import Corrupt, ForebayError, NotFound, Refused
 from tasks.core.keys import Trust

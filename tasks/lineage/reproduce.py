@@ -19,14 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from tasks.core.digest import (
-    digest_files,
-    digest_tree,
-    sha256_bytes,
-    sha256_file,
-    write_atomic,
-    write_file_atomic,
-)
+from tasks.core.atomic import write_atomic, write_file_atomic
+from tasks.core.digest import digest_files, digest_tree, sha256_bytes, sha256_file
 from tasks.core.errors import Corrupt, NotFound, Refused, Unavailable, UsageError
 from tasks.core.settings import Replay, build_section
 from tasks.core.stages import code_digest, digest_code

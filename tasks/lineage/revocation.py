@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from tasks.core.digest import canonical_json, sha256_bytes, sha256_file, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, sha256_bytes, sha256_file
 from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
 from tasks.core.ledger import Entry
 from tasks.core.workspace import Workspace

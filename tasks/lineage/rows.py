@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tasks.core.digest import sha256_bytes, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import sha256_bytes
 from tasks.core.errors import Corrupt, NotFound
 from tasks.core.ledger import Ledger
 from tasks.core.workspace import Workspace

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, sha256_bytes
 from tasks.core.dsse import open_envelope, sign
 from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
 from tasks.core.keys import PrivateKey, Trust, TrustedKey

@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from tasks.core.digest import canonical_json, digest_json, sha256_bytes, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, digest_json, sha256_bytes
 from tasks.core.errors import Corrupt, Refused
 from tasks.evaluation.paired import Agent, read_outcomes
 from tasks.evaluation.statistics import Verdict

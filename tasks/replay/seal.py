@@ -18,7 +18,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from tasks.core.digest import sha256_bytes, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import sha256_bytes
 from tasks.core.errors import Conflict, NotFound, UsageError
 from tasks.core.ledger import Ledger, LedgerView
 from tasks.core.locks import file_lock

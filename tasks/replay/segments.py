@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tasks.core.digest import fsync_dir, write_atomic
+from tasks.core.atomic import fsync_dir, write_atomic
 from tasks.core.errors import Corrupt, Unavailable, UsageError
 from tasks.core.workspace import Workspace
 from tasks.replay.schema import Episode

@@ -10,7 +10,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.core.digest import sha256_file, write_file_atomic
+from tasks.core.atomic import write_file_atomic
+from tasks.core.digest import sha256_file
 from tasks.core.errors import Corrupt
 from tasks.core.workspace import Workspace
 from tasks.replay import segments

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from models.reward_classifier import Fit, Scorer, fine_tune, load_base, load_scorer, score_rows
 from models.reward_support import support_of
-from tasks.core.digest import digest_tree, write_atomic
+from tasks.core.atomic import whole_directory
+from tasks.core.digest import digest_tree
 from tasks.core.errors import Refused, UsageError
 from tasks.core.settings import ClassifierModel
 from tasks.promotion.inert import require_inert
@@ -119,11 +118,9 @@ def train_classifier(
     raw, features = score_rows(scorer, [rows[answer] for answer in pictured])
     centre = float(raw.mean())
     support = support_of(features, [group_of[answer] for answer in pictured], scale * (raw - centre))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with whole_directory(target) as folder:
         scorer.save(folder)
-        write_atomic(folder / SUPPORT, save(support))
+        save_file(support, folder / SUPPORT)
         about = {
             "kind": "classifier",
             "pooling": "the model's own head" if scorer.head is None else "mean over the answer",
@@ -136,12 +133,6 @@ def train_classifier(
             **provenance(train, folder),
         }
         write_about(folder, about)
-        for path in (*folder.iterdir(), folder):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        shutil.rmtree(target, ignore_errors=True)  # of a run that was cut short and is repeated
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return ClassifierSource.load(target, device)
 
 

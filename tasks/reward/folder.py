@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.core.digest import canonical_json, digest_files, digest_tree, sha256_bytes, write_atomic
+from tasks.core.atomic import whole_directory
+from tasks.core.digest import canonical_json, digest_files, digest_tree, sha256_bytes
 from tasks.core.errors import Corrupt, NotFound
 from tasks.reward.preferences import prompt_digests, set_digest
 from tasks.reward.source import Preference
@@ -22,10 +23,22 @@ SCHEMA = "forebay.reward_model/2"
 ABOUT, PROMPTS, SUPPORT = "reward.json", "prompts.json", "support.safetensors"
 
 
-def write_about(folder: Path, about: Mapping[str, Any]) -> str:
-    """Write `reward.json`, the last file of a folder, and return the digest of all its files."""
-    write_atomic(folder / ABOUT, canonical_json({"schema": SCHEMA, **about}))
-    return folder_digest(folder)
+def write_about(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write `reward.json` to a folder that is being made aside, and becomes the source's when it is whole."""
+    (folder / ABOUT).write_bytes(_encode(about))
+
+
+def lay_about(models: Path, about: Mapping[str, Any]) -> Path:
+    """Return the folder under `models` of a source that is `reward.json` alone, made if it is not there."""
+    folder = models / f"reward-{digest_files({ABOUT: sha256_bytes(_encode(about))})[:16]}"
+    if not folder.exists():
+        with whole_directory(folder) as aside:
+            write_about(aside, about)
+    return folder
+
+
+def _encode(about: Mapping[str, Any]) -> bytes:
+    return canonical_json({"schema": SCHEMA, **about})
 
 
 def folder_digest(folder: Path) -> str:
@@ -56,7 +69,7 @@ def provenance(train: Sequence[Preference], folder: Path) -> dict[str, Any]:
     """Write `prompts.json` and return what `reward.json` keeps about the training preferences."""
     prompts = prompt_digests(train)
     data = canonical_json(prompts)
-    write_atomic(folder / PROMPTS, data)
+    (folder / PROMPTS).write_bytes(data)
     return {
         "preferences": set_digest(train),
         "pairs": len(train),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.causal_lm import load_policy, load_tokenizer
@@ -17,7 +17,7 @@ from models.packing import Sample
 from models.reward_classifier import encode, load_scorer, score_rows
 from models.reward_head import confidence, episode_features, fit_head
 from models.reward_support import support_of
-from tasks.core.digest import write_atomic
+from tasks.core.atomic import whole_directory
 from tasks.core.settings import HeadModel
 from tasks.reward.folder import SUPPORT, folder_digest, provenance, read_about, write_about
 from tasks.reward.hardening import harden
@@ -140,7 +140,7 @@ def train_head(
     origin: dict[str, Any],
     report: Report = lambda done, total, text: None,
 ) -> HeadSource:
-    """Fit a head on `train` and write it to the folder `target`.
+    """Fit a head on `train` and write it to the folder `target`, whole or not at all.
 
     The head is fitted on all pairs and on copied parts of the prompts as further wrong answers (`harden`); its scale
     (how sure it is) on margins of the pairs alone that five folds of groups gave one another, so that confidence is
@@ -171,18 +171,19 @@ def train_head(
     group_of = {answer: p.group for p in train for answer in (p.better, p.worse)}
     seen = features[: len(group_of)]  # the copies come after them, and are no answers like those of training
     support = support_of(seen, list(group_of.values()), seen @ weight + bias)
-    write_atomic(target / HEAD, save({"weight": weight.contiguous(), "bias": bias}))
-    write_atomic(target / SUPPORT, save(support))
-    about = {
-        "kind": "head",
-        "backbone": {"digest": backbone.digest, "form": backbone.form},
-        "layer": backbone.layer,
-        "pooling": "mean over the answer",
-        "settings": settings.model_dump(mode="json"),
-        **origin,
-        **provenance(train, target),
-    }
-    write_about(target, about)
+    with whole_directory(target) as folder:
+        save_file({"weight": weight.contiguous(), "bias": bias}, folder / HEAD)
+        save_file(support, folder / SUPPORT)
+        about = {
+            "kind": "head",
+            "backbone": {"digest": backbone.digest, "form": backbone.form},
+            "layer": backbone.layer,
+            "pooling": "mean over the answer",
+            "settings": settings.model_dump(mode="json"),
+            **origin,
+            **provenance(train, folder),
+        }
+        write_about(folder, about)
     return HeadSource.load(target, backbone)
 
 

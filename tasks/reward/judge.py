@@ -17,7 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tasks.core.digest import canonical_json, digest_json, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, digest_json
 from tasks.core.endpoint import Endpoint, chat_content
 from tasks.core.errors import Refused, UsageError
 from tasks.core.settings import JudgeModel

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from tasks.core.digest import canonical_json, digest_json, sha256_bytes, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, digest_json, sha256_bytes
 from tasks.core.errors import Corrupt, Refused
 from tasks.evaluation.paired import Agent
 from tasks.evaluation.statistics import Verdict, clustered_mean

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tasks.arena.environment import Task
 from tasks.core.endpoint import require_plain_url
 from tasks.core.errors import Corrupt, Refused, UsageError
 from tasks.core.settings import JudgeModel, VerifierModel
 from tasks.reward.classifier import ClassifierSource
-from tasks.reward.folder import folder_digest, read_about, write_about
+from tasks.reward.folder import folder_digest, read_about
 from tasks.reward.head import Backbone, HeadSource
 from tasks.reward.judge import JudgeSource, describe_judge, judge_digest
 from tasks.reward.source import RewardSource
@@ -79,21 +80,19 @@ def open_verifier(name: str, tasks: Mapping[str, Task] | None = None) -> Verifie
     return function_verifier(name) if ":" in name else environment_verifier(name, tasks)
 
 
-def write_untrained(folder: Path, settings: VerifierModel | JudgeModel) -> None:
-    """Write the folder of a source that needs no training.
+def describe_untrained(settings: VerifierModel | JudgeModel) -> dict[str, Any]:
+    """Return what `reward.json`, the one file of a source that needs no training, says of it.
 
     Raises:
         UsageError: there is no such verifier, or the judge has no model or no plain address.
     """
     if isinstance(settings, VerifierModel):
         identity = open_verifier(settings.name).digest
-        write_about(folder, {"kind": "verifier", "settings": settings.model_dump(), "identity": identity})
-    elif not settings.model:
+        return {"kind": "verifier", "settings": settings.model_dump(), "identity": identity}
+    if not settings.model:
         raise UsageError("The judge has no model; set reward.model.model to the name its endpoint serves.")
-    else:
-        require_plain_url(settings.url, "reward.model")
-        described = describe_judge(settings)
-        write_about(folder, {"kind": "judge", **described, "identity": judge_digest(settings)})
+    require_plain_url(settings.url, "reward.model")
+    return {"kind": "judge", **describe_judge(settings), "identity": judge_digest(settings)}
 
 
 def _unchanged(found: str, registered: str, what: str, why: str) -> None:

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tasks.core.digest import canonical_json, digest_json, sha256_bytes, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, digest_json, sha256_bytes
 from tasks.core.errors import Corrupt, NotFound
 from tasks.reward.source import Preference
 

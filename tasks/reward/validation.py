@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.core.digest import canonical_json, digest_json, sha256_bytes, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, digest_json, sha256_bytes
 from tasks.core.errors import Refused
 from tasks.core.workspace import Workspace
 from tasks.promotion.policy import RewardModel as Rule

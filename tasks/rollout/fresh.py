@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 from models.causal_lm import weights_digest
 from tasks.arena.environment import Environment, Task, plain_name
-from tasks.core.digest import digest_json, sha256_bytes, sha256_file, write_atomic, write_file_atomic
+from tasks.core.atomic import write_atomic, write_file_atomic
+from tasks.core.digest import digest_json, sha256_bytes, sha256_file
 from tasks.core.settings import Collect
 from tasks.core.stages import derive_seed
 from tasks.replay.schema import Episode, arrow_schema

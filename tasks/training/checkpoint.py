@@ -7,26 +7,22 @@ SHA-256 of its files and of itself, so bytes that went bad later are noticed and
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tasks.core.digest import canonical_json, digest_json, fsync_dir, sha256_file
-from tasks.core.errors import Conflict, Unavailable
+from tasks.core.atomic import whole_directory
+from tasks.core.digest import canonical_json, digest_json, sha256_file
+from tasks.core.errors import Conflict
 
 KEPT = 2
-_ASIDE = ".aside-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,37 +33,6 @@ class Checkpoint:
     progress: Mapping[str, Any]
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
-
-
-@contextmanager
-def whole_directory(target: Path) -> Iterator[Path]:
-    """Fill a directory aside; at the end of the block it becomes `target` in one durable step.
-
-    Raises:
-        Unavailable: the disk is full; nothing is left behind.
-    """
-    aside = target.parent / f"{_ASIDE}{target.name}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        for path in sorted(aside.rglob("*")):
-            if path.is_file():
-                path.chmod(0o644)
-                with path.open("rb") as stream:
-                    os.fsync(stream.fileno())
-        fsync_dir(aside)
-        aside.rename(target)
-        fsync_dir(target.parent)
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            raise Unavailable(
-                f"The disk that holds {target.parent} is full: {target.name} was not written; "
-                "free some space and run again."
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def save(
@@ -96,7 +61,6 @@ def save(
             save_file({k: v.contiguous() for k, v in content.items()}, aside / f"{name}.safetensors")
         state = {"step": step, "progress": progress, "inputs": inputs, "files": _digests(aside)}
         (aside / "state.json").write_bytes(canonical_json({"state": state, "sha256": digest_json(state)}))
-        shutil.rmtree(target, ignore_errors=True)  # of a run that went back to these updates
     old = _steps(root)[:-KEPT]
     spared = [path for path in old if good is not None and _number(path) < good][-1:]
     for path in old:
@@ -129,12 +93,6 @@ def load(root: Path, inputs: str, *, before: int | None = None) -> Checkpoint | 
         weights, moments = (load_file(path / f"{name}.safetensors") for name in ("weights", "moments"))
         return Checkpoint(state["step"], state["progress"], weights, moments)
     return None
-
-
-def discard_unfinished(root: Path) -> None:
-    """Remove what killed writers left aside under `root`."""
-    for path in root.glob(f"{_ASIDE}*"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _steps(root: Path) -> list[Path]:

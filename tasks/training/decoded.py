@@ -27,7 +27,8 @@ import pyarrow.parquet as pq
 import torch
 
 from models.turn_samples import spans
-from tasks.core.digest import sha256_file, write_atomic, write_file_atomic
+from tasks.core.atomic import write_atomic, write_file_atomic
+from tasks.core.digest import sha256_file
 from tasks.core.errors import Corrupt, NotFound, Refused
 from tasks.core.locks import file_lock
 from tasks.replay.schema import DEEP_THINKING, INVALID_TURNS, MOST_TURNS, arrow_schema, memory_of

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.objectives import effective_sample_size
-from tasks.core.digest import write_file_atomic
+from tasks.core.atomic import write_file_atomic
 from tasks.training import admission, fields, mixture
 from tasks.training.groups import GroupTable
 from tasks.training.mixture import Mix

@@ -26,17 +26,11 @@ from models import adapters, objectives
 from models.causal_lm import ModelError, load_policy, save_policy, tokenizer_digest
 from models.diversity import Encoder
 from models.memory import keep_freed_memory
-from tasks.core.digest import (
-    canonical_json,
-    digest_files,
-    digest_json,
-    digest_tree,
-    write_atomic,
-)
+from tasks.core.atomic import discard_unfinished, whole_directory, write_atomic
+from tasks.core.digest import canonical_json, digest_files, digest_json, digest_tree
 from tasks.core.errors import Conflict, Corrupt, UsageError
 from tasks.core.locks import file_lock
 from tasks.training import checkpoint, parallel
-from tasks.training.checkpoint import whole_directory
 from tasks.training.decoded import Shard
 from tasks.training.parallel import World
 from tasks.training.rounds import Curriculum, FreshSource, Policies, Progress, admitted
@@ -243,7 +237,7 @@ def _updates(
     returned."""
     policies, world, curriculum = run.policies, run.policies.world, run.curriculum
     if world.main:
-        checkpoint.discard_unfinished(run.checkpoints)
+        discard_unfinished(run.checkpoints)
     world.wait()
     guarded = settings.guards.collapse != "report"
     progress = _restore(run) or curriculum.start()
@@ -425,7 +419,6 @@ def _write_result(
     inputs: str,
 ) -> None:
     export = run_dir / "export"
-    shutil.rmtree(export, ignore_errors=True)
     with whole_directory(export) as aside:
         save_policy(model, aside, like=init_dir)
     files = digest_tree(export)

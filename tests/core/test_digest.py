@@ -6,14 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.core.digest import (
-    canonical_json,
-    digest_tree,
-    merkle_root,
-    sha256_file,
-    write_atomic,
-    write_file_atomic,
-)
+from tasks.core.atomic import write_atomic, write_file_atomic
+from tasks.core.digest import canonical_json, digest_tree, merkle_root, sha256_file
 from tasks.core.errors import Unavailable
 
 HEX = st.binary(min_size=32, max_size=32).map(bytes.hex)

@@ -24,7 +24,8 @@ from flows.pages import page_of
 from flows.rewards import Decoder, episodes, heldout, open_source, replay_set, reward
 from flows.scoring import _claim, require_valid_reward, rescored, resting_on
 from flows.training import train_agent, train_and_validate_reward_model
-from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, sha256_bytes
 from tasks.core.errors import Conflict, Corrupt, Refused
 from tasks.lineage.graph import lineage
 from tasks.promotion.policy import Policy

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, sha256_bytes
 from tasks.evaluation.paired import Agent, Baseline, Pair, PairedOutcomes, write_outcomes
 from tasks.evaluation.serving import Serving, serving_evidence
 from tasks.promotion.budget import Spent

@@ -16,7 +16,8 @@ from urllib.request import urlopen
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, sha256_bytes
 from tasks.core.keys import PrivateKey, Trust, trusted
 from tasks.core.ledger import Ledger
 from tasks.evaluation.serving import Serving, serving_evidence

@@ -111,7 +111,8 @@ def test_what_was_spent_is_part_of_the_record(tmp_path):
 def test_a_record_of_another_version_is_refused(tmp_path):
     decision = decide(tmp_path, inputs_of(tmp_path), Policy())
     old = decision.record.replace(b"forebay.decision/4", b"forebay.decision/3")
-    from tasks.core.digest import sha256_bytes, write_atomic
+    from tasks.core.atomic import write_atomic
+    from tasks.core.digest import sha256_bytes
 
     path = tmp_path / "decisions" / f"{sha256_bytes(old)}.json"
     write_atomic(path, old)

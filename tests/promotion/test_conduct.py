@@ -9,7 +9,8 @@ import pytest
 
 from tasks.arena.environment import get
 from tasks.arena.playing import play
-from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, sha256_bytes
 from tasks.core.errors import UsageError
 from tasks.evaluation.paired import Agent, PairedOutcomes, pair_outcomes, write_outcomes
 from tasks.evaluation.statistics import clopper_pearson

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from tasks.core.digest import canonical_json, sha256_bytes, sha256_file, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, sha256_bytes, sha256_file
 from tasks.core.errors import Corrupt, NotFound
 from tasks.evaluation.paired import Agent, Baseline, pair_outcomes, write_outcomes
 from tasks.promotion.gate import (

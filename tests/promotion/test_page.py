@@ -11,7 +11,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, sha256_bytes
 from tasks.core.errors import Corrupt, NotFound, Refused
 from tasks.evaluation.serving import Serving, serving_evidence
 from tasks.pages import figures

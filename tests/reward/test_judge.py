@@ -10,8 +10,9 @@ import pytest
 
 from tasks.core.errors import Refused, Unavailable, UsageError
 from tasks.core.settings import JudgeModel
+from tasks.reward.folder import lay_about
 from tasks.reward.judge import JudgeSource, judge_digest, read_mark
-from tasks.reward.open import load_source, write_untrained
+from tasks.reward.open import describe_untrained, load_source
 from tasks.reward.source import Answer
 from tests.served import Server
 
@@ -139,12 +140,11 @@ def test_an_address_with_a_secret_or_of_no_server_is_refused(tmp_path, url):
     settings = JudgeModel(url=url, model="m")
     for ask in (
         lambda: JudgeSource(settings, tmp_path, "d" * 64).score(ANSWERS),
-        lambda: write_untrained(tmp_path / "kept", settings),
+        lambda: describe_untrained(settings),
     ):
         with pytest.raises(UsageError, match=r"reward\.model\.url") as told:
             ask()
         assert "pw" not in str(told.value)
-    assert not (tmp_path / "kept").exists()
 
 
 def test_unreadable_replies_are_asked_for_twice_counted_and_refused_above_a_share(serve, tmp_path):
@@ -217,10 +217,9 @@ def test_identity_is_the_judge_and_not_its_address(tmp_path):
     assert (
         len({judge_digest(base.model_copy(update=change)) for change in others} | {judge_digest(base)}) == 5
     )
-    for name, settings in (("one", base), ("two", moved)):
-        write_untrained(tmp_path / name, settings)
-    one = load_source(tmp_path / "one", judge=moved, cache=tmp_path)
-    two = load_source(tmp_path / "two", judge=base, cache=tmp_path)
+    kept = [lay_about(tmp_path, describe_untrained(settings)) for settings in (base, moved)]
+    assert kept[0] == kept[1]
+    one, two = (load_source(kept[0], judge=at, cache=tmp_path) for at in (moved, base))
     assert one.digest == two.digest
     assert one.settings.url == "http://b/v1"
-    assert "http" not in (tmp_path / "one" / "reward.json").read_text().replace("BEGIN", "")
+    assert "http" not in (kept[0] / "reward.json").read_text().replace("BEGIN", "")

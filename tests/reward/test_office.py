@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from tasks.core.digest import canonical_json, sha256_bytes, write_atomic
+from tasks.core.atomic import write_atomic
+from tasks.core.digest import canonical_json, sha256_bytes
 from tasks.core.errors import Corrupt
 from tasks.evaluation.paired import Agent
 from tasks.promotion.evidence.item import FileRef

@@ -124,6 +124,17 @@ def margins(head, heldout):
     return [a - b for a, b in zip(scores[::2], scores[1::2], strict=True)]
 
 
+def test_what_a_killed_training_left_is_no_part_of_the_next_head(backbone, tmp_path):
+    clean, _ = train(backbone, tmp_path / "clean", letters(backbone))
+    for folder in (tmp_path / "reward", tmp_path / ".aside-reward"):
+        folder.mkdir()
+        (folder / "head.safetensors").write_bytes(b"half")
+        (folder / ".prompts.json.x.tmp").write_bytes(b"half")
+    again, _ = train(backbone, tmp_path / "reward", letters(backbone))
+    assert again.digest == clean.digest
+    assert sorted(path.name for path in tmp_path.iterdir() if "reward" in path.name) == ["reward"]
+
+
 def test_a_learnable_reward_passes_with_evidence_that_the_gate_recomputes(backbone, tmp_path):
     head, heldout = train(backbone, tmp_path / "reward", letters(backbone))
     told = judged(head, heldout, tmp_path)

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tasks.arena.environment import get, verifier_digest
 from tasks.core.errors import Refused, UsageError
 from tasks.core.settings import VerifierModel
-from tasks.reward.open import load_source, write_untrained
+from tasks.reward.folder import lay_about
+from tasks.reward.open import describe_untrained, load_source
 from tasks.reward.source import Answer
 from tasks.reward.verifier import environment_verifier, function_verifier, replay, tasks_of
 from tasks.rollout.rollout import BehaviourIdentity, rollout
@@ -25,15 +26,15 @@ def test_a_function_scores_and_is_known_by_its_source(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     module.write_text("def f(prompt, response):\n    return 0.5\n")
     before = function_verifier("mine:f").digest
-    write_untrained(tmp_path / "kept", VerifierModel(name="mine:f"))
-    loaded = load_source(tmp_path / "kept")
+    kept = lay_about(tmp_path, describe_untrained(VerifierModel(name="mine:f")))
+    loaded = load_source(kept)
     assert loaded.score([Answer("q", "a")]) == [0.5]
     module.write_text("def f(prompt, response):\n    return 0.75\n")
     changed = function_verifier("mine:f")  # in the same process, which has the old code imported
     assert changed.digest != before
     assert changed.score([Answer("q", "a")]) == [0.75]
     with pytest.raises(Refused, match="source changed"):
-        load_source(tmp_path / "kept")
+        load_source(kept)
 
 
 @pytest.mark.parametrize(
