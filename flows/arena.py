@@ -18,14 +18,10 @@ from flows.parallel import gathered, isolated
 
 @task(name="cell", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
 def cell(name: str, job: Mapping[str, Any], root: str) -> dict[str, Any]:
-    """Run one cell in this process; see `isolated` for failures."""
-    import torch
+    """Run one cell; see `isolated` for failures."""
+    from tasks.leaderboard.cell import run_job
 
-    from tasks.leaderboard.cell import from_job, run_cell
-
-    # As many cells side by side as there are processes, and the same bits however many.
-    torch.set_num_threads(1)
-    return isolated(lambda: run_cell(from_job(job), Path(root)))
+    return isolated(run_job, job, root)
 
 
 @flow(name="arena", flow_run_name="arena", persist_result=False)

@@ -19,14 +19,9 @@ from flows.parallel import gathered, isolated, require_all
 @task(name="attempt", task_run_name="attempt {name}", cache_policy=NO_CACHE, persist_result=False)
 def attempt(name: str, exam: Mapping[str, Any]) -> dict[str, Any]:
     """Sit one exam; see `isolated` for failures."""
-    import torch
+    from tasks.evaluation.attempted import run_job
 
-    from tasks.arena.guarded import Limits
-    from tasks.evaluation.attempted import Exam, sit
-
-    if exam["device"] == "cpu":
-        torch.set_num_threads(1)  # as many exams side by side as there are processes
-    return isolated(lambda: sit(Exam(**{**exam, "limits": Limits(**exam["limits"])})))
+    return isolated(run_job, exam)
 
 
 @flow(name="exam", flow_run_name="exam of {ref}", persist_result=False)

@@ -11,6 +11,7 @@ from flows import keys, progress
 from flows.context import Context
 from flows.experience import intact
 from flows.pages import keep_page
+from tasks.arena.environment import plain_name
 from tasks.core.digest import digest_json
 from tasks.core.errors import Conflict, NotFound, UsageError
 from tasks.core.ledger import Entry, LedgerView
@@ -55,6 +56,18 @@ def check_evaluation(context: Context) -> None:
             "evaluation.early_stop looks at the answers while they come in, and superiority.test is `t`, which holds for one "
             "look alone; set superiority.test to betting in policy.yaml, or evaluation.early_stop to null."
         )
+
+
+def tell_memories(context: Context) -> None:
+    """Say which environments are judged with another memory than they are collected with: seldom is that meant."""
+    collected = context.settings.collect.environments
+    for name in context.settings.evaluation.tasks:
+        others = [other for other in collected if plain_name(other) == plain_name(name)]
+        if others and name not in others:
+            progress.current().say(
+                f"    evaluation.tasks has {name}, collect.environments {' and '.join(others)}: the agent will be judged with "
+                "another memory than it learns with; name them alike unless you mean it"
+            )
 
 
 def evaluate_candidate(

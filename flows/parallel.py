@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
 from flows.progress import Report
 from tasks.core.errors import ForebayError, Refused, Unavailable, UsageError
 
 _WATCHED = threading.Event()
+_INTERRUPTED = threading.Event()  # this process is about to end
 Runner = Literal["processes", "ray"]
 
 
@@ -29,9 +31,9 @@ def task_runner(runner: Runner, workers: int, address: str | None = None) -> Any
     if runner == "processes":
         if address is not None:
             raise UsageError("--ray-address goes with --runner ray.")
-        from prefect.task_runners import ProcessPoolTaskRunner
+        from prefect.task_runners import ThreadPoolTaskRunner
 
-        return ProcessPoolTaskRunner(max_workers=workers)
+        return ThreadPoolTaskRunner(max_workers=workers)  # each thread waits for an `isolated` process
     try:
         from prefect_ray import RayTaskRunner
     except ImportError:
@@ -41,24 +43,54 @@ def task_runner(runner: Runner, workers: int, address: str | None = None) -> Any
     return RayTaskRunner(init_kwargs={"num_cpus": workers, "include_dashboard": False})
 
 
-def isolated(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `work` returns, in a worker that ends with its flow; a failure comes back as {error: sentence}, for it must not
-    end the others."""
+def isolated(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """What `work(*args)` returns, in a process of its own that ends with this one; a failure comes back as {error: sentence}.
+
+    One that is killed, for want of memory say, takes nothing else with it. The processes are forked from a server that
+    has imported `work` already.
+
+    Args:
+        work: a function of a module; it and `args` are pickled.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, work.__module__])
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(theirs, work, args))
+    process.start()
+    theirs.close()
+    if _INTERRUPTED.is_set():
+        process.kill()
+    with ours:
+        try:
+            result: dict[str, Any] = ours.recv()
+        except EOFError:
+            process.join()
+            result = {"error": f"Its process ended with {_ending(process.exitcode)}."}
+    process.join()
+    return result
+
+
+def _work(pipe: Connection, work: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> None:
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # whoever waits for the work is interrupted too, and ends this process
     end_with_parent()
     try:
-        return work()
+        result = work(*args)
     except Exception as error:  # an environment of one's own may raise anything, and its rewards be anything
-        return {
-            "error": str(error) if isinstance(error, ForebayError) else f"{type(error).__name__}: {error}"
-        }
+        told = str(error) if isinstance(error, ForebayError) else f"{type(error).__name__}: {error}"
+        result = {"error": told}
+    pipe.send(result)
+
+
+def _ending(code: int | None) -> str:
+    return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 
 
 def gathered(
     futures: Mapping[str, Any], report: Report, unit: str, says: Callable[[Mapping[str, Any]], str]
 ) -> dict[str, dict[str, Any]]:
     """Wait for what `isolated` returned in each of Prefect's `futures`; the results by the same names in the same order.
-
-    Of work that failed, or whose process ended, the result is {error: sentence}.
 
     Args:
         unit: what is counted, for the progress bar; `says` tells of a result.
@@ -73,8 +105,7 @@ def gathered(
             name = names[future]
             try:
                 one = done[name] = future.result()
-            # A worker that was killed, for want of memory say, takes those that wait with it.
-            except Exception as error:
+            except Exception as error:  # a machine of a cluster that went away
                 one = done[name] = {"error": f"Its process ended: {type(error).__name__}: {error}"}
             report(len(done), len(futures), f"{name}: {one['error']}" if "error" in one else says(one))
     return {name: done[name] for name in futures}
@@ -82,12 +113,13 @@ def gathered(
 
 @contextmanager
 def _ended_if_interrupted() -> Iterator[None]:
-    """After Ctrl-C or SIGTERM nobody waits for the workers, as Prefect would: what they did is taken up again where it was."""
+    """After Ctrl-C or SIGTERM nobody waits for the work, as Prefect would: what was done is taken up again where it was."""
     try:
         yield
     except BaseException:
-        for worker in multiprocessing.active_children():
-            worker.kill()
+        _INTERRUPTED.set()
+        for process in multiprocessing.active_children():
+            process.kill()
         raise
 
 

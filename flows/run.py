@@ -63,11 +63,12 @@ def run_retrain(
 
 def run_stages(context: Context, cycle: Cycle, run: Any = run_stage) -> dict[str, Any]:
     """Run all stages of a cycle in order by `run(context, cycle, stage)` and record how it ended."""
-    from flows.judging import check_evaluation
+    from flows.judging import check_evaluation, tell_memories
     from flows.training import check_settings
 
     check_settings(context)
     check_evaluation(context)
+    tell_memories(context)
     reconcile_registry(context)  # what was changed in MLflow by hand is recorded before a cycle writes there
     ready(context)  # hours of training must not end before a key that is missing
     receipts: dict[str, dict[str, Any]] = {}

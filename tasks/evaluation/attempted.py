@@ -40,6 +40,13 @@ class Exam:
     limits: Limits = field(default_factory=Limits)
 
 
+def run_job(exam: Mapping[str, Any]) -> dict[str, Any]:
+    """Sit an exam, given as the plain values of an `Exam`, in this process, which is its own."""
+    if exam["device"] == "cpu":
+        torch.set_num_threads(1)  # as many exams side by side as there are processes
+    return sit(Exam(**{**exam, "limits": Limits(**exam["limits"])}))
+
+
 def sit(exam: Exam) -> dict[str, Any]:
     """Return the figures of `report` with what the attempts cost and what no skill at all would earn.
 

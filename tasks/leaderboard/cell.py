@@ -272,6 +272,13 @@ def as_job(plan: Plan) -> dict[str, Any]:
     }
 
 
+def run_job(job: Mapping[str, Any], root: str) -> dict[str, Any]:
+    """Run the cell of a job in this process, which is its own, by `run_cell`."""
+    # As many cells side by side as there are processes, and the same bits however many.
+    torch.set_num_threads(1)
+    return run_cell(from_job(job), Path(root))
+
+
 def from_job(job: Mapping[str, Any]) -> Plan:
     """The plan of which `job` are the `as_job`."""
     limits = Limits(**{**job["limits"], "rewards": tuple(job["limits"]["rewards"])})
