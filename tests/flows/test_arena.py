@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -298,6 +299,36 @@ def test_a_language_model_starts_from_its_own_successes(context: Context):
     )
     before = sum(one.reward for group in bare for one in group) / 160
     assert found["before"]["figures"]["success"]["estimate"] > before + 0.05
+
+
+@pytest.mark.slow
+def test_a_cell_whose_process_is_killed_costs_only_itself(tmp_path: Path, tiny_base: Path):
+    context = lay_workspace(tmp_path / "ws", tiny_base, arena=ARENA)
+    root, asked = context.workspace.root, (*ASKED[:5], "1", "--workers", "1")
+    plan, other = plans(context, Question((ENV,), ("grpo", "mine"), 1))
+    run = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "arena", "run", *asked, "--json"],
+        cwd=root, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    lock = root / ".forebay" / "arena" / "locks" / f"{plan.key()[:16]}.lock"
+    deadline = time.monotonic() + 200
+    while not (lock.exists() and lock.read_text().strip()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(int(lock.read_text()), signal.SIGKILL)
+    out, _ = run.communicate(timeout=200)
+    assert run.returncode == 5
+    board = json.loads(out)
+    assert [(one["method"], one["error"]) for one in board["failures"]] == [
+        ("grpo", "Its process ended with SIGKILL.")
+    ]
+    assert [line["method"] for line in board["lines"]] == ["mine"]
+    again = forebay(root, "arena", "run", *asked, "--json", timeout=400)
+    assert again.returncode == 0, again.stderr
+    results = json.loads((root / json.loads(again.stdout)["results"]["path"]).read_text())["results"]
+    undisturbed = run_cell(plan, tmp_path / "elsewhere")
+    assert results[0]["after"] == undisturbed["after"]
+    assert results[0]["curve"] == undisturbed["curve"]
+    assert results[1]["key"] == other.key()
 
 
 @pytest.mark.slow

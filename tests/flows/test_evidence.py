@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from flows import progress
 from flows.context import Context
 from flows.cycle import Cycle, open_cycle
 from flows.evidence import estimate_on_replay, trained_prompts
-from flows.judging import check_evaluation, evaluate_candidate, replay_decision
+from flows.judging import check_evaluation, evaluate_candidate, replay_decision, tell_memories
 from flows.run import run_stages
 from tasks.core.errors import UsageError
 from tasks.replay.seal import find, read_rows
@@ -140,6 +141,22 @@ def test_the_command_judges_a_log_and_says_why_one_is_of_no_use(judged: tuple[Co
     missing = forebay(context.workspace.root, *words[:-1], "logs", "--json")
     assert missing.returncode == 3
     assert json.loads(missing.stdout)["kind"] == "NotFound"
+
+
+def test_another_memory_in_judging_than_in_collecting_is_told(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    root = lay_workspace(tmp_path / "ws", tiny_base).workspace.root
+    room = "minigrid/Empty-Random-6x6"
+    monkeypatch.setattr(progress, "_current", progress.Lines(print))
+    for collected, told in ((f"memory_2/{room}", True), (room, False), ("largest", False)):
+        tell_memories(
+            Context.open(
+                root, [f"collect.environments={{{collected}: 4}}", f"evaluation.tasks={{{room}: 4}}"]
+            )
+        )
+        shown = capsys.readouterr().out
+        assert (f"evaluation.tasks has {room}, collect.environments {collected}" in shown) == told
 
 
 def test_watching_by_t_is_refused_before_anything_is_collected(tmp_path: Path, tiny_base: Path):
