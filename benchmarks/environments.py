@@ -2,7 +2,7 @@
 
     python -m benchmarks.environments [NAME ...] [--tasks 40] [--seed 0] [--model DIR]
 
-Held-out tasks, fewer where there are not so many. Speed is of one thread: `steps/s` of episodes of random actions, each played as a rollout
+Held-out tasks, fewer where there are not so many. Speed is in steps per second of processor time, of episodes of random actions, each played as a rollout
 does it, step after step, eight episodes of a task side by side (random ones of an expert's actions where there is no list of all). `turns` is the mean length of an expert's episode, where there
 is an expert; `hack` the mean reward of a policy after the reward alone, where it can be had the wrong way. With --model, the greedy episodes of a language model too, and the means of their components.
 """
@@ -17,6 +17,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from models.machine import describe
 from tasks.arena.environment import Environment, Expert, Hackable, Listed, Task, get, names
@@ -58,10 +60,16 @@ def actions_for(env: Environment, task: Task) -> Sequence[str]:
     return written
 
 
+def cpu_seconds() -> float:
+    """Of this process and those it has started, a Java machine say: what else the machine does is in no figure."""
+    started = (child.cpu_times() for child in psutil.Process().children(recursive=True))
+    return time.process_time() + sum(times.user + times.system for times in started)
+
+
 def steps_a_second(env: Environment, tasks: Sequence[Task], seed: int) -> float:
     rng = random.Random(seed)
     drawn = [actions_for(env, task) for task in tasks]
-    steps, began = 0, time.perf_counter()
+    steps, began = 0, cpu_seconds()
     for task, choices in zip(tasks, drawn, strict=True):
         episodes: list[list[str]] = [[] for _ in range(SIDE_BY_SIDE)]
         while episodes:
@@ -69,7 +77,7 @@ def steps_a_second(env: Environment, tasks: Sequence[Task], seed: int) -> float:
                 actions.append(rng.choice(choices))
             steps += len(episodes)
             episodes = [actions for actions in episodes if not env.step(task, actions).done]
-    return steps / (time.perf_counter() - began)
+    return steps / (cpu_seconds() - began)
 
 
 def measure(name: str, n: int, seed: int, model: tuple | None) -> dict[str, Any]:
@@ -84,7 +92,7 @@ def measure(name: str, n: int, seed: int, model: tuple | None) -> dict[str, Any]
         "constant_action": action,
         "constant": constant,
         "random": env.random_baseline(tasks, seed),
-        "steps_per_second": round(steps_a_second(env, tasks[:20], seed)),
+        "steps_per_cpu_second": round(steps_a_second(env, tasks[:20], seed)),
         "prompt_characters": round(statistics.mean(len(task.prompt) for task in tasks)),
     }
     if isinstance(env, Expert):

@@ -24,7 +24,7 @@ from flows.cli.console import (
 from tasks.core.errors import Refused
 
 METHODS = "grpo,gspo,sapo,cispo,vespo,sampo"
-ENVS = "minigrid/BabyAI-GoToLocalS5N2,minigrid/Fetch-5x5-N2,textarena/GuessTheNumber"
+ENVS = "minigrid/BabyAI-GoToLocalS5N2,minigrid/Empty-Random-6x6,textarena/FrozenLake"
 
 
 @arena_app.command("run")

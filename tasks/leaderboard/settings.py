@@ -20,11 +20,11 @@ class Start(Section):
     layers: int = Field(2, ge=1, le=64)
     heads: int = Field(4, ge=1, le=64)
     vocabulary: int = Field(512, ge=257, le=65536)
-    demonstrations: int = Field(256, ge=1, description="episodes to clone, all with full reward")
+    demonstrations: int = Field(1024, ge=1, description="episodes to clone, all with full reward")
     noise: float = Field(
         0.3, ge=0, le=1, description="share of the demonstrator's actions that are drawn at random (scratch)"
     )
-    steps: int = Field(120, ge=1, description="updates of behaviour cloning")
+    steps: int = Field(400, ge=1, description="updates of behaviour cloning")
     learning_rate: FiniteFloat = Field(3e-3, gt=0)
 
     @model_validator(mode="after")

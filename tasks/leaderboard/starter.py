@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 FULL = 1.0  # reward of an episode that is worth cloning
 SOURCE = "demonstration"  # of what is shown to a model from scratch
 EPOCH = "1970-01-01T00:00:00+00:00"  # a start is a function of its inputs, the time is none of them
-_ROUNDS = 64  # of demonstrations over the tasks, until there are enough with full reward
+_ROUNDS = 256  # of demonstrations over the tasks, until there are enough with full reward
 _FAULTS = 20  # demonstrations in a row that the environment did not live through: each may cost as long as a step may take
 _TOKENISED = 2000  # episodes from whose texts the vocabulary is made
 
