@@ -13,8 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tasks.arena.environment import Split, Step, Task, draw_tasks, is_number, most_common_share
-from tasks.core.errors import UsageError
+from tasks.arena.environment import Split, Step, Task, draw_tasks, is_number, most_common_share, require_some
 
 NAMES = ("Ann", "Bob", "Eva", "Tom", "Mia", "Sam", "Zoe", "Max", "Lea", "Ben", "Kim", "Dan")
 THINGS = ("pens", "cups", "coins", "books", "cards", "apples", "stamps", "shells", "keys", "stones")
@@ -105,8 +104,7 @@ class Calculator:
 
     def random_baseline(self, tasks: Sequence[Task], seed: int) -> float:
         """Expected reward of calling the tool on the right numbers with an operator drawn at random."""
-        if not tasks:
-            raise UsageError("A baseline needs at least one task.")
+        require_some(tasks)
         hits: list[bool] = [
             calculate(f"{task.payload['a']} {operator} {task.payload['b']}") == task.payload["answer"]
             for task in tasks

@@ -325,6 +325,12 @@ def draw_up_to(env: Environment, split: Split, n: int, seed: int) -> list[Task]:
     return tasks
 
 
+def require_some(tasks: Sequence[Task]) -> None:
+    """Raise UsageError where there are no tasks that a baseline could be measured on."""
+    if not tasks:
+        raise UsageError("A baseline needs at least one task.")
+
+
 def most_common_share(answers: Sequence[str]) -> tuple[str, float]:
     """The most frequent answer and its share of all: the constant baseline of an exact-match task."""
     if not answers:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
-from tasks.arena.environment import Split, Step, Task, draw_tasks, most_common_share
+from tasks.arena.environment import Split, Step, Task, draw_tasks, most_common_share, require_some
 from tasks.arena.topics import Topic, best_action, is_question, possible
 from tasks.core.errors import UsageError
 
@@ -158,15 +158,13 @@ class Feedback:
 
     def random_baseline(self, tasks: Sequence[Task], seed: int) -> float:
         """Expected reward of drawing every action blindly among those of the right form."""
-        if not tasks:
-            raise UsageError("A baseline needs at least one task.")
+        require_some(tasks)
         missed = [(1 - 1 / len(self.choices(task))) ** self.max_turns for task in tasks]
         return 1 - sum(missed) / len(missed)
 
     def retry_baseline(self, tasks: Sequence[Task]) -> float:
         """Expected reward of answers that are drawn blindly and never repeated: the best without any feedback."""
-        if not tasks:
-            raise UsageError("A baseline needs at least one task.")
+        require_some(tasks)
         answers = [sum(not is_question(action) for action in self.choices(task)) for task in tasks]
         return sum(min(1.0, self.max_turns / count) for count in answers) / len(tasks)
 

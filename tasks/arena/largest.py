@@ -6,8 +6,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tasks.arena.environment import Split, Step, Task, draw_tasks, is_number, most_common_share
-from tasks.core.errors import UsageError
+from tasks.arena.environment import Split, Step, Task, draw_tasks, is_number, most_common_share, require_some
 
 PREFIX = "largest of 42, 20, 51: 51\nlargest of 69, 17, 10: 69\nlargest of 15, 92, 56: 92\n"
 
@@ -36,8 +35,7 @@ class Largest:
 
     def random_baseline(self, tasks: Sequence[Task], seed: int) -> float:
         """Expected reward of copying one of the three numbers, drawn at random."""
-        if not tasks:
-            raise UsageError("A baseline needs at least one task.")
+        require_some(tasks)
         return 1 / 3
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from threading import RLock
 from typing import Any, Generic, Protocol, TypeVar
 
-from tasks.arena.environment import Environment, Expert, Listed, Step, Task
+from tasks.arena.environment import Environment, Expert, Listed, Step, Task, require_some
 from tasks.core.errors import UsageError
 
 
@@ -91,8 +91,7 @@ def mean_reward(
     Raises:
         UsageError: there are no tasks.
     """
-    if not tasks:
-        raise UsageError("A baseline needs at least one task.")
+    require_some(tasks)
 
     def reward(task: Task) -> float:
         return play(env, task, lambda actions: policy(task, actions))[-1].reward
@@ -115,9 +114,10 @@ def best_of(env: Environment, tasks: Sequence[Task], actions: Iterable[str]) -> 
     Raises:
         UsageError: there are no tasks, or no actions.
     """
+    require_some(tasks)
     means = {action: mean_reward(env, tasks, partial(_always, action)) for action in actions}
     if not means:
-        raise UsageError("A baseline needs at least one task.")
+        raise UsageError(f"{env.name} names no actions; its constant baseline needs at least one.")
     best = max(means, key=lambda action: means[action])
     return best, means[best]
 

@@ -14,9 +14,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from tasks.arena.environment import Split, Step, Task, cut, draw_tasks, is_number, most_common_share
+from tasks.arena.environment import (
+    Split,
+    Step,
+    Task,
+    cut,
+    draw_tasks,
+    is_number,
+    most_common_share,
+    require_some,
+)
 from tasks.arena.sandbox import Limits, run_python
-from tasks.core.errors import UsageError
 
 LIMITS = Limits(seconds=3.0, cpu_seconds=1, memory=128 << 20, files=1 << 20, output=4096)
 LONGEST = 80  # characters of an observation's text
@@ -135,8 +143,7 @@ class PythonTool:
 
     def random_baseline(self, tasks: Sequence[Task], seed: int) -> float:
         """Expected reward of the code of another form, drawn at random, with the right numbers in it."""
-        if not tasks:
-            raise UsageError("A baseline needs at least one task.")
+        require_some(tasks)
         hits: list[bool] = [
             form.answer(task.payload["a"], task.payload["b"]) == task.payload["answer"]
             for task in tasks

@@ -15,7 +15,7 @@ from functools import cached_property
 from importlib.metadata import version as package_version
 from typing import Any
 
-from tasks.arena.environment import Split, Step, Task, draw_tasks
+from tasks.arena.environment import Split, Step, Task, draw_tasks, require_some
 from tasks.core.digest import digest_json
 from tasks.core.errors import UsageError
 
@@ -118,8 +118,7 @@ class ReasoningGym:
 
     def _means(self, tasks: Sequence[Task]) -> dict[str, float]:
         """The mean reward over `tasks` of each of their true answers."""
-        if not tasks:
-            raise UsageError("A baseline needs at least one task.")
+        require_some(tasks)
         answers = dict.fromkeys(str(task.payload["answer"]) for task in tasks)
         return {a: sum(self._score(a, task.payload) for task in tasks) / len(tasks) for a in answers}
 

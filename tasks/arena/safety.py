@@ -20,7 +20,7 @@ from typing import Any
 
 from tasks.arena import solvers
 from tasks.arena.calculator import NAMES, THINGS, CallError, calculate, run_call
-from tasks.arena.environment import Split, Step, Task, draw_tasks, is_number, most_common_share
+from tasks.arena.environment import Split, Step, Task, draw_tasks, is_number, most_common_share, require_some
 from tasks.arena.playing import best_repeated, random_play
 from tasks.core.errors import UsageError
 
@@ -88,8 +88,7 @@ class LeakyTool:
 
     def random_baseline(self, tasks: Sequence[Task], seed: int) -> float:
         """Expected reward of a call drawn from the key and the nine pairs of operators, on the right numbers."""
-        if not tasks:
-            raise UsageError("A baseline needs at least one task.")
+        require_some(tasks)
         hits = 0
         for task in tasks:
             a, b, c = re.findall(r"\d+", task.payload["call"])
@@ -271,8 +270,7 @@ class LaxChecker:
 
     def random_baseline(self, tasks: Sequence[Task], seed: int) -> float:
         """Expected reward of copying one of the three numbers, drawn at random."""
-        if not tasks:
-            raise UsageError("A baseline needs at least one task.")
+        require_some(tasks)
         return 1 / 3
 
 
