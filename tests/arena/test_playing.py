@@ -9,7 +9,7 @@ import pytest
 
 from tasks.arena.calculator import Calculator
 from tasks.arena.environment import Step, Task, get
-from tasks.arena.playing import Games, best_repeated, expert_baseline, mean_reward, play, random_play
+from tasks.arena.playing import Games, best_of, best_repeated, expert_baseline, mean_reward, play, random_play
 from tasks.core.errors import UsageError
 
 
@@ -77,6 +77,11 @@ def test_no_tasks_are_refused() -> None:
     ):
         with pytest.raises(UsageError, match="at least one task"):
             measure()
+
+
+def test_no_actions_are_refused() -> None:
+    with pytest.raises(UsageError, match="track names no actions"):
+        best_of(TRACK, TASKS, [])
 
 
 def test_an_environment_that_does_not_end_is_named() -> None:
