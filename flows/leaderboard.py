@@ -45,7 +45,7 @@ def plans(context: Context, question: Question) -> list[Plan]:
     from tasks.leaderboard.cell import Plan
     from tasks.leaderboard.methods import training_settings
     from tasks.leaderboard.starter import SOURCE as SHOWN
-    from tasks.leaderboard.starter import require_actions
+    from tasks.leaderboard.starter import require_demonstrator
     from tasks.lineage.revocation import revoked
     from tasks.rollout.rollout import SOURCE
     from tasks.training.trainer import check
@@ -69,7 +69,7 @@ def plans(context: Context, question: Question) -> list[Plan]:
     for env in question.envs:
         found = get(env)
         if start == "scratch":
-            require_actions(found)
+            require_demonstrator(found)
         if any(now.origin(source, found.licence) for source in (SOURCE, SHOWN)):
             raise Refused(
                 f"Nothing may be learnt from {env}: its licence ({found.licence}), or all that is sampled here, is revoked; see "

@@ -30,7 +30,9 @@ ENVS = "minigrid/BabyAI-GoToLocalS5N2,minigrid/Empty-Random-6x6,textarena/Frozen
 @arena_app.command("run")
 def arena_run(
     methods: Annotated[str, typer.Option(help="Methods, joined by commas.")] = METHODS,
-    envs: Annotated[str, typer.Option(help="Environments, joined by commas.")] = ENVS,
+    envs: Annotated[
+        str, typer.Option(help="Environments, joined by commas; sokoban, tools or textarena will do.")
+    ] = ENVS,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of every cell, from 0 on.")] = 3,
     workers: Annotated[int, typer.Option(min=1, help="Cells at once.")] = 1,
     runner: Runner = "processes",
@@ -50,9 +52,10 @@ def arena_run(
     `forebay arena run --set arena.recipe.steps=100 --json`
     """
     from flows.leaderboard import Question, run_arena
+    from tasks.arena.environment import named
 
     watch(as_json)
-    question = Question(_names(envs), _names(methods), seeds)
+    question = Question(tuple(named(envs)), _names(methods), seeds)
     board = run_arena(open_context(workspace, overrides), question, workers, runner, ray_address)
     _show(board, as_json)
     if board["failures"]:

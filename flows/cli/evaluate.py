@@ -64,7 +64,9 @@ def evaluate_attempts(
     agent: Annotated[str, typer.Argument(help="Agent that is asked, as champion or agent/3.")] = "champion",
     envs: Annotated[
         str | None,
-        typer.Option(help="Environments, joined by commas; those of evaluation.tasks if not given."),
+        typer.Option(
+            help="Environments, joined by commas, sokoban or tools will do; those of evaluation.tasks if not given."
+        ),
     ] = None,
     tasks: Annotated[int, typer.Option(min=1, help="Held-out tasks of each environment.")] = 50,
     samples: Annotated[int, typer.Option(min=1, help="Attempts at each task.")] = 4,
@@ -86,11 +88,12 @@ def evaluate_attempts(
     `forebay evaluate attempts --json`
     """
     from flows.examination import Terms, examine
+    from tasks.arena.environment import named
 
     watch(as_json)
     context = open_context(workspace, overrides)
-    named = list(context.settings.evaluation.tasks) if envs is None else envs.split(",")
-    terms = Terms(tuple(name.strip() for name in named if name.strip()), tasks, samples, temperature, seed)
+    asked = list(context.settings.evaluation.tasks) if envs is None else named(envs)
+    terms = Terms(tuple(asked), tasks, samples, temperature, seed)
     found = examine(context, agent, terms, workers, runner, ray_address)
     if as_json:
         print_json(found)

@@ -137,6 +137,11 @@ class PythonTool:
         }
         return Step("", True, float(correct), components, valid=is_number(answer))
 
+    def expert(self, task: Task, actions: Sequence[str]) -> str:
+        """The line of the examples, then what it prints."""
+        form, a, b = (task.payload[name] for name in ("form", "a", "b"))
+        return str(task.payload["answer"]) if actions else FORMS[form].code.format(a=a, b=b)
+
     def constant_baseline(self, tasks: Sequence[Task]) -> tuple[str, float]:
         """The most common answer, written whatever the tool says."""
         return most_common_share([str(task.payload["answer"]) for task in tasks])

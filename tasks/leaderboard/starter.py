@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from models.causal_lm import load_policy, load_tokenizer, template_digest, tokenizer_digest
 from models.from_scratch import Shape, make_policy
@@ -27,7 +27,6 @@ from tasks.arena.environment import (
 )
 from tasks.arena.guarded import StepFault
 from tasks.arena.memory import memory_turns
-from tasks.arena.playing import ListedEnvironment
 from tasks.core.atomic import whole_directory
 from tasks.core.digest import digest_json, digest_tree, sha256_bytes, sha256_file
 from tasks.core.errors import Refused, UsageError
@@ -59,7 +58,7 @@ def start_from_scratch(
         without: SHA-256 of prompts that are revoked; they are not shown.
 
     Raises:
-        UsageError: the environment has no list of actions to demonstrate with.
+        UsageError: the environment can demonstrate nothing.
         Refused: too few demonstrations earned the full reward.
     """
     shape = Shape(settings.hidden, settings.layers, settings.heads, settings.vocabulary)
@@ -163,10 +162,10 @@ def demonstrations(
     An episode in which a guarded `env` hangs, dies or raises is not shown.
 
     Raises:
-        UsageError: the environment has no list of actions. Refused: too few earned the full reward, or it fails again and
+        UsageError: the environment can demonstrate nothing. Refused: too few earned the full reward, or it fails again and
             again.
     """
-    listed = require_actions(env)
+    require_demonstrator(env)
     rng = random.Random(f"{plain_name(env.name)}/demonstrations/{seed}")
     tasks = may_be_asked(draw_up_to(env, "train", settings.demonstrations, seed), without)
     kept: list[tuple[Task, list[tuple[str, Step]]]] = []
@@ -174,7 +173,7 @@ def demonstrations(
     for _ in range(_ROUNDS):
         for task in tasks:
             try:
-                turns = list(_demonstrated(listed, task, rng, settings.noise))
+                turns = list(_demonstrated(env, task, rng, settings.noise))
             except StepFault as fault:
                 faults += 1
                 if faults == _FAULTS:
@@ -191,27 +190,23 @@ def demonstrations(
     )
 
 
-def require_actions(env: Environment) -> ListedEnvironment:
-    """Return an environment that a model from scratch can be shown.
-
-    Raises:
-        UsageError: it has no list of actions.
-    """
-    if not isinstance(env, Listed):
+def require_demonstrator(env: Environment) -> None:
+    """Raise UsageError where a model from scratch cannot be shown anything: neither an expert nor a list of actions."""
+    if not isinstance(env, Listed | Expert):
         raise UsageError(
-            f"{env.name} has no list of actions that a model from scratch could be shown; set arena.start.policy to a language "
-            "model, as champion."
+            f"{env.name} has neither an expert nor a list of actions that a model from scratch could be shown; set "
+            "arena.start.policy to a language model, as champion."
         )
-    return cast(ListedEnvironment, env)
 
 
 def _demonstrated(
-    env: ListedEnvironment, task: Task, rng: random.Random, noise: float
+    env: Environment, task: Task, rng: random.Random, noise: float
 ) -> Iterator[tuple[str, Step]]:
+    """Play a task: the expert with a share of random actions, where actions are listed; a blind choice without an expert."""
     actions: list[str] = []
     while len(actions) < env.max_turns:
-        action = rng.choice(env.choices(task))
-        if isinstance(env, Expert) and rng.random() >= noise:
+        action = rng.choice(env.choices(task)) if isinstance(env, Listed) else ""
+        if isinstance(env, Expert) and (not action or rng.random() >= noise):
             try:
                 action = env.expert(task, actions)
             except UsageError:  # a random action has spoilt the task

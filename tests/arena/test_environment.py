@@ -6,6 +6,7 @@ import pytest
 
 from tasks.arena import environment
 from tasks.arena.environment import Environment, get, split_of, verifier_digest
+from tasks.arena.playing import expert_baseline
 from tasks.core.errors import UsageError
 from tests.arena import sandboxed
 
@@ -100,3 +101,27 @@ def test_about_a_quarter_is_held_out() -> None:
 
 def test_names_are_all_found() -> None:
     assert {get(name).name for name in itertools.islice(environment.names(), 12)} <= set(environment.names())
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("sokoban,tools", ["textarena/Sokoban", "calculator", "python_tool"]),
+        (" calculator , ", ["calculator"]),
+        ("memory_2/sokoban", ["memory_2/textarena/Sokoban"]),
+        ("memory_2/textarena/Sokoban,largest", ["memory_2/textarena/Sokoban", "largest"]),
+        ("safety", ["safety/lax_checker", "safety/leaky_tool", "safety/shortcut"]),
+        ("babyai-opendoor,GCD", ["minigrid/BabyAI-OpenDoor", "reasoning_gym/gcd"]),
+        ("number,nothing", ["feedback/number", "nothing"]),
+        ("my.module:Factory", ["my.module:Factory"]),
+        ("", []),
+    ],
+)
+def test_a_command_takes_short_names(text: str, meant: list[str]) -> None:
+    assert environment.named(text) == meant
+
+
+@pytest.mark.parametrize("name", ["calculator", "python_tool"])
+def test_experts_of_tools_earn_everything(name: str) -> None:
+    env = get(name)
+    assert expert_baseline(env, env.tasks("heldout", 12, 0)) == 1.0

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import pytest
 
-from tasks.arena.calculator import Calculator
 from tasks.arena.environment import Step, Task, get
 from tasks.arena.playing import Games, best_of, best_repeated, expert_baseline, mean_reward, play, random_play
 from tasks.core.errors import UsageError
@@ -62,7 +61,7 @@ def test_the_random_baseline_is_near_the_exact_probability_and_repeats() -> None
 
 def test_an_expert_is_measured_where_there_is_one() -> None:
     assert expert_baseline(TRACK, TASKS) == 0.75
-    assert expert_baseline(Calculator(), TASKS) is None
+    assert expert_baseline(get("largest"), TASKS) is None
 
 
 def test_no_tasks_are_refused() -> None:

@@ -240,8 +240,8 @@ def test_methods_are_listed_with_your_own(context: Context):
 
 
 def test_what_a_model_from_scratch_cannot_be_shown_is_said_at_once(context: Context):
-    with pytest.raises(UsageError, match="calculator has no list of actions"):
-        plans(context, Question(("calculator",), ("grpo",), 1))
+    with pytest.raises(UsageError, match="largest has neither an expert nor a list of actions"):
+        plans(context, Question(("largest",), ("grpo",), 1))
 
 
 @pytest.mark.parametrize(

@@ -83,9 +83,18 @@ def test_demonstrations_earn_everything_and_without_noise_are_the_experts():
         assert actions == [env.expert(task, actions[:n]) for n in range(len(actions))]
 
 
-def test_an_environment_without_a_list_of_actions_cannot_be_shown():
-    with pytest.raises(UsageError, match=r"calculator has no list of actions.*arena\.start\.policy"):
-        demonstrations(get("calculator"), ARENA.start, 0)
+def test_an_environment_without_expert_and_list_of_actions_cannot_be_shown():
+    with pytest.raises(UsageError, match=r"largest has neither an expert nor a list.*arena\.start\.policy"):
+        demonstrations(get("largest"), ARENA.start, 0)
+
+
+def test_an_expert_shows_an_environment_without_a_list_of_actions():
+    """Whatever the noise: there is nothing to draw."""
+    env = get("calculator")
+    for task, turns in demonstrations(env, ARENA.start, 0):
+        actions = [action for action, _ in turns]
+        assert actions == [env.expert(task, actions[:n]) for n in range(2)]
+        assert turns[-1][1].reward == 1.0
 
 
 def test_an_environment_that_hangs_now_and_then_is_shown_without_those_episodes():
