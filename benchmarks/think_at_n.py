@@ -22,7 +22,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -46,10 +46,10 @@ from models.deep_thinking import (
     settling_depth,
 )
 from models.machine import describe
-from tasks.arena import best_of
-from tasks.arena.best_of import Outcome, Sample
-from tasks.evaluation.discrimination import auroc_within, binned_correlation, bootstrap_mean, point_biserial
-from tasks.evaluation.statistics import paired_difference
+from tasks.arena.best_of import Sample
+from tasks.evaluation.discrimination import auroc_within, binned_correlation, point_biserial
+from tasks.evaluation.selection import CONS, RANDOM, compare
+from tasks.evaluation.statistics import Estimate
 from tasks.rollout.engine import start
 
 OUT = Path("benchmarks/out/think_at_n")
@@ -58,7 +58,6 @@ SHOTS, MOST_TOKENS, TOGETHER = 4, 40, 4  # TOGETHER: questions sampled as one ba
 THRESHOLDS = (0.25, 0.5, 0.75)
 ONE_SIDED = 0.9
 DEV_SAMPLES = 8  # of a development question, whose every layer is read
-DRAWS = 100
 ORDERS = 3  # of the layers, as a control
 ALPHA = 0.025
 ANSWER = re.compile(r"so (\d+)\s*")
@@ -215,54 +214,30 @@ def discrimination(answered: Sequence[Sequence[Response]]) -> list[dict[str, Any
 def selection(
     answered: Sequence[Sequence[Response]], lenses: dict[str, Lens], eta: float, prefix: int
 ) -> list[dict[str, Any]]:
-    """A row for each method: accuracy, tokens, and the difference from the vote of all; Think@n's also from random."""
+    """A row for each method: accuracy, tokens, and the differences from the vote of all and from random votes."""
 
     def by(name: str) -> list[list[Sample]]:
         return [
-            [Sample(r.answer, len(r.ids), r.scores[name], float(r.right)) for r in group]
+            [Sample(r.answer, len(r.ids), r.scores[f"{name}, prefix"], float(r.right)) for r in group]
             for group in answered
         ]
 
-    def each(method: Callable[[Sequence[Sample]], Outcome], name: str = "length") -> list[Outcome]:
-        return [method(group) for group in by(name)]
-
-    def chosen(name: str) -> list[Outcome]:
-        return each(lambda group: best_of.think_at_n(group, eta=eta, prefix=prefix), f"{name}, prefix")
-
-    def drawn(budgets: Sequence[int]) -> list[Outcome]:
-        found = []
-        for place, (group, budget) in enumerate(zip(by("length"), budgets, strict=True)):
-            rng = random.Random(f"draws/{place}")
-            draws = [best_of.random_at_n(group, budget=budget, rng=rng) for _ in range(DRAWS)]
-            reward, tokens = (np.mean([getattr(one, of) for one in draws]) for of in ("reward", "tokens"))
-            found.append(Outcome(None, float(reward), round(float(tokens)), ()))
-        return found
-
-    think = {f"Think@n ({name})": chosen(name) for name in lenses}
-    budgets = [outcome.tokens for outcome in next(iter(think.values()))]
-    methods = {
-        "Cons@n": each(best_of.cons_at_n),
-        "Cons@n/2": [best_of.cons_at_n(group[: len(group) // 2]) for group in by("length")],
-        "Mean@n": each(best_of.mean_at_n),
-        "Long@n": each(lambda group: best_of.long_at_n(group, eta=eta)),
-        "Short@n": each(lambda group: best_of.short_at_n(group, eta=eta)),
-        "Self-Certainty@n": chosen("self_certainty"),
-        **think,
-        "random, Think@n's tokens": drawn(budgets),
-    }
-    rewards = {name: [outcome.reward for outcome in found] for name, found in methods.items()}
-    rows = []
-    for name, found in methods.items():
-        row = {
-            "method": name,
-            "accuracy": shown(bootstrap_mean(rewards[name], alpha=ALPHA)),
-            "tokens": float(np.mean([outcome.tokens for outcome in found])),
+    names = {f"Think@n ({name})": name for name in lenses} | {"Self-Certainty@n": "self_certainty"}
+    rows = compare({method: by(name) for method, name in names.items()}, eta=eta, prefix=prefix, alpha=ALPHA)
+    return [
+        {
+            "method": row.method,
+            "accuracy": shown(row.accuracy),
+            "tokens": row.tokens,
+            f"less {CONS}": _three(row.less_cons),
+            f"less {RANDOM}": _three(row.less_random),
         }
-        for against in ("Cons@n", "random, Think@n's tokens"):
-            apart = paired_difference(rewards[name], rewards[against], alpha=ALPHA)
-            row[f"less {against}"] = None if name == against else [apart.estimate, apart.low, apart.high]
-        rows.append(row)
-    return rows
+        for row in rows
+    ]
+
+
+def _three(found: Estimate | None) -> list[float] | None:
+    return None if found is None else [found.estimate, found.low, found.high]
 
 
 def shown(interval: Any) -> dict[str, Any] | None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows import progress
 from flows.context import Context
 from tasks.core.errors import UsageError
 from tasks.core.settings import DeepThinking
 from tasks.core.stages import derive_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tasks.replay.schema import Episode
 
 _ALPHA = 0.025  # of each bound: 95 % intervals
 
@@ -33,51 +39,28 @@ def evaluate_dtr(context: Context, ref: str, on: str, tasks: int, samples: int) 
     Raises:
         NotFound: no such agent. UsageError: no such environment, too few tasks in it, or numbers below 1.
     """
-    from flows.experience import identity
-    from models.causal_lm import ModelError, load_policy, load_tokenizer
+    from models.causal_lm import ModelError
     from models.deep_thinking import Lens
     from tasks.evaluation.deep_thinking import Rated, by_correctness
     from tasks.rollout.deep_thinking import ratios
-    from tasks.rollout.rollout import rollout
 
-    if tasks < 1 or samples < 1:
-        raise UsageError(f"Give at least one task and one sample, not {tasks} and {samples}.")
-    agent, settings = context.agent(ref).payload, context.settings.collect
-    seed = derive_seed(context.settings.seed, on, "deep thinking")
+    settings = context.settings.collect
     measure = settings.deep_thinking or DeepThinking()
     lens = Lens(threshold=measure.threshold, rho=measure.rho)
-    folder = context.weights(agent)
-    model, tokenizer = load_policy(folder, context.device(), context.dtype()), load_tokenizer(folder)
     rated: list[list[Rated]] = []
-    with progress.current().bar(f"answer {on}") as report, context.environments() as environments:
-        env = environments(on)
-        for group in rollout(
-            model,
-            tokenizer,
-            env,
-            env.tasks("heldout", tasks, seed),
-            group_size=samples,
-            temperature=settings.temperature,
-            seed=seed,
-            batch_rows=settings.batch_rows,
-            identity=identity(agent),
-        ):
-            told = [one for one in group if one.finish_reason != "error"]
-            if not told:
-                continue
-            try:
-                found = ratios(model, told, lens)
-            except ModelError as error:
-                raise UsageError(str(error)) from error
-            rated.append(
-                [
-                    Rated(ratio, sum(one.loss_mask), one.reward >= 1)
-                    for one, ratio in zip(told, found, strict=True)
-                ]
-            )
-            report(len(rated), tasks, "groups")
+    for model, group in answered(context, ref, on, tasks, samples):
+        try:
+            found = ratios(model, group, lens)
+        except ModelError as error:
+            raise UsageError(str(error)) from error
+        rated.append(
+            [
+                Rated(ratio, sum(one.loss_mask), one.reward >= 1)
+                for one, ratio in zip(group, found, strict=True)
+            ]
+        )
     return {
-        "agent": f"agent/{agent['version']}",
+        "agent": context.agent(ref).subject,
         "on": on,
         "tasks": tasks,
         "samples": samples,
@@ -86,3 +69,44 @@ def evaluate_dtr(context: Context, ref: str, on: str, tasks: int, samples: int) 
         "temperature": settings.temperature,
         **asdict(by_correctness(rated, alpha=_ALPHA)),
     }
+
+
+def answered(
+    context: Context, ref: str, on: str, tasks: int, samples: int
+) -> Iterator[tuple[PreTrainedModel, list[Episode]]]:
+    """Yield the model and its answers to each of some held-out tasks, which are not those of the gate.
+
+    Answers that met a fault of the environment are left out, and tasks where all did.
+
+    Raises:
+        NotFound: no such agent. UsageError: no such environment, too few tasks in it, or numbers below 1.
+    """
+    from flows.experience import identity
+    from models.causal_lm import load_policy, load_tokenizer
+    from tasks.rollout.rollout import rollout
+
+    if tasks < 1 or samples < 1:
+        raise UsageError(f"Give at least one task and one sample, not {tasks} and {samples}.")
+    agent, settings = context.agent(ref).payload, context.settings.collect
+    seed = derive_seed(context.settings.seed, on, "deep thinking")
+    folder = context.weights(agent)
+    with progress.current().bar(f"answer {on}") as report, context.environments() as environments:
+        env = environments(on)
+        asked = env.tasks("heldout", tasks, seed)
+        model, tokenizer = load_policy(folder, context.device(), context.dtype()), load_tokenizer(folder)
+        groups = rollout(
+            model,
+            tokenizer,
+            env,
+            asked,
+            group_size=samples,
+            temperature=settings.temperature,
+            seed=seed,
+            batch_rows=settings.batch_rows,
+            identity=identity(agent),
+        )
+        for number, group in enumerate(groups, start=1):
+            told = [one for one in group if one.finish_reason != "error"]
+            if told:
+                yield model, told
+            report(number, tasks, "tasks")

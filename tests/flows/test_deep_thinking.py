@@ -95,3 +95,52 @@ def test_bad_requests(context: Context) -> None:
         evaluate_dtr(context, "champion", "reasoning_gym/gdc", 2, 2)
     with pytest.raises(UsageError, match="at least one task"):
         evaluate_dtr(context, "champion", ENVIRONMENT, 0, 2)
+
+
+def test_think_at_n_is_compared_with_its_rivals_on_the_same_answers(context: Context) -> None:
+    folder = context.workspace.root
+    words = (
+        "evaluate",
+        "think",
+        "agent/1",
+        "--on",
+        ENVIRONMENT,
+        "--tasks",
+        "4",
+        "--samples",
+        "6",
+        "--prefix",
+        "1",
+    )
+    told = forebay(folder, *words, "--json")
+    assert told.returncode == 0, told.stderr
+    found = json.loads(told.stdout)
+    rows = {row["method"]: row for row in found["methods"]}
+    assert (found["tasks"], found["samples"], found["prefix"]) == (4, 6, 1)
+    assert rows["Think@n"]["tokens"] <= rows["Cons@n"]["tokens"]
+    assert rows["Cons@n/2"]["tokens"] < rows["Cons@n"]["tokens"]
+    plain = json.loads(
+        forebay(folder, "evaluate", "dtr", *words[2:6], "4", "--samples", "6", "--json").stdout
+    )
+    assert rows["Mean@n"]["accuracy"]["estimate"] == plain["accuracy"]["estimate"]  # the same answers
+    whole = json.loads(forebay(folder, *words, "--eta", "1", "--json").stdout)
+    all_vote = {row["method"]: row for row in whole["methods"]}
+    assert all_vote["Think@n"]["tokens"] == rows["Cons@n"]["tokens"]
+    shown = forebay(folder, *words).stdout
+    for text in ("Self-Certainty@n", "less random votes", "no longer than the prefix of 1 tokens"):
+        assert text in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--on", "calculator"), "calculator has up to 2 turns"),
+        (("--eta", "0"), "above 0 and at most 1"),
+        (("--prefix", "0"), "--prefix"),
+    ],
+)
+def test_think_at_n_says_what_it_cannot_do(context: Context, words: tuple[str, ...], says: str) -> None:
+    done = forebay(context.workspace.root, "evaluate", "think", *words)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
