@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +63,15 @@ def actions_for(env: Environment, task: Task) -> Sequence[str]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and those it has started, a Java machine say: what else the machine does is in no figure."""
-    started = (child.cpu_times() for child in psutil.Process().children(recursive=True))
-    return time.process_time() + sum(times.user + times.system for times in started)
+    """Of this process and those it has started (a Java machine, sandboxes that have ended): what else the machine does is in
+    no figure."""
+    spent, ended = time.process_time(), os.times()
+    spent += ended.children_user + ended.children_system
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            times = child.cpu_times()
+            spent += times.user + times.system
+    return spent
 
 
 def steps_a_second(env: Environment, tasks: Sequence[Task], seed: int) -> float:

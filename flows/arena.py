@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,11 @@ def arena(
     wanted = plans(context, question)
     root = context.workspace.state / "arena"
     with report_to_prefect(), progress.current().bar("arena") as report:
-        futures = {
-            name: cell.submit(name, as_job(plan), str(root))
+        jobs = {
+            name: partial(cell.submit, name, as_job(plan), str(root))
             for name, plan in ((f"{plan.name} {plan.env} {plan.seed}", plan) for plan in wanted)
         }
-        found = list(gathered(futures, report, "cells", _told).values())
+        found = list(gathered(jobs, report, "cells", _told).values())
         done = [one for one in found if "error" not in one]
         failures = [
             Failure(plan.env, plan.name, plan.seed, plan.key(), one["error"])

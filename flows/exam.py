@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def exam(
     context = Context.open(Path(workspace), overrides or ())
     asked = Terms(**{**terms, "envs": tuple(terms["envs"])})
     with report_to_prefect(), progress.current().bar("attempt") as report:
-        futures = {one["env"]: attempt.submit(one["env"], one) for one in exams(context, ref, asked)}
-        done = gathered(futures, report, "environments", lambda one: str(one["env"]))
+        jobs = {one["env"]: partial(attempt.submit, one["env"], one) for one in exams(context, ref, asked)}
+        done = gathered(jobs, report, "environments", lambda one: str(one["env"]))
     require_all(done, "environments")
     return [done[env] for env in asked.envs]

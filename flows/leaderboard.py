@@ -302,13 +302,12 @@ def _recipe(context: Context) -> str:
     """What all methods share, in a sentence."""
     settings = context.settings.arena
     start, recipe = settings.start, settings.recipe
-    model = (
-        f"a model from scratch ({start.layers} layers, {start.hidden} wide)"
-        if start.policy == "scratch"
-        else start.policy
+    shape = f"a model from scratch ({start.layers} layers, {start.hidden} wide)"
+    model, shown = (
+        (shape, start.demonstrations) if start.policy == "scratch" else (start.policy, start.successes)
     )
     return (
-        f"Start: {model}, cloned from {start.demonstrations} episodes of full reward. {recipe.steps} updates of "
+        f"Start: {model}, cloned from {shown} episodes of full reward. {recipe.steps} updates of "
         f"{recipe.groups_per_step} groups of {recipe.group_size} answers, {recipe.updates_per_round} a round; learning rate "
         f"{recipe.learning_rate:g}, KL {recipe.kl:g}, format penalty {recipe.format_penalty:g}. "
         f"{settings.judging.samples} attempts at each held-out task."

@@ -5,17 +5,22 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from typing import Any, Literal
 
 from flows.progress import Report
 from tasks.core.errors import ForebayError, Refused, Unavailable, UsageError
 
 _WATCHED = threading.Event()
-_INTERRUPTED = threading.Event()  # this process is about to end
+_INTERRUPTED = threading.Event()
+_REAPING = threading.Lock()  # starting a process looks after all of them, and how one ended is told once
+_END_SECONDS = 10.0  # for a process that has done its work
 Runner = Literal["processes", "ray"]
 
 
@@ -46,41 +51,70 @@ def task_runner(runner: Runner, workers: int, address: str | None = None) -> Any
 def isolated(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     """What `work(*args)` returns, in a process of its own that ends with this one; a failure comes back as {error: sentence}.
 
-    One that is killed, for want of memory say, takes nothing else with it. The processes are forked from a server that
-    has imported `work` already.
+    One that is killed, for want of memory say, takes nothing else with it.
 
     Args:
         work: a function of a module; it and `args` are pickled.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, work.__module__])
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(theirs, work, args))
-    process.start()
-    theirs.close()
     if _INTERRUPTED.is_set():
-        process.kill()
-    with ours:
-        try:
-            result: dict[str, Any] = ours.recv()
-        except EOFError:
-            process.join()
+        return {"error": "It was not begun: the flow was interrupted."}
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    process = _server(work.__module__).Process(target=_work, args=(theirs, work, args, dict(os.environ)))
+    try:
+        with _REAPING:
+            process.start()
+        theirs.close()
+        if _INTERRUPTED.is_set():
+            process.kill()
+        result: dict[str, Any] = ours.recv()
+        wait([process.sentinel], _END_SECONDS)  # a thread of the work may go on
+    except (EOFError, OSError):
+        wait([process.sentinel], _END_SECONDS)
+        with _REAPING:
             result = {"error": f"Its process ended with {_ending(process.exitcode)}."}
-    process.join()
+    finally:
+        ours.close()
+        theirs.close()
+        with _REAPING:
+            if process.pid is not None:
+                process.kill()
+                process.join()
     return result
 
 
-def _work(pipe: Connection, work: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> None:
+def _server(module: str) -> ForkServerContext:
+    """Start once what forks the processes: it has imported `module`, from the same places as this process."""
+    context = multiprocessing.get_context("forkserver")
+    with _REAPING:
+        before = dict(os.environ)
+        # Python 3.11 does not tell it the path, and it would import what lies in the working directory.
+        os.environ |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        try:
+            context.set_forkserver_preload([__name__, module])
+            forkserver.ensure_running()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+    return context
+
+
+def _work(
+    pipe: Connection,
+    work: Callable[..., dict[str, Any]],
+    args: tuple[Any, ...],
+    environment: Mapping[str, str],
+) -> None:
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # whoever waits for the work is interrupted too, and ends this process
+    os.environ.clear()
+    os.environ.update(environment)
     end_with_parent()
     try:
-        result = work(*args)
+        pipe.send(work(*args))
     except Exception as error:  # an environment of one's own may raise anything, and its rewards be anything
         told = str(error) if isinstance(error, ForebayError) else f"{type(error).__name__}: {error}"
-        result = {"error": told}
-    pipe.send(result)
+        pipe.send({"error": told})
 
 
 def _ending(code: int | None) -> str:
@@ -88,32 +122,37 @@ def _ending(code: int | None) -> str:
 
 
 def gathered(
-    futures: Mapping[str, Any], report: Report, unit: str, says: Callable[[Mapping[str, Any]], str]
+    jobs: Mapping[str, Callable[[], Any]],
+    report: Report,
+    unit: str,
+    says: Callable[[Mapping[str, Any]], str],
 ) -> dict[str, dict[str, Any]]:
-    """Wait for what `isolated` returned in each of Prefect's `futures`; the results by the same names in the same order.
+    """Submit `jobs` and wait for what `isolated` returned in each; the results by the same names in the same order.
 
     Args:
+        jobs: each submits one of Prefect's tasks and returns its future.
         unit: what is counted, for the progress bar; `says` tells of a result.
     """
     from prefect.futures import as_completed
 
-    names = {future: name for name, future in futures.items()}
     done: dict[str, dict[str, Any]] = {}
-    report(0, len(futures), unit)
     with _ended_if_interrupted():
+        report(0, len(jobs), unit)
+        names = {submit(): name for name, submit in jobs.items()}
         for future in as_completed(list(names)):
             name = names[future]
             try:
                 one = done[name] = future.result()
             except Exception as error:  # a machine of a cluster that went away
                 one = done[name] = {"error": f"Its process ended: {type(error).__name__}: {error}"}
-            report(len(done), len(futures), f"{name}: {one['error']}" if "error" in one else says(one))
-    return {name: done[name] for name in futures}
+            report(len(done), len(jobs), f"{name}: {one['error']}" if "error" in one else says(one))
+    return {name: done[name] for name in jobs}
 
 
 @contextmanager
 def _ended_if_interrupted() -> Iterator[None]:
     """After Ctrl-C or SIGTERM nobody waits for the work, as Prefect would: what was done is taken up again where it was."""
+    _INTERRUPTED.clear()
     try:
         yield
     except BaseException:

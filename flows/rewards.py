@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from tasks.core.atomic import whole_directory
 from tasks.core.digest import digest_files, digest_tree, sha256_file
 from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
 from tasks.core.ledger import Entry
+from tasks.core.locks import file_lock
 from tasks.core.settings import ClassifierModel, HeadModel, JudgeModel, VerifierModel
 from tasks.core.stages import once
 
@@ -266,8 +269,14 @@ def train_reward(
         folder = context.workspace.root / outputs["path"]
         return folder.is_dir() and digest_files(digest_tree(folder)) == str(outputs["digest"])
 
-    outputs, _ = once(context.ledger, "train reward", inputs, work, stands)
+    with _alone(context):
+        outputs, _ = once(context.ledger, "train reward", inputs, work, stands)
     return outputs
+
+
+def _alone(context: Context) -> AbstractContextManager[None]:
+    """Whoever asks for the same source meanwhile waits, and finds it then: one process at a time may write a folder."""
+    return file_lock(context.workspace.locks / "rewards.lock", timeout=math.inf)
 
 
 def register_reward(
@@ -327,7 +336,9 @@ def register_untrained(context: Context, model: VerifierModel | JudgeModel) -> d
     from tasks.reward.folder import lay_about
     from tasks.reward.open import describe_untrained
 
-    folder = lay_about(context.workspace.models, describe_untrained(model))
+    described = describe_untrained(model)
+    with _alone(context):
+        folder = lay_about(context.workspace.models, described)
     serving = model.model_dump(mode="json", include={"url", "api_key_env"})
     return register_reward(context, folder, model.kind, parents={}, serving=serving)
 
@@ -344,8 +355,9 @@ def _backbone(context: Context, model: HeadModel | ClassifierModel, agent: str) 
         if isinstance(model, ClassifierModel):
             return {"agent": None, "base": model.base, "digest": source, "path": None}
         folder = context.workspace.models / f"encoder-{source[:16]}"
-        if not folder.exists():
-            _lay_encoder(model.base, folder)
+        with _alone(context):
+            if not folder.exists():
+                _lay_encoder(model.base, folder)
     except ModelError as error:
         raise UsageError(f"reward.model.base: {error}") from None
     digest = digest_files(digest_tree(folder))

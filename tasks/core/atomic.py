@@ -87,9 +87,13 @@ def whole_directory(target: Path) -> Iterator[Path]:
                 with path.open("rb") as stream:
                     os.fsync(stream.fileno())
         fsync_dir(aside)
-        shutil.rmtree(target, ignore_errors=True)
+        old = target.parent / f"{_ASIDE}old-{target.name}"
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
         aside.rename(target)
         fsync_dir(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise Unavailable(

@@ -20,7 +20,10 @@ class Start(Section):
     layers: int = Field(2, ge=1, le=64)
     heads: int = Field(4, ge=1, le=64)
     vocabulary: int = Field(512, ge=257, le=65536)
-    demonstrations: int = Field(1024, ge=1, description="episodes to clone, all with full reward")
+    demonstrations: int = Field(
+        1024, ge=1, description="episodes that a model from scratch clones, all with full reward"
+    )
+    successes: int = Field(256, ge=1, description="the same, of a language model's own episodes")
     noise: float = Field(
         0.3, ge=0, le=1, description="share of the demonstrator's actions that are drawn at random (scratch)"
     )

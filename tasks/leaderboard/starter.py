@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 FULL = 1.0  # reward of an episode that is worth cloning
 SOURCE = "demonstration"  # of what is shown to a model from scratch
 EPOCH = "1970-01-01T00:00:00+00:00"  # a start is a function of its inputs, the time is none of them
-_ROUNDS = 256  # of demonstrations over the tasks, until there are enough with full reward
+_TRIES = 16  # demonstrations at most for each that is wanted: the others do not earn the full reward
 _FAULTS = 20  # demonstrations in a row that the environment did not live through: each may cost as long as a step may take
 _TOKENISED = 2000  # episodes from whose texts the vocabulary is made
 
@@ -97,21 +98,21 @@ def start_from_own(
     """
     model, tokenizer = load_policy(policy, device, dtype), load_tokenizer(policy)
     size, kept, played = 8, list[Episode](), 0
-    tasks = may_be_asked(draw_up_to(env, "train", 4 * settings.demonstrations, seed), without)
+    tasks = may_be_asked(draw_up_to(env, "train", 4 * settings.successes, seed), without)
     for group in rollout(
         model, tokenizer, env, tasks, group_size=size, temperature=temperature, seed=seed, batch_rows=batch_rows,
         identity=identity_of("start/own", policy), created_at=EPOCH,
     ):  # fmt: skip
         played += size
         kept += [episode for episode in group if episode.reward >= FULL]
-        if len(kept) >= settings.demonstrations:
+        if len(kept) >= settings.successes:
             break
-    if len(kept) < settings.demonstrations:
+    if len(kept) < settings.successes:
         raise Refused(
-            f"Of {played} episodes of {env.name} only {len(kept)} earned the full reward, and {settings.demonstrations} are "
-            "to be cloned; lower arena.start.demonstrations, or choose a better policy."
+            f"Of {played} episodes of {env.name} only {len(kept)} earned the full reward, and {settings.successes} are "
+            "to be cloned; lower arena.start.successes, or choose a better policy."
         )
-    alone = [replace(one, group_id=one.episode_id, sample_index=0) for one in kept[: settings.demonstrations]]
+    alone = [replace(one, group_id=one.episode_id, sample_index=0) for one in kept[: settings.successes]]
     return clone(alone, policy, settings, seed, folder, device, dtype)
 
 
@@ -170,22 +171,22 @@ def demonstrations(
     tasks = may_be_asked(draw_up_to(env, "train", settings.demonstrations, seed), without)
     kept: list[tuple[Task, list[tuple[str, Step]]]] = []
     faults = 0
-    for _ in range(_ROUNDS):
-        for task in tasks:
-            try:
-                turns = list(_demonstrated(env, task, rng, settings.noise))
-            except StepFault as fault:
-                faults += 1
-                if faults == _FAULTS:
-                    raise Refused(f"{faults} demonstrations in a row were cut short. {fault}") from None
-                continue
-            faults = 0
-            if turns[-1][1].reward >= FULL:
-                kept.append((task, turns))
-            if len(kept) == settings.demonstrations:
-                return kept
+    tries = _TRIES * settings.demonstrations
+    for task in islice(cycle(tasks), tries):
+        try:
+            turns = list(_demonstrated(env, task, rng, settings.noise))
+        except StepFault as fault:
+            faults += 1
+            if faults == _FAULTS:
+                raise Refused(f"{faults} demonstrations in a row were cut short. {fault}") from None
+            continue
+        faults = 0
+        if turns[-1][1].reward >= FULL:
+            kept.append((task, turns))
+        if len(kept) == settings.demonstrations:
+            return kept
     raise Refused(
-        f"Of {_ROUNDS * len(tasks)} demonstrations of {env.name} only {len(kept)} earned the full reward; lower "
+        f"Of {tries} demonstrations of {env.name} only {len(kept)} earned the full reward; lower "
         "arena.start.noise or arena.start.demonstrations."
     )
 

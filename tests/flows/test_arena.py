@@ -273,7 +273,7 @@ def test_a_language_model_starts_from_its_own_successes(context: Context):
         context.workspace.root,
         [
             "arena.start.policy=champion",
-            "arena.start.demonstrations=24",
+            "arena.start.successes=24",
             "arena.start.steps=40",
             "arena.start.learning_rate=0.003",
             "arena.recipe.steps=2",

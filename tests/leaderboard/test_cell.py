@@ -120,7 +120,7 @@ def test_a_model_that_never_earns_anything_is_no_start(tiny, tmp_path):
         start_from_own(
             get("calculator"),
             tiny,
-            Start(demonstrations=2),
+            Start(successes=2),
             0,
             tmp_path,
             temperature=1.0,
