@@ -1,6 +1,7 @@
 """How fast do the environments step, and how far do a constant action, blind choice and the expert get?
 
-    python -m benchmarks.environments [NAME ...] [--tasks 40] [--seed 0] [--model DIR]
+    python -m benchmarks.environments [NAME ...] [--tasks 40] [--seed 0] [--model DIR] [--save]
+    python -m benchmarks.environments --table
 
 Held-out tasks, fewer where there are not so many. Speed is in steps per second of processor time, of episodes of random actions, each played as a rollout
 does it, step after step, eight episodes of a task side by side (random ones of an expert's actions where there is no list of all). `turns` is the mean length of an expert's episode, where there
@@ -27,15 +28,8 @@ from tasks.arena.environment import Environment, Expert, Hackable, Listed, Task,
 from tasks.arena.playing import play
 from tasks.core.errors import UsageError
 
-OWN = (
-    "calculator",
-    "largest",
-    "safety/lax_checker",
-    "safety/leaky_tool",
-    "safety/shortcut",
-    "reasoning_gym/chain_sum",
-    "reasoning_gym/gcd",
-)
+BASELINE = Path(__file__).parent / "baselines" / "environments.json"
+RIDDLES = ("reasoning_gym/chain_sum", "reasoning_gym/gcd")  # two of 105 stand for all
 SIDE_BY_SIDE = 8
 
 
@@ -124,6 +118,24 @@ def measure(name: str, n: int, seed: int, model: tuple | None) -> dict[str, Any]
     return row
 
 
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of docs/environments.md."""
+    lines = [
+        "| environment | tasks | constant | its action | random | expert | its turns | prompt, characters | steps a CPU second |",
+        "|---|--:|--:|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        expert, turns = (
+            f"{row[name]:.{digits}f}" if name in row else "–"
+            for name, digits in (("expert", 3), ("turns", 1))
+        )
+        lines.append(
+            f"| {row['environment']} | {row['tasks']} | {row['constant']:.3f} | `{row['constant_action']}` | {row['random']:.3f} | "
+            f"{expert} | {turns} | {row['prompt_characters']} | {row['steps_per_cpu_second']:,} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -132,21 +144,27 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/environments.json"))
+    parser.add_argument("--save", action="store_true", help=f"write {BASELINE.name}")
+    parser.add_argument(
+        "--table", action="store_true", help="print the kept figures as the table of the docs"
+    )
     words = parser.parse_args()
     model = None
     if words.model:
         from models.causal_lm import load_policy, load_tokenizer
 
         model = load_policy(words.model), load_tokenizer(words.model)
-    chosen = words.names or [n for n in names() if n in OWN or n.startswith(("minigrid/", "textarena/"))]
+    chosen = words.names or [n for n in names() if n in RIDDLES or not n.startswith("reasoning_gym/")]
+    if words.table:
+        print(markdown(json.loads(BASELINE.read_text())["rows"]))
+        return
     rows = []
     print(describe())
     for name in chosen:
         rows.append(measure(name, words.tasks, words.seed, model))
         print(json.dumps(rows[-1]), flush=True)
-    words.out.parent.mkdir(parents=True, exist_ok=True)
-    words.out.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=2))
+    if words.save:
+        BASELINE.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
