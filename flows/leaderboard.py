@@ -199,12 +199,12 @@ def keep_board(
         floors: of the environments that have results.
 
     Returns:
-        {question, methods: {name: `Method`}, ranks, unranked: methods, lines, troubles: [as `causes.Trouble`], floors,
-        starts, tasks_digest: {env: of the held-out tasks}, failures, recipe, results: {path, sha256}, page, cpu_seconds,
+        {question, methods: {name: `Method`}, ranks, unranked: methods, lines, troubles: [as `causes.Trouble`], contrasts:
+        [as `causes.Contrast`], floors, starts, tasks_digest: {env: of the held-out tasks}, failures, recipe, results: {path, sha256}, page, cpu_seconds,
         machine}.
     """
     from models.machine import describe
-    from tasks.leaderboard.causes import troubles
+    from tasks.leaderboard.causes import contrasts, troubles
     from tasks.leaderboard.page import Board, leaderboard_page, tasks_asked
     from tasks.leaderboard.ranking import lines, ranks, starts
 
@@ -238,6 +238,7 @@ def keep_board(
             "unranked": board.unranked(),
             "lines": [asdict(one) for one in board.lines],
             "troubles": [asdict(one) for one in troubles(results)],
+            "contrasts": [asdict(one) for one in contrasts(methods, results)],
             "floors": {name: asdict(floor) for name, floor in floors.items()},
             "starts": {name: asdict(start) for name, start in board.starts.items()},
             "tasks_digest": tasks_asked(results),
@@ -270,6 +271,7 @@ def last_board(context: Context) -> dict[str, Any]:
                 "failures": [],
                 "unranked": [],
                 "methods": {},
+                "contrasts": [],
                 "tasks_digest": {},
                 **entry.payload["outputs"],
                 "found": True,

@@ -153,7 +153,7 @@ def _show(board: dict[str, Any], as_json: bool) -> None:
             )
         out.print(table)
     if board["lines"]:
-        _tell(board["troubles"])
+        _tell(board["troubles"], board["contrasts"])
     for one in board["failures"]:
         out.print(
             Text.assemble(
@@ -169,8 +169,8 @@ def _show(board: dict[str, Any], as_json: bool) -> None:
     out.print(board["page"], soft_wrap=True, highlight=False)
 
 
-def _tell(troubles: list[dict[str, Any]]) -> None:
-    """Say which runs collapsed or were stopped, what to look at, and what that means."""
+def _tell(troubles: list[dict[str, Any]], contrasts: list[dict[str, Any]]) -> None:
+    """Say which runs collapsed or were stopped, what to look at, what that means, and which dimension made the difference."""
     from tasks.leaderboard.causes import Trouble, meanings, verdict
 
     found = [Trouble(**one) for one in troubles]
@@ -182,6 +182,13 @@ def _tell(troubles: list[dict[str, Any]]) -> None:
         )
     for meaning in meanings(found):
         out.print(meaning, soft_wrap=True, highlight=False)
+    for one in contrasts:
+        (worse, better), runs = one["wrong"], one["runs"]
+        out.print(
+            f"{one['dimension']} alone tells {one['worse']} ({worse} of {runs} runs went wrong) from {one['better']} ({better})",
+            soft_wrap=True,
+            highlight=False,
+        )
 
 
 def _floor(floor: dict[str, Any]) -> str:

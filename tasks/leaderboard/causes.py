@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
+from tasks.leaderboard.methods import coordinates
+from tasks.leaderboard.settings import Method
 from tasks.training.stability import SIGNALS, Dimension, Signal
 
 _SIGNALS: Mapping[str, Signal] = {signal.driver: signal for signal in SIGNALS}
@@ -68,6 +71,44 @@ def troubles(results: Sequence[Mapping[str, Any]]) -> list[Trouble]:
             )
         )
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Contrast:
+    """Two methods that differ in one dimension alone, of which one had more runs that collapsed or were stopped.
+
+    Attributes:
+        settings: of both in that dimension, as `coordinates`.
+        wrong: how many runs of each went wrong, `worse` first; runs: of how many, the environments and seeds of both.
+    """
+
+    dimension: Dimension
+    worse: str
+    better: str
+    settings: tuple[str, str]
+    wrong: tuple[int, int]
+    runs: int
+
+
+def contrasts(methods: Mapping[str, Method], results: Sequence[Mapping[str, Any]]) -> list[Contrast]:
+    """Return the pairs of methods that show which dimension made runs fail, the clearest first.
+
+    They are counts of few runs, without a test: a pair says where the difference lies, more seeds how firm it is.
+    """
+    placed = {name: coordinates(method) for name, method in methods.items()}
+    ill = {(one.method, one.env, one.seed) for one in troubles(results)}
+    cells: dict[str, set[tuple[str, int]]] = {name: set() for name in placed}
+    for one in results:
+        cells.setdefault(one["method"], set()).add((one["env"], one["seed"]))
+    found = []
+    for worse, better in permutations(placed, 2):
+        apart = [name for name, setting in placed[worse].items() if setting != placed[better][name]]
+        shared = cells[worse] & cells[better]
+        wrong = tuple(sum((name, *cell) in ill for cell in shared) for name in (worse, better))
+        if len(apart) == 1 and wrong[0] > wrong[1]:
+            settings = (placed[worse][apart[0]], placed[better][apart[0]])
+            found.append(Contrast(apart[0], worse, better, settings, (wrong[0], wrong[1]), len(shared)))
+    return sorted(found, key=lambda one: one.wrong[1] - one.wrong[0])
 
 
 def verdict(found: Sequence[Trouble]) -> str:

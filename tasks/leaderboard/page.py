@@ -78,6 +78,7 @@ def leaderboard_page(board: Board) -> str:
         *([_order(board)] if board.ranks else []),
         *([_methods(board)] if board.methods else []),
         *([_troubles(board)] if board.results else []),
+        *_contrasts(board),
         *([_failed(board)] if board.failures else []),
         *(_environment(board, env) for env in envs),
         *(_courses(board, env) for env in envs),
@@ -187,6 +188,32 @@ def _troubles(board: Board) -> Section:
         table=Table(heads, rows) if rows else None,
         notes=tuple(causes.meanings(found)),
     )
+
+
+def _contrasts(board: Board) -> list[Section]:
+    found = causes.contrasts(board.methods, board.results)
+    heads = ("dimension", "went wrong", "runs", "its setting", "beside", "runs", "its setting")
+    rows = tuple(
+        (
+            one.dimension,
+            one.worse,
+            f"{one.wrong[0]} of {one.runs}",
+            one.settings[0],
+            one.better,
+            f"{one.wrong[1]} of {one.runs}",
+            one.settings[1],
+        )
+        for one in found
+    )
+    section = Section(
+        "Which dimension made runs fail",
+        says=(
+            "Pairs of methods that differ in one dimension alone, of which one had more runs that collapsed or were stopped, on "
+            "the same environments with the same seeds. Of few runs this is little firm.",
+        ),
+        table=Table(heads, rows),
+    )
+    return [section] if rows else []
 
 
 def _failed(board: Board) -> Section:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tasks.leaderboard import causes
-from tasks.leaderboard.causes import troubles
+from tasks.leaderboard.causes import contrasts, troubles
 from tasks.leaderboard.methods import METHODS
 from tasks.leaderboard.page import Board, Failure, Floor, leaderboard_page, verdict
 from tasks.leaderboard.ranking import lines, over_seeds, ranks
@@ -265,6 +266,31 @@ def test_a_run_that_collapsed_is_told_with_what_followed():
     assert causes.verdict([]) == "No run collapsed, and none was stopped."
     (meaning,) = causes.meanings([one, one, other])
     assert meaning.startswith("stale negatives (clipping): ")
+
+
+def test_pairs_that_differ_in_one_dimension_say_which_one_made_runs_fail():
+    methods = {name: METHODS[name] for name in ("grpo", "grpo_st", "sapo", "sampo")}
+    ill = {("sapo", 0), ("sapo", 1), ("sapo", 2), ("grpo", 0)}
+    results = [
+        result("a", name, seed, 0.5, **(COLLAPSED if (name, seed) in ill else {}))
+        for name in methods
+        for seed in range(3)
+        if (name, seed) != ("grpo_st", 2)
+    ]
+    found = contrasts(methods, results)
+    # SAMPO differs from each in more than one; GRPO and GRPO_ST are compared on the seeds that both have.
+    assert [(one.dimension, one.worse, one.better, one.wrong, one.runs) for one in found] == [
+        ("clipping", "sapo", "grpo", (3, 1), 3),
+        ("aggregation", "grpo", "grpo_st", (1, 0), 2),
+    ]
+    assert found[1].settings == ("token-mean", "seq-mean-token-mean")
+    floors, starts = {"a": Floor(10, 0.15, "left", 0.25)}, {"a": over_seeds([0.2, 0.2])}
+    board = Board(ranks(results), lines(results), floors, starts, results, 1.0, "", "", methods=methods)
+    page = leaderboard_page(board)
+    assert "Which dimension made runs fail" in page
+    assert re.search(r"clipping</td><td[^>]*>sapo</td><td[^>]*>3 of 3<", page)
+    assert contrasts({}, results) == []
+    assert "Which dimension" not in leaderboard_page(replace(board, methods={}))
 
 
 def test_a_comparison_of_failures_alone_still_has_a_page():
