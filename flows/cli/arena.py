@@ -182,10 +182,10 @@ def _tell(troubles: list[dict[str, Any]], contrasts: list[dict[str, Any]]) -> No
         )
     for meaning in meanings(found):
         out.print(meaning, soft_wrap=True, highlight=False)
-    for one in contrasts:
-        (worse, better), runs = one["wrong"], one["runs"]
+    for pair in contrasts:
+        (worse, better), runs = pair["wrong"], pair["runs"]
         out.print(
-            f"{one['dimension']} alone tells {one['worse']} ({worse} of {runs} runs went wrong) from {one['better']} ({better})",
+            f"{pair['dimension']} alone tells {pair['worse']} ({worse} of {runs} runs went wrong) from {pair['better']} ({better})",
             soft_wrap=True,
             highlight=False,
         )
