@@ -18,6 +18,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from flows.cli.arena import _tell
+from flows.cli.console import out
 from flows.context import Context
 from flows.leaderboard import Question, last_board, plans, require_same, results_of
 from flows.revoke import erase, revoke
@@ -27,7 +29,7 @@ from tasks.arena.environment import get, tasks_digest
 from tasks.core.digest import canonical_json, sha256_bytes, sha256_file
 from tasks.core.errors import Conflict, Corrupt, NotFound, Refused, UsageError
 from tasks.core.locks import file_lock
-from tasks.leaderboard.causes import troubles
+from tasks.leaderboard.causes import Contrast, Trouble, troubles
 from tasks.leaderboard.cell import heldout_of, run_cell
 from tasks.rollout.rollout import attempts
 from tests.flows.conftest import ENVIRONMENT, environment, forebay, lay_workspace
@@ -446,3 +448,20 @@ def test_a_comparison_that_was_ended_leaves_nobody_behind_and_no_lock(
     (plan, *_) = plans(context, Question((ENV,), ("grpo",), 1))
     with file_lock(root / ".forebay" / "arena" / "locks" / f"{plan.key()[:16]}.lock", timeout=0):
         pass  # nobody holds the cell
+
+
+def test_what_went_wrong_is_printed():
+    trouble = Trouble(
+        "e", "sapo", 1, "ab" * 32, "stale negatives", 12, (("policy drift", 14),), ("clipping",), "finished"
+    )
+    contrast = Contrast("clipping", "sapo", "grpo", ("sapo", "grpo"), (3, 1), 3)
+    with out.capture() as printed:
+        _tell([asdict(trouble)], [asdict(contrast)])
+    told = printed.get()
+    for text in (
+        "1 run collapsed, none stopped by a guard.",
+        "sapo e seed 1: stale negatives from update 12 on, then policy drift from 14, finished; `forebay stability cell:abababababab`",
+        "stale negatives (clipping): ",
+        "clipping alone tells sapo (3 of 3 runs went wrong) from grpo (1)",
+    ):
+        assert text in told
