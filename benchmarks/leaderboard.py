@@ -16,8 +16,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tasks.leaderboard.causes import meanings, troubles
+from tasks.leaderboard.causes import verdict as told_of_runs
+from tasks.leaderboard.methods import METHODS
 from tasks.leaderboard.page import Board, Floor, counted, firmness, leaderboard_page, verdict
 from tasks.leaderboard.ranking import Mean, lines, ranks, starts
+from tasks.leaderboard.settings import Method
 from tasks.pages.parts import number
 
 BASELINE = Path(__file__).parent / "baselines" / "leaderboard.json"
@@ -28,6 +32,7 @@ def keep(board: Path, workspace: Path, baseline: Path) -> None:
     told = json.loads(board.read_text())
     results = json.loads((workspace / told["results"]["path"]).read_text())["results"]
     kept = {name: told[name] for name in ("floors", "machine")} | {"recipe": told.get("recipe", "")}
+    kept["methods"] = told.get("methods", {})
     baseline.write_text(json.dumps({**kept, "results": results}, indent=1, sort_keys=True) + "\n")
 
 
@@ -37,6 +42,11 @@ def load(baseline: Path) -> Board:
     results: list[dict[str, Any]] = kept["results"]
     floors = {env: Floor(**floor) for env, floor in kept["floors"].items()}
     spent = sum(one["cpu_seconds"] for one in results)
+    # Before comparisons told their methods only the project's own were kept, and those among them are still what they were.
+    names = dict.fromkeys(one["method"] for one in results)
+    methods = {name: Method(**one) for name, one in kept.get("methods", {}).items()} or {
+        name: METHODS[name] for name in names if name in METHODS
+    }
     return Board(
         ranks(results),
         lines(results),
@@ -46,6 +56,7 @@ def load(baseline: Path) -> Board:
         spent,
         kept["machine"],
         kept["recipe"],
+        methods=methods,
     )
 
 
@@ -74,6 +85,10 @@ def markdown(board: Board) -> str:
             f"{line.cpu_seconds:.0f} | {counted(line.collapses)} | {counted(line.stopped)} |"
             for line in found
         ]
+    ailing = troubles(board.results)
+    told += ["", told_of_runs(ailing)]
+    told += [f"- {one.method}, `{one.env}`, seed {one.seed}: {one.course()}" for one in ailing]
+    told += [f"- {meaning}" for meaning in meanings(ailing)]
     told += [
         "",
         f"{len(board.results)} runs, {board.cpu_seconds / 60:.0f} CPU minutes on {board.machine}. {board.recipe}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -13,7 +14,7 @@ from flows.context import Context
 from flows.parallel import Runner, task_runner
 from tasks.core.atomic import write_atomic
 from tasks.core.digest import canonical_json, digest_json, sha256_bytes
-from tasks.core.errors import Conflict, NotFound, Refused, UsageError
+from tasks.core.errors import Conflict, Corrupt, NotFound, Refused, UsageError
 from tasks.core.stages import code_digest, lock_digest, once
 
 if TYPE_CHECKING:
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 
 STAGE = "arena"
 _TAG = 5000  # characters that MLflow takes
+_GUARDED = {
+    "report": "",
+    "stop": " A run that begins to collapse is ended.",
+    "mask": " A run that begins to collapse goes on with a sequence mask.",
+    "raise_kl": " A run that begins to collapse goes on with a larger KL.",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,12 +199,17 @@ def keep_board(
         floors: of the environments that have results.
 
     Returns:
-        {question, ranks, unranked: methods, lines, floors, starts, failures, results: {path, sha256}, page, cpu_seconds,
+        {question, methods: {name: `Method`}, ranks, unranked: methods, lines, troubles: [as `causes.Trouble`], contrasts:
+        [as `causes.Contrast`], floors, starts, tasks_digest: {env: of the held-out tasks}, failures, recipe, results: {path, sha256}, page, cpu_seconds,
         machine}.
     """
     from models.machine import describe
-    from tasks.leaderboard.page import Board, leaderboard_page
+    from tasks.leaderboard.causes import contrasts, troubles
+    from tasks.leaderboard.page import Board, leaderboard_page, tasks_asked
     from tasks.leaderboard.ranking import lines, ranks, starts
+
+    known = context.settings.arena.known()
+    methods = {name: known[name] for name in question.methods}
 
     def work(key: str) -> dict[str, Any]:
         _track(context, results, failures)
@@ -212,6 +224,7 @@ def keep_board(
             describe(),
             _recipe(context),
             failures,
+            methods,
         )
         data = canonical_json({"results": list(results)})
         file = context.workspace.evidence / "arena" / f"{sha256_bytes(data)}.json"
@@ -220,11 +233,15 @@ def keep_board(
         write_atomic(page, leaderboard_page(board).encode())
         return {
             "question": asdict(question),
+            "methods": {name: method.model_dump(mode="json") for name, method in methods.items()},
             "ranks": [asdict(one) for one in board.ranks],
             "unranked": board.unranked(),
             "lines": [asdict(one) for one in board.lines],
+            "troubles": [asdict(one) for one in troubles(results)],
+            "contrasts": [asdict(one) for one in contrasts(methods, results)],
             "floors": {name: asdict(floor) for name, floor in floors.items()},
             "starts": {name: asdict(start) for name, start in board.starts.items()},
+            "tasks_digest": tasks_asked(results),
             "failures": [asdict(one) for one in failures],
             "recipe": board.recipe,
             "results": {"path": context.workspace.relative(file), "sha256": sha256_bytes(data)},
@@ -241,15 +258,45 @@ def keep_board(
 
 
 def last_board(context: Context) -> dict[str, Any]:
-    """Return the newest comparison of this workspace.
+    """Return the newest comparison of this workspace, as `keep_board`; of one that is older than a part, that part is empty.
 
     Raises:
-        NotFound: there is none.
+        NotFound: there is none. Corrupt: its results are not what was recorded.
     """
+    from tasks.leaderboard.causes import troubles
+
     for entry in reversed(list(context.ledger.entries("stage.done"))):
         if entry.payload["stage"] == STAGE:
-            return {"failures": [], "unranked": [], **entry.payload["outputs"], "found": True}
+            board = {
+                "failures": [],
+                "unranked": [],
+                "methods": {},
+                "contrasts": [],
+                "tasks_digest": {},
+                **entry.payload["outputs"],
+                "found": True,
+            }
+            if "troubles" not in board:
+                board["troubles"] = [asdict(one) for one in troubles(results_of(context, board))]
+            return board
     raise NotFound("Nothing was compared here yet; `forebay arena run` does it.")
+
+
+def results_of(context: Context, board: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the results that a comparison was made of, from its evidence.
+
+    Raises:
+        Corrupt: the file is gone, or is not what was recorded.
+    """
+    from flows.experience import intact
+
+    file = board["results"]
+    if not intact(context, file):
+        raise Corrupt(
+            f"{file['path']} is not the results that the ledger recorded; `forebay arena run` makes them again."
+        )
+    found: list[dict[str, Any]] = json.loads((context.workspace.root / file["path"]).read_text())["results"]
+    return found
 
 
 def _key(wanted: Sequence[Plan], context: Context) -> str:
@@ -310,5 +357,5 @@ def _recipe(context: Context) -> str:
         f"Start: {model}, cloned from {shown} episodes of full reward. {recipe.steps} updates of "
         f"{recipe.groups_per_step} groups of {recipe.group_size} answers, {recipe.updates_per_round} a round; learning rate "
         f"{recipe.learning_rate:g}, KL {recipe.kl:g}, format penalty {recipe.format_penalty:g}. "
-        f"{settings.judging.samples} attempts at each held-out task."
+        f"{settings.judging.samples} attempts at each held-out task.{_GUARDED[recipe.collapse]}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +23,7 @@ from flows.cli.console import (
     watch,
 )
 from tasks.core.errors import Refused
+from tasks.leaderboard.settings import Method
 
 METHODS = "grpo,gspo,sapo,cispo,vespo,sampo"
 ENVS = "minigrid/BabyAI-GoToLocalS5N2,minigrid/Empty-Random-6x6,textarena/FrozenLake"
@@ -83,19 +85,17 @@ def arena_methods(workspace: Where = HERE, overrides: Set = None, as_json: Json 
     if as_json:
         print_json({name: method.model_dump(mode="json") for name, method in known.items()})
         return
-    table = Table("method", "aggregation", "clipping", "filter", "advantage", box=None, pad_edge=False)
-    for name, method in known.items():
-        clipping = method.clipping
-        bounds = ", ".join(f"{key}={value:g}" for key, value in clipping.options.items())
-        mask = "" if clipping.sequence_mask is None else f", mask {clipping.sequence_mask:g}"
-        table.add_row(
-            name,
-            method.aggregation,
-            f"{clipping.objective} {bounds}{mask}".strip(),
-            "yes" if method.filtering else "",
-            method.advantage,
-        )
-    out.print(table)
+    out.print(_placed(known))
+
+
+def _placed(methods: Mapping[str, Method]) -> Table:
+    """Where the methods stand in the four dimensions."""
+    from tasks.leaderboard.methods import coordinates
+
+    table = Table("method", "aggregation", "clipping", "filtering", "advantage", box=None, pad_edge=False)
+    for name, method in methods.items():
+        table.add_row(name, *coordinates(method).values())
+    return table
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -116,6 +116,9 @@ def _show(board: dict[str, Any], as_json: bool) -> None:
     for method in board["unranked"]:
         order.add_row(method, "not ranked")
     out.print(order)
+    if board["methods"]:
+        out.print()
+        out.print(_placed({name: Method(**one) for name, one in board["methods"].items()}))
     for env, floor in board["floors"].items():
         out.print(
             Text.assemble(
@@ -152,6 +155,8 @@ def _show(board: dict[str, Any], as_json: bool) -> None:
                 counted(line["stopped"]),
             )
         out.print(table)
+    if board["lines"]:
+        _tell(board["troubles"], board["contrasts"])
     for one in board["failures"]:
         out.print(
             Text.assemble(
@@ -165,6 +170,28 @@ def _show(board: dict[str, Any], as_json: bool) -> None:
         highlight=False,
     )
     out.print(board["page"], soft_wrap=True, highlight=False)
+
+
+def _tell(troubles: list[dict[str, Any]], contrasts: list[dict[str, Any]]) -> None:
+    """Say which runs collapsed or were stopped, what to look at, what that means, and which dimension made the difference."""
+    from tasks.leaderboard.causes import Trouble, meanings, verdict
+
+    found = [Trouble(**one) for one in troubles]
+    out.print(f"\n{verdict(found)}", highlight=False)
+    for one in found:
+        name = f"{one.method} {one.env} seed {one.seed}"
+        out.print(
+            Text.assemble((f"{name}: ", "bold red"), f"{one.course()}; `{one.command}`"), soft_wrap=True
+        )
+    for meaning in meanings(found):
+        out.print(meaning, soft_wrap=True, highlight=False)
+    for pair in contrasts:
+        (worse, better), runs = pair["wrong"], pair["runs"]
+        out.print(
+            f"{pair['dimension']} alone tells {pair['worse']} ({worse} of {runs} runs went wrong) from {pair['better']} ({better})",
+            soft_wrap=True,
+            highlight=False,
+        )
 
 
 def _floor(floor: dict[str, Any]) -> str:

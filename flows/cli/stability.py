@@ -13,13 +13,15 @@ from flows.cli.console import AUDIT, HERE, Json, Where, app, open_context, out, 
 
 @app.command(
     rich_help_panel=AUDIT,
-    epilog="Examples: `forebay stability agent/3` · `forebay stability run:3f2a91 -o stability.html` · `forebay stability --json`",
+    epilog="Examples: `forebay stability agent/3` · `forebay stability run:3f2a91 -o stability.html` · "
+    "`forebay stability arena/grpo/textarena/Sokoban/0` · `forebay stability cell:3f2a91 --json`",
 )
 def stability(
     ref: Annotated[
         str | None,
         typer.Argument(
-            help="An agent, or run:DIGITS of a run that may still go on; the newest run if not given."
+            help="An agent, or run:DIGITS of a run that may still go on; the newest run if not given. Of the arena: "
+            "arena/METHOD/ENV/SEED of the newest comparison, or cell:DIGITS."
         ),
     ] = None,
     output: Annotated[
@@ -35,7 +37,10 @@ def stability(
     if as_json:
         print_json(found)
         return
-    out.print(f"run {found['run'][:12]}: {found['steps']} updates, {found['stop_reason']}", highlight=False)
+    out.print(
+        f"{found['what']} {found['run'][:12]}: {found['steps']} updates, {found['stop_reason']}",
+        highlight=False,
+    )
     out.print(found["says"], style="bold red" if found["findings"] else "bold green", highlight=False)
     if found["findings"]:
         table = Table("driver", "metric", "began", "noticed", "before", "since", box=None, pad_edge=False)

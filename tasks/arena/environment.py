@@ -399,6 +399,14 @@ def plain_name(name: str) -> str:
     return remembered[2] if remembered else name
 
 
+def tasks_digest(name: str, tasks: Sequence[Task]) -> str:
+    """Digest of the tasks that were asked in the environment `name`: figures with the same one are of the same split.
+
+    A memory changes no task, and so not the digest. Without one it is that of an evaluation of this environment alone.
+    """
+    return digest_json({plain_name(name): [plain_name(task.id) for task in tasks]})
+
+
 def names() -> list[str]:
     """Every environment that `get` knows by a name of ours and that can be used here."""
     from tasks.arena.teachers import configured

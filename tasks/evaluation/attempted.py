@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from models.causal_lm import load_policy, load_tokenizer
-from tasks.arena.environment import plain_name
+from tasks.arena.environment import plain_name, tasks_digest
 from tasks.arena.guarded import Environments, Limits
 from tasks.core.stages import derive_seed
 from tasks.evaluation.report import report
@@ -51,7 +51,7 @@ def sit(exam: Exam) -> dict[str, Any]:
     """Return the figures of `report` with what the attempts cost and what no skill at all would earn.
 
     Returns:
-        {env, tasks, samples, figures, cpu_seconds (of an episode, without its environment's process), constant,
+        {env, tasks, tasks_digest, samples, figures, cpu_seconds (of an episode, without its environment's process), constant,
         constant_action, random}.
 
     Raises:
@@ -81,4 +81,5 @@ def sit(exam: Exam) -> dict[str, Any]:
         random = env.random_baseline(tasks, exam.seed)
     episodes = len(tasks) * exam.samples
     floors: Mapping[str, Any] = {"constant": constant, "constant_action": action, "random": random}
-    return {"env": exam.env, **figures.to_json(), "cpu_seconds": spent / episodes, **floors}
+    asked = {"env": exam.env, "tasks_digest": tasks_digest(exam.env, tasks)}
+    return {**asked, **figures.to_json(), "cpu_seconds": spent / episodes, **floors}

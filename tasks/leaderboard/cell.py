@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from models.causal_lm import load_policy, load_tokenizer
-from tasks.arena.environment import Environment, Task, draw_up_to, plain_name
+from tasks.arena.environment import Environment, Task, draw_up_to, plain_name, tasks_digest
 from tasks.arena.guarded import Environments, Limits
 from tasks.core.atomic import write_atomic
 from tasks.core.digest import canonical_json, digest_json, sha256_file
@@ -93,7 +93,7 @@ def run_cell(plan: Plan, root: Path) -> dict[str, Any]:
     """Return the result of a cell, computed now or found in `root`.
 
     Returns:
-        {env, method, seed, key, before, after: `Slice.to_json`, curve: [mean training reward of each update], stop_reason,
+        {env, method, seed, key, tasks_digest (of the held-out ones), before, after: `Slice.to_json`, curve: [mean training reward of each update], stop_reason,
         steps, findings: [driver, onset], episodes (sampled in training), cpu_seconds, seconds}; `before` is the start's. The
         times are without the start, and of all parts of a cell that was cut short, each up to its last update.
 
@@ -153,12 +153,14 @@ def _run(plan: Plan, root: Path, folder: Path) -> dict[str, Any]:
             on_metrics=on_metrics,
         )
         after = _judged(plan, made.export_dir, env)
+        asked = tasks_digest(plan.env, heldout_of(env, plan.arena.judging.tasks))
     curve = [{**values, "step": step} for step, values in sorted(metrics.items())]
     return {
         "env": plan.env,
         "method": plan.name,
         "seed": plan.seed,
         "key": plan.key(),
+        "tasks_digest": asked,
         "before": before,
         "after": after.to_json(),
         "curve": [row["reward"] for row in curve],

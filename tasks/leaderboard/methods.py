@@ -6,12 +6,14 @@ S1; VESPO: 2602.10693). SAMPO is the combination that it ends with.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from inspect import signature
 from typing import Final
 
 from tasks.core.settings import build_section
 from tasks.leaderboard.settings import Clipping, Method, Recipe
 from tasks.training.settings import TrainingSettings
+from tasks.training.stability import Dimension
 
 _WIDE: Final = {"eps_lo": 0.2, "eps_hi": 0.2}
 _SEQUENCE: Final = {"eps_lo": 3e-3, "eps_hi": 4e-3}
@@ -35,6 +37,24 @@ METHODS: Final[dict[str, Method]] = {
         clipping=Clipping(objective="sampo", options=_SEQUENCE), advantage="gigpo", filtering=True
     ),
 }
+
+
+def coordinates(method: Method) -> dict[Dimension, str]:
+    """Write where a method stands in each dimension; equal words are equal settings."""
+    clipping = method.clipping
+    parts = [*_constants(clipping.options), f"unit {clipping.unit}"]
+    if clipping.sequence_mask is not None:
+        parts.append(f"mask {clipping.sequence_mask:g}")
+    return {
+        "aggregation": method.aggregation,
+        "clipping": f"{clipping.objective} {', '.join(parts)}",
+        "filtering": "yes" if method.filtering else "no",
+        "advantage": f"{method.advantage} {', '.join(_constants(method.advantage_options))}".strip(),
+    }
+
+
+def _constants(options: Mapping[str, float]) -> list[str]:
+    return [f"{name}={value:g}" for name, value in options.items()]
 
 
 def training_settings(method: Method, recipe: Recipe, name: str = "") -> TrainingSettings:
@@ -69,6 +89,7 @@ def training_settings(method: Method, recipe: Recipe, name: str = "") -> Trainin
         "learning_rate": recipe.learning_rate,
         "token_budget": 2048,
         "checkpoint_every": max(recipe.updates_per_round, 10),
+        "guards": {"collapse": recipe.collapse},
     }
     return build_section(TrainingSettings, values, f"arena.methods.{name}")
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
+from tasks.leaderboard import causes
+from tasks.leaderboard.methods import coordinates
 from tasks.leaderboard.ranking import Line, Mean, Rank
+from tasks.leaderboard.settings import Method
 from tasks.pages import figures
 from tasks.pages.figures import Axis, Interval, Item
 from tasks.pages.parts import Chart, Group, Row, Section, Strips, Table, listed, number
@@ -43,7 +46,12 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """Everything that a page shows; `results` are of the cells that finished."""
+    """Everything that a page shows.
+
+    Attributes:
+        results: of the cells that finished, as `cell.run_cell`.
+        methods: what the methods are, as far as it was kept.
+    """
 
     ranks: Sequence[Rank]
     lines: Sequence[Line]
@@ -54,6 +62,7 @@ class Board:
     machine: str
     recipe: str
     failures: Sequence[Failure] = ()
+    methods: Mapping[str, Method] = field(default_factory=dict)
 
     def unranked(self) -> list[str]:
         """The methods that have no rank, for want of a cell that another method has."""
@@ -67,6 +76,9 @@ def leaderboard_page(board: Board) -> str:
     envs = list(dict.fromkeys(line.env for line in board.lines))
     sections = (
         *([_order(board)] if board.ranks else []),
+        *([_methods(board)] if board.methods else []),
+        *([_troubles(board)] if board.results else []),
+        *_contrasts(board),
         *([_failed(board)] if board.failures else []),
         *(_environment(board, env) for env in envs),
         *(_courses(board, env) for env in envs),
@@ -133,6 +145,77 @@ def _order(board: Board) -> Section:
     )
 
 
+def _methods(board: Board) -> Section:
+    placed = {name: coordinates(method) for name, method in board.methods.items()}
+    heads = ("method", *next(iter(placed.values())))
+    return Section(
+        "What the methods are, in four dimensions",
+        says=("Two methods that differ in one column tell what that dimension does.",),
+        table=Table(heads, tuple((name, *each.values()) for name, each in placed.items())),
+    )
+
+
+def _troubles(board: Board) -> Section:
+    found = causes.troubles(board.results)
+    heads = (
+        "method",
+        "environment",
+        "seed",
+        "driver",
+        "began",
+        "later",
+        "look first at",
+        "ended",
+        "its curves",
+    )
+    rows = tuple(
+        (
+            one.method,
+            one.env,
+            str(one.seed),
+            one.driver or "",
+            "" if one.onset is None else str(one.onset),
+            ", ".join(f"{driver} {onset}" for driver, onset in one.later),
+            ", ".join(one.dimensions),
+            one.stop_reason,
+            one.command,
+        )
+        for one in found
+    )
+    return Section(
+        "Runs that collapsed or were stopped",
+        says=(causes.verdict(found),),
+        table=Table(heads, rows) if rows else None,
+        notes=tuple(causes.meanings(found)),
+    )
+
+
+def _contrasts(board: Board) -> list[Section]:
+    found = causes.contrasts(board.methods, board.results)
+    heads = ("dimension", "went wrong", "runs", "its setting", "beside", "runs", "its setting")
+    rows = tuple(
+        (
+            one.dimension,
+            one.worse,
+            f"{one.wrong[0]} of {one.runs}",
+            one.settings[0],
+            one.better,
+            f"{one.wrong[1]} of {one.runs}",
+            one.settings[1],
+        )
+        for one in found
+    )
+    section = Section(
+        "Which dimension made runs fail",
+        says=(
+            "Pairs of methods that differ in one dimension alone, of which one had more runs that collapsed or were stopped, on "
+            "the same environments with the same seeds. Of few runs this is little firm.",
+        ),
+        table=Table(heads, rows),
+    )
+    return [section] if rows else []
+
+
 def _failed(board: Board) -> Section:
     rows = tuple((one.method, one.env, str(one.seed), one.error) for one in board.failures)
     return Section(
@@ -161,9 +244,19 @@ def _environment(board: Board, env: str) -> Section:
     )
     return Section(
         env,
-        says=(f"{floor.tasks} held-out tasks. Start {_mean(start)}; {_floor(floor)}",),
+        says=(f"{floor.tasks} held-out tasks{_set(board, env)}. Start {_mean(start)}; {_floor(floor)}",),
         table=Table(heads, rows),
     )
+
+
+def _set(board: Board, env: str) -> str:
+    digest = tasks_asked(board.results).get(env)
+    return f" (set `{digest[:12]}`)" if digest else ""
+
+
+def tasks_asked(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the digest of each environment's held-out tasks, where it was kept: results did not always tell it."""
+    return {one["env"]: one["tasks_digest"] for one in results if "tasks_digest" in one}
 
 
 def _floor(floor: Floor) -> str:

@@ -71,6 +71,9 @@ class Recipe(Section):
     tries: int = Field(3, ge=1, description="samplings at most, where a method filters")
     first_groups: int = Field(32, ge=1, description="of the start, to fill up what filtering leaves out")
     temperature: FiniteFloat = Field(1.0, gt=0)
+    collapse: Literal["report", "stop", "mask", "raise_kl"] = Field(
+        "report", description="what every cell does when a collapse begins, as training.guards.collapse"
+    )
 
 
 class Judging(Section):

@@ -22,6 +22,8 @@ Driver = Literal[
     "length growth",
     "format loss",
 ]
+Dimension = Literal["aggregation", "clipping", "filtering", "advantage"]
+"""Where policy-gradient methods differ (arXiv 2602.21534, section 3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,11 @@ class Signal:
         healthy: up to which value it is harmless; with `relative`, the factor by which it may grow since the start of the
             run (or shrink, where it is below 1).
         advice: what to do about it.
+        dimensions: of a method, that are known to bring it about: where to look first, no proof. Tolerant clipping lets stale
+            negatives be pushed, and drift, gradient and format follow (ARLArena, section 4); filtering removes groups that
+            all fail, whose penalties teach the form, and only an advantage that takes penalties passes them on; the mean
+            over each sequence makes long bad answers cheap (Dr. GRPO, arXiv 2503.20783); a symmetric band takes entropy
+            (DAPO, 2503.14476, section 3.1).
         relative: it is held against the start of the run, and judged after it: what a policy learns at first is no collapse.
     """
 
@@ -41,6 +48,7 @@ class Signal:
     metric: str
     healthy: float
     advice: str
+    dimensions: tuple[Dimension, ...]
     relative: bool = False
 
 
@@ -51,18 +59,21 @@ SIGNALS: tuple[Signal, ...] = (
         0.03,
         "bad answers that the policy has nearly given up are still pushed down: mask them (correction.sequence_mask) or take "
         "VESPO or SAMPO as the objective; fresher data help too (mixture)",
+        ("clipping",),
     ),
     Signal(
         "policy drift",
         "kl_k3",
         0.2,
         "the policy has left its data behind: fewer updates on them (steps), fresher ones (mixture), or penalties.kl",
+        ("clipping",),
     ),
     Signal(
         "gradient explosion",
         "grad_norm",
         8.0,
         "lower the learning rate or grad_clip",
+        ("clipping",),
         relative=True,
     ),
     Signal(
@@ -70,6 +81,7 @@ SIGNALS: tuple[Signal, ...] = (
         "entropy",
         1 / 8,
         "the policy answers the same whatever it is asked: penalties.entropy, clip-higher (dapo), diversity, or other prompts",
+        ("clipping",),
         relative=True,
     ),
     Signal(
@@ -77,6 +89,7 @@ SIGNALS: tuple[Signal, ...] = (
         "response_length",
         2.0,
         "answers grow without end: overlong.longest or overlong.mask",
+        ("aggregation",),
         relative=True,
     ),
     Signal(
@@ -85,6 +98,7 @@ SIGNALS: tuple[Signal, ...] = (
         0.75,
         "actions lose the form that the environment asks for: pay for it (advantage_options.penalty, with gigpo or "
         "group_norm_per_turn), or start from behaviour cloning",
+        ("advantage", "filtering", "clipping"),
         relative=True,
     ),
 )

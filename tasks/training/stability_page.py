@@ -33,11 +33,12 @@ _CURVES = (
 
 @dataclass(frozen=True)
 class Run:
-    """What a page is about: the run's key, how many updates it made and why it ended."""
+    """What a page is about: the run's key, how many updates it made, why it ended, and what it is called."""
 
     key: str
     steps: int
     stop_reason: str
+    what: str = "run"
 
 
 def verdict(findings: Sequence[Finding]) -> str:

@@ -10,20 +10,26 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from flows.cli.arena import _tell
+from flows.cli.console import out
 from flows.context import Context
-from flows.leaderboard import Question, last_board, plans, require_same
+from flows.leaderboard import Question, last_board, plans, require_same, results_of
 from flows.revoke import erase, revoke
+from flows.stability import stability
 from models.causal_lm import load_policy, load_tokenizer
-from tasks.arena.environment import get
-from tasks.core.digest import sha256_file
-from tasks.core.errors import Conflict, NotFound, Refused, UsageError
+from tasks.arena.environment import get, tasks_digest
+from tasks.core.digest import canonical_json, sha256_bytes, sha256_file
+from tasks.core.errors import Conflict, Corrupt, NotFound, Refused, UsageError
 from tasks.core.locks import file_lock
+from tasks.leaderboard.causes import Contrast, Trouble, troubles
 from tasks.leaderboard.cell import heldout_of, run_cell
 from tasks.rollout.rollout import attempts
 from tests.flows.conftest import ENVIRONMENT, environment, forebay, lay_workspace
@@ -71,6 +77,69 @@ def test_every_cell_is_run_and_kept(compared):
     page = (context.workspace.root / board["page"]).read_text()
     assert ENV in page
     assert "mine" in page
+    assert "vespo unit trajectory" in page
+    assert board["methods"]["mine"]["clipping"] == {
+        "objective": "vespo", "options": {}, "unit": "trajectory", "sequence_mask": None
+    }  # fmt: skip
+    assert board["troubles"] == [asdict(one) | {"later": []} for one in troubles(results)]
+    assert board["tasks_digest"] == {ENV: tasks_digest(ENV, heldout_of(get(ENV), 6))}
+    assert {one["tasks_digest"] for one in results} == set(board["tasks_digest"].values())
+
+
+@pytest.mark.slow
+def test_a_cell_is_looked_at_as_a_run_is(compared):
+    context, board = compared
+    root = context.workspace.root
+    asked = f"arena/mine/{ENV}/1"
+    done = forebay(root, "stability", asked, "--json", "-o", "cell.html")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    (cell,) = [one for one in results_of(context, board) if (one["method"], one["seed"]) == ("mine", 1)]
+    assert (found["run"], found["steps"], found["stop_reason"]) == (cell["key"], 3, "finished")
+    assert found["findings"] == []
+    page = (root / "cell.html").read_text()
+    assert f"stability of cell mine on {ENV} with seed 1, <code>{cell['key'][:12]}</code>" in page
+    assert page.count("<figure>") > 5
+    assert stability(context, f"cell:{cell['key'][:12]}") == found | {"page": None}
+    assert stability(context, f"cell:{cell['key']}")["run"] == cell["key"]
+    with pytest.raises(
+        NotFound, match=rf"no cell arena/mine/{ENV}/7.*It has grpo, mine on {ENV}, with seeds 0 to 1"
+    ):
+        stability(context, f"arena/mine/{ENV}/7")
+    with pytest.raises(NotFound, match=f"begins with nothing; those here begin with .*{cell['key'][:12]}"):
+        stability(context, "cell:")
+    assert forebay(root, "stability", "cell:zz").returncode == 3
+
+
+@pytest.mark.slow
+def test_a_comparison_that_is_older_than_its_parts_is_shown(compared):
+    """What the ledger holds of one that told neither methods nor troubles nor tasks, and results without these."""
+    context, board = compared
+    old = [
+        {key: value for key, value in one.items() if key != "tasks_digest"}
+        for one in results_of(context, board)
+    ]
+    old[0]["findings"] = [{"driver": "format loss", "onset": 2}]
+    data = canonical_json({"results": old})
+    file = context.workspace.evidence / "arena" / f"{sha256_bytes(data)}.json"
+    file.write_bytes(data)
+    told = {
+        key: value
+        for key, value in board.items()
+        if key not in ("methods", "troubles", "tasks_digest", "found")
+    }
+    told["results"] = {"path": context.workspace.relative(file), "sha256": sha256_bytes(data)}
+    with pytest.MonkeyPatch.context() as patched:
+        entries = [SimpleNamespace(payload={"stage": "arena", "outputs": told})]
+        patched.setattr(type(context.ledger), "entries", lambda *_: entries)
+        shown = last_board(context)
+        file.write_bytes(b"{}")
+        with pytest.raises(Corrupt, match="is not the results that the ledger recorded"):
+            last_board(context)
+    assert (shown["methods"], shown["tasks_digest"]) == ({}, {})
+    assert [(one["method"], one["driver"], one["onset"]) for one in shown["troubles"]] == [
+        ("grpo", "format loss", 2)
+    ]
 
 
 @pytest.mark.slow
@@ -92,7 +161,7 @@ def test_the_same_question_is_found_and_shown_again(compared):
     assert json.loads(again.stdout) == board | {"found": True}
     shown = forebay(root, "arena", "show")
     assert shown.returncode == 0
-    for text in ("mean rank", "mine", "held-out tasks", board["page"]):
+    for text in ("mean rank", "mine", "filtering", "held-out tasks", "No run collapsed", board["page"]):
         assert text in shown.stdout
     (context.workspace.root / board["page"]).unlink()
     made = json.loads(forebay(root, "arena", "run", *ASKED).stdout)  # from the cells that are there
@@ -230,6 +299,25 @@ def test_bad_requests_have_their_exit_codes(context: Context):
         last_board(context)
 
 
+def test_cells_are_named_by_digits_and_one_that_goes_on_is_judged_so_far(context: Context):
+    with pytest.raises(NotFound, match="Nothing was compared here yet"):
+        stability(context, f"arena/grpo/{ENV}/0")
+    with pytest.raises(NotFound, match="begins with ab; none is here"):
+        stability(context, "cell:ab")
+    cells = context.workspace.state / "arena" / "cells"
+    for name in ("ab" * 8, "ac" * 8):
+        (cells / name).mkdir(parents=True)
+    with pytest.raises(UsageError, match="2 cells begin with a; give more digits"):
+        stability(context, "cell:a")
+    with pytest.raises(NotFound, match="Cell abababababab left no metrics here"):
+        stability(context, "cell:ab")
+    rows = [json.dumps({"step": step, "kl_k3": 0.1 if step < 4 else 0.4}) for step in range(1, 12)]
+    (cells / ("ab" * 8) / "metrics.jsonl").write_text("\n".join(rows))
+    found = stability(context, "cell:ab")
+    assert (found["what"], found["steps"], found["stop_reason"]) == ("cell", 11, "not finished")
+    assert [(one["driver"], one["onset"]) for one in found["findings"]] == [("policy drift", 4)]
+
+
 def test_methods_are_listed_with_your_own(context: Context):
     done = forebay(
         context.workspace.root, "arena", "methods", "--json", "--set", "arena.methods.mine.advantage=gigpo"
@@ -360,3 +448,20 @@ def test_a_comparison_that_was_ended_leaves_nobody_behind_and_no_lock(
     (plan, *_) = plans(context, Question((ENV,), ("grpo",), 1))
     with file_lock(root / ".forebay" / "arena" / "locks" / f"{plan.key()[:16]}.lock", timeout=0):
         pass  # nobody holds the cell
+
+
+def test_what_went_wrong_is_printed():
+    trouble = Trouble(
+        "e", "sapo", 1, "ab" * 32, "stale negatives", 12, (("policy drift", 14),), ("clipping",), "finished"
+    )
+    contrast = Contrast("clipping", "sapo", "grpo", ("sapo", "grpo"), (3, 1), 3)
+    with out.capture() as printed:
+        _tell([asdict(trouble)], [asdict(contrast)])
+    told = printed.get()
+    for text in (
+        "1 run collapsed, none stopped by a guard.",
+        "sapo e seed 1: stale negatives from update 12 on, then policy drift from 14, finished; `forebay stability cell:abababababab`",
+        "stale negatives (clipping): ",
+        "clipping alone tells sapo (3 of 3 runs went wrong) from grpo (1)",
+    ):
+        assert text in told

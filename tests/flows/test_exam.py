@@ -9,8 +9,10 @@ import pytest
 
 from flows.context import Context
 from flows.parallel import task_runner
+from tasks.arena.environment import get, tasks_digest
 from tasks.core.digest import sha256_file
 from tasks.core.errors import Unavailable
+from tasks.core.stages import derive_seed
 from tests.flows.conftest import ENVIRONMENT, forebay
 
 ASKED = ("evaluate", "attempts", "agent/1", "--tasks", "12", "--samples", "3", "--json")
@@ -25,6 +27,8 @@ def test_an_agents_figures_are_measured_kept_and_found_again(context: Context):
     assert (first["agent"], first["found"]) == ("agent/1", False)
     (one,) = first["slices"]
     assert (one["env"], one["tasks"], one["samples"]) == (ENVIRONMENT, 12, 3)
+    seed = derive_seed(first["terms"]["seed"], ENVIRONMENT, "exam")
+    assert one["tasks_digest"] == tasks_digest(ENVIRONMENT, get(ENVIRONMENT).tasks("heldout", 12, seed))
     figures = {name: figure["estimate"] for name, figure in one["figures"].items()}
     # The tiny model mostly answers 9 and sometimes 1, which is often right.
     assert 0 < figures["success"] < 1

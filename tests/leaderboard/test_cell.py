@@ -9,16 +9,17 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.arena.environment import draw_up_to, get
+from tasks.arena.environment import draw_up_to, get, tasks_digest
 from tasks.arena.guarded import Guarded, Limits
 from tasks.core.digest import digest_tree
 from tasks.core.errors import Refused, UsageError
 from tasks.leaderboard import cell
 from tasks.leaderboard.cell import Plan, as_job, from_job, heldout_of, run_cell
-from tasks.leaderboard.methods import METHODS, training_settings
+from tasks.leaderboard.methods import METHODS, coordinates, training_settings
 from tasks.leaderboard.settings import Arena, Judging, Method, Recipe, Start
 from tasks.leaderboard.starter import demonstrations, start_from_own, start_from_scratch
 from tasks.training.curve import read_curve
+from tasks.training.settings import Guards
 from tasks.training.trainer import check
 from tests.leaderboard import doors
 
@@ -50,6 +51,30 @@ def test_the_dimensions_are_independent_and_sampo_is_their_combination():
     assert training_settings(swapped, Recipe(format_penalty=0.2)) == grpo.model_copy(
         update={"advantage": "gigpo"}
     )
+
+
+def test_coordinates_are_equal_where_the_settings_are():
+    placed = {name: coordinates(method) for name, method in METHODS.items()}
+    assert placed["grpo_sm"] == placed["grpo"] | {
+        "clipping": "grpo eps_lo=0.2, eps_hi=0.2, unit turn, mask 0.15"
+    }
+    assert placed["grpo_st"] == placed["grpo"] | {"aggregation": "seq-mean-token-mean"}
+    assert placed["vespo"]["clipping"] == "vespo unit trajectory"
+    assert placed["dapo"]["filtering"] == "yes"
+    own = Method(advantage="gigpo", advantage_options={"omega": 0.5})
+    assert coordinates(own)["advantage"] == "gigpo omega=0.5"
+    assert len({tuple(each.values()) for each in placed.values()}) == len(METHODS)
+
+
+def test_what_a_cell_does_about_a_collapse_is_the_recipes_and_part_of_its_key():
+    assert training_settings(METHODS["grpo"], Recipe()).guards == Guards()
+    stopped = Recipe(**ARENA.recipe.model_dump() | {"collapse": "stop"})
+    assert training_settings(METHODS["grpo"], stopped).guards == Guards(collapse="stop")
+    other = plan(arena=ARENA.model_copy(update={"recipe": stopped}))
+    assert other.start_key() == plan().start_key()
+    assert other.key() != plan().key()
+    with pytest.raises(ValueError, match="collapse"):
+        Recipe(collapse="pray")
 
 
 def own_advantage(outcomes, *, scale: float = 1.0, penalty: float = 0.0):
@@ -168,6 +193,7 @@ def test_a_cell_trains_on_fresh_groups_and_is_judged_before_and_after(straight):
     versions = {name for table in rows for name in table["behaviour_version"].to_pylist()}
     assert versions == {"agent/0+0", "agent/0+2"}
     assert all(0 <= row["valid_format"] <= 1 for row in read_curve(folder))
+    assert found["tasks_digest"] == tasks_digest(ENV, heldout_of(get(ENV), 6))
     for part in (found["before"], found["after"]):
         assert (part["tasks"], part["samples"]) == (6, 2)
         assert 0 <= part["figures"]["success"]["estimate"] <= part["figures"]["pass@2"]["estimate"] <= 1
@@ -177,6 +203,9 @@ def test_a_memory_is_compared_on_the_same_tasks_and_learnt_from_as_it_was_played
     remembering = get(f"memory_1/{ENV}")
     prompts = [task.prompt for task in heldout_of(get(ENV), 6)]
     assert [task.prompt for task in heldout_of(remembering, 6)] == prompts
+    asked = tasks_digest(ENV, heldout_of(get(ENV), 6))
+    assert tasks_digest(remembering.name, heldout_of(remembering, 6)) == asked
+    assert tasks_digest(ENV, heldout_of(get(ENV), 5)) != asked
     shown = [[action for action, _ in turns] for _, turns in demonstrations(get(ENV), ARENA.start, 0)]
     assert shown == [
         [action for action, _ in turns] for _, turns in demonstrations(remembering, ARENA.start, 0)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from tasks.leaderboard import causes
+from tasks.leaderboard.causes import contrasts, troubles
+from tasks.leaderboard.methods import METHODS
 from tasks.leaderboard.page import Board, Failure, Floor, leaderboard_page, verdict
 from tasks.leaderboard.ranking import lines, over_seeds, ranks
 
@@ -201,6 +206,91 @@ def test_the_page_names_the_cells_that_failed_and_who_is_not_ranked():
     assert "good leads, with a mean rank of 1.0. Not ranked, for cells that failed: fair." in page
     assert page.count("All groups are &lt;alike&gt;.") == 3
     assert "3 methods" in page
+
+
+COLLAPSED = {
+    "findings": [{"driver": "stale negatives", "onset": 12}, {"driver": "policy drift", "onset": 14}],
+    "key": "ab" * 32,
+}
+
+
+def test_the_page_says_what_the_methods_are_and_which_runs_collapsed():
+    results = [
+        result("a", "sapo", 0, 0.5, **COLLAPSED),
+        result("a", "sapo", 1, 0.5, key="cd" * 32, stop_reason="kl_blow_up"),
+        result("a", "sampo", 0, 0.6, tasks_digest="ef" * 32),
+        result("a", "sampo", 1, 0.6, tasks_digest="ef" * 32),
+    ]
+    methods = {name: METHODS[name] for name in ("sapo", "sampo")}
+    floors, starts = {"a": Floor(10, 0.15, "left", 0.25)}, {"a": over_seeds([0.2, 0.2])}
+    page = leaderboard_page(
+        Board(ranks(results), lines(results), floors, starts, results, 1.0, "", "", methods=methods)
+    )
+    rows = [re.sub(r"<[^>]+>", "|", row) for row in re.findall("<tr>(.*?)</tr>", page)]
+    (sapo,) = [row for row in rows if "tau_pos" in row]
+    assert sapo == "|sapo||token-mean||sapo tau_pos=1, tau_neg=1.05, unit turn||no||group_norm_per_turn|"
+    assert "|sampo eps_lo=0.003, eps_hi=0.004, unit turn||yes||gigpo|" in "".join(rows)
+    (collapsed,) = [row for row in rows if "stale negatives" in row and "policy drift" in row]
+    assert collapsed == (
+        "|sapo||a||0||stale negatives||12||policy drift 14||clipping||finished||forebay stability cell:abababababab|"
+    )
+    (stopped,) = [row for row in rows if "cell:cdcdcdcdcdcd" in row]
+    assert stopped.startswith("|sapo||a||1||||||||||kl_blow_up|")
+    assert "1 run collapsed, 1 stopped by a guard." in page
+    assert "stale negatives (clipping): bad answers that the policy has nearly given up" in page
+    assert "(set <code>efefefefefef</code>)" in page
+
+
+def test_results_that_tell_neither_methods_nor_tasks_have_a_page():
+    floors = {env: Floor(10, 0.15, "left", 0.25) for env in ("a", "b")}
+    starts = {env: over_seeds([0.2, 0.2, 0.2]) for env in ("a", "b")}
+    page = leaderboard_page(Board(ranks(CLEAR), lines(CLEAR), floors, starts, CLEAR, 1.0, "", ""))
+    assert "No run collapsed, and none was stopped." in page
+    assert "in four dimensions" not in page
+    assert "10 held-out tasks. Start" in page
+
+
+def test_a_run_that_collapsed_is_told_with_what_followed():
+    (one, other) = troubles(
+        [
+            result("a", "m", 0, 0.5, **COLLAPSED),
+            result("a", "m", 1, 0.5),
+            result("b", "m", 0, 0.5, findings=[{"driver": "unheard of", "onset": 3}], stop_reason="collapse"),
+        ]
+    )
+    assert one.course() == "stale negatives from update 12 on, then policy drift from 14, finished"
+    assert (one.driver, one.onset, one.dimensions) == ("stale negatives", 12, ("clipping",))
+    assert other.course() == "unheard of from update 3 on, collapse"
+    assert other.dimensions == ()  # of another version of the signals
+    assert causes.verdict([one, other]) == "2 runs collapsed, 1 stopped by a guard."
+    assert causes.verdict([]) == "No run collapsed, and none was stopped."
+    (meaning,) = causes.meanings([one, one, other])
+    assert meaning.startswith("stale negatives (clipping): ")
+
+
+def test_pairs_that_differ_in_one_dimension_say_which_one_made_runs_fail():
+    methods = {name: METHODS[name] for name in ("grpo", "grpo_st", "sapo", "sampo")}
+    ill = {("sapo", 0), ("sapo", 1), ("sapo", 2), ("grpo", 0)}
+    results = [
+        result("a", name, seed, 0.5, **(COLLAPSED if (name, seed) in ill else {}))
+        for name in methods
+        for seed in range(3)
+        if (name, seed) != ("grpo_st", 2)
+    ]
+    found = contrasts(methods, results)
+    # SAMPO differs from each in more than one; GRPO and GRPO_ST are compared on the seeds that both have.
+    assert [(one.dimension, one.worse, one.better, one.wrong, one.runs) for one in found] == [
+        ("clipping", "sapo", "grpo", (3, 1), 3),
+        ("aggregation", "grpo", "grpo_st", (1, 0), 2),
+    ]
+    assert found[1].settings == ("token-mean", "seq-mean-token-mean")
+    floors, starts = {"a": Floor(10, 0.15, "left", 0.25)}, {"a": over_seeds([0.2, 0.2])}
+    board = Board(ranks(results), lines(results), floors, starts, results, 1.0, "", "", methods=methods)
+    page = leaderboard_page(board)
+    assert "Which dimension made runs fail" in page
+    assert re.search(r"clipping</td><td[^>]*>sapo</td><td[^>]*>3 of 3<", page)
+    assert contrasts({}, results) == []
+    assert "Which dimension" not in leaderboard_page(replace(board, methods={}))
 
 
 def test_a_comparison_of_failures_alone_still_has_a_page():
