@@ -77,7 +77,7 @@ def evaluate_attempts(
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Let an agent attempt held-out tasks several times: success, score, pass@k, turns, tokens, valid format, cost.
+    """Let an agent attempt held-out tasks several times: success, score, pass@k, turns, tokens, valid format and action, cost.
 
     Every figure has its 95 % interval, over families of tasks; score is avg@k. Beside each environment stand the best constant
     action and a blind choice. The same request again finds the figures in the ledger.

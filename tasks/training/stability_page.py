@@ -35,7 +35,7 @@ _CURVES = (
     ("masked_sequences", "Sequences that the sequence mask removed"),
     ("phi_dead", "Sequences that teach nothing"),
     ("response_length", "Tokens an episode"),
-    ("valid_format", "Share of turns in the right form"),
+    ("valid_format", "Turns whose action had the right form and was possible"),
 )
 """What ARLArena tracks (arXiv 2602.21534), as far as every update reports it."""
 

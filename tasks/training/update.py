@@ -126,7 +126,8 @@ def accumulate_gradients(
         episodes), deep_thinking_ratio (mean, where every episode has one) and reward_estimate (self-normalised importance-sampling estimate of the policy's own); policy_lag
         (registry versions behind the newest behaviour in the dataset, mean); tokens (prompt and response, as stored),
         tokens_packed (run through the model), tokens_trained and response_length (of these, an episode);
-        valid_format (share of the turns whose action had the right form). The same in every process.
+        valid_format (share of the turns whose action had the right form and was possible: that of `Step.valid`, the
+        `valid_action` of an evaluation; the key is older than the distinction). The same in every process.
 
     Raises:
         ValueError: the settings name what does not exist or does not go together, or a field is missing.
