@@ -1,4 +1,4 @@
-"""The deep-thinking ratio of an agent's answers, as a number to look at: nothing is decided by it."""
+"""The deep-thinking ratio of an agent's answers beside its baselines, as a number to look at: nothing is decided by it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _ALPHA = 0.025  # of each bound: 95 % intervals
 
 
 def evaluate_dtr(context: Context, ref: str, on: str, tasks: int, samples: int) -> dict[str, Any]:
-    """Let an agent answer held-out tasks, sampled as in a collection, and compare ratios of right and wrong answers.
+    """Let an agent answer held-out tasks, sampled as in a collection, and compare ratios of right and wrong answers, and what is cheaper to have:
+    length and self-certainty.
 
     Right is an answer with a reward of 1 or more; an answer that met a fault of the environment is left out. Nothing is
     written. The tasks are not those of the gate.
@@ -27,7 +28,7 @@ def evaluate_dtr(context: Context, ref: str, on: str, tasks: int, samples: int) 
         samples: answers to each.
 
     Returns:
-        {agent, on, tasks, samples, threshold, rho, temperature, and the fields of
+        {agent, on, tasks, samples, threshold, rho, unit, norm, temperature, and the fields of
         `tasks.evaluation.deep_thinking.Report`, each interval {estimate, low, high, n, alpha} or null}.
 
     Raises:
@@ -35,9 +36,8 @@ def evaluate_dtr(context: Context, ref: str, on: str, tasks: int, samples: int) 
     """
     from flows.experience import identity
     from models.causal_lm import ModelError, load_policy, load_tokenizer
-    from models.deep_thinking import Lens
     from tasks.evaluation.deep_thinking import Rated, by_correctness
-    from tasks.rollout.deep_thinking import ratios
+    from tasks.rollout.deep_thinking import certainties, lens_of, ratios
     from tasks.rollout.rollout import rollout
 
     if tasks < 1 or samples < 1:
@@ -45,7 +45,7 @@ def evaluate_dtr(context: Context, ref: str, on: str, tasks: int, samples: int) 
     agent, settings = context.agent(ref).payload, context.settings.collect
     seed = derive_seed(context.settings.seed, on, "deep thinking")
     measure = settings.deep_thinking or DeepThinking()
-    lens = Lens(threshold=measure.threshold, rho=measure.rho)
+    lens = lens_of(measure)
     folder = context.weights(agent)
     model, tokenizer = load_policy(folder, context.device(), context.dtype()), load_tokenizer(folder)
     rated: list[list[Rated]] = []
@@ -66,13 +66,13 @@ def evaluate_dtr(context: Context, ref: str, on: str, tasks: int, samples: int) 
             if not told:
                 continue
             try:
-                found = ratios(model, told, lens)
+                found, certain = ratios(model, told, lens), certainties(model, told)
             except ModelError as error:
                 raise UsageError(str(error)) from error
             rated.append(
                 [
-                    Rated(ratio, sum(one.loss_mask), one.reward >= 1)
-                    for one, ratio in zip(told, found, strict=True)
+                    Rated(ratio, sum(one.loss_mask), certainty, one.reward >= 1)
+                    for one, ratio, certainty in zip(told, found, certain, strict=True)
                 ]
             )
             report(len(rated), tasks, "groups")
@@ -81,8 +81,7 @@ def evaluate_dtr(context: Context, ref: str, on: str, tasks: int, samples: int) 
         "on": on,
         "tasks": tasks,
         "samples": samples,
-        "threshold": measure.threshold,
-        "rho": measure.rho,
+        **measure.model_dump(),
         "temperature": settings.temperature,
         **asdict(by_correctness(rated, alpha=_ALPHA)),
     }
