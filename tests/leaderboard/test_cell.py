@@ -52,6 +52,23 @@ def test_the_dimensions_are_independent_and_sampo_is_their_combination():
     )
 
 
+def test_the_named_combinations_are_their_parts():
+    """`_sm` changes the mask and nothing else; DAPO with GiGPO changes the advantage alone."""
+    for base, mask in (("grpo", 0.223), ("sapo", 3e-3), ("cispo", 3e-3)):
+        plain, masked = (training_settings(METHODS[name], Recipe()) for name in (base, f"{base}_sm"))
+        assert plain.correction.sequence_mask is None
+        assert masked.correction.sequence_mask == mask
+        assert masked.model_copy(update={"correction": plain.correction}) == plain
+    dapo, both = (training_settings(METHODS[name], Recipe()) for name in ("dapo", "dapo_gigpo"))
+    assert (both.objective, both.options, both.advantage) == (
+        "dapo",
+        {"eps_lo": 0.2, "eps_hi": 0.28},
+        "gigpo",
+    )
+    assert both.admission.min_reward_std == 0.0
+    assert both.model_copy(update={"advantage": dapo.advantage}) == dapo
+
+
 def own_advantage(outcomes, *, scale: float = 1.0, penalty: float = 0.0):
     return scale * (outcomes.rewards[outcomes.trajectory] - penalty * (~outcomes.valid).double())
 
