@@ -1,4 +1,4 @@
-"""The deep-thinking ratio of an agent's answers, as a number to look at: nothing is decided by it."""
+"""The deep-thinking ratio of an agent's answers beside its baselines, as a number to look at: nothing is decided by it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ _ALPHA = 0.025  # of each bound: 95 % intervals
 
 
 def evaluate_dtr(context: Context, ref: str, on: str, tasks: int, samples: int) -> dict[str, Any]:
-    """Let an agent answer held-out tasks, sampled as in a collection, and compare ratios of right and wrong answers.
+    """Let an agent answer held-out tasks, sampled as in a collection, and compare ratios of right and wrong answers, and what is cheaper to have:
+    length and self-certainty.
 
     Right is an answer with a reward of 1 or more; an answer that met a fault of the environment is left out. Nothing is
     written. The tasks are not those of the gate.
@@ -33,30 +34,29 @@ def evaluate_dtr(context: Context, ref: str, on: str, tasks: int, samples: int) 
         samples: answers to each.
 
     Returns:
-        {agent, on, tasks, samples, threshold, rho, temperature, and the fields of
+        {agent, on, tasks, samples, threshold, rho, unit, norm, temperature, and the fields of
         `tasks.evaluation.deep_thinking.Report`, each interval {estimate, low, high, n, alpha} or null}.
 
     Raises:
         NotFound: no such agent. UsageError: no such environment, too few tasks in it, or numbers below 1.
     """
     from models.causal_lm import ModelError
-    from models.deep_thinking import Lens
     from tasks.evaluation.deep_thinking import Rated, by_correctness
-    from tasks.rollout.deep_thinking import ratios
+    from tasks.rollout.deep_thinking import certainties, lens_of, ratios
 
     settings = context.settings.collect
     measure = settings.deep_thinking or DeepThinking()
-    lens = Lens(threshold=measure.threshold, rho=measure.rho)
+    lens = lens_of(measure)
     rated: list[list[Rated]] = []
     for model, group in answered(context, ref, on, tasks, samples):
         try:
-            found = ratios(model, group, lens)
+            found, certain = ratios(model, group, lens), certainties(model, group)
         except ModelError as error:
             raise UsageError(str(error)) from error
         rated.append(
             [
-                Rated(ratio, sum(one.loss_mask), one.reward >= 1)
-                for one, ratio in zip(group, found, strict=True)
+                Rated(ratio, sum(one.loss_mask), certainty, one.reward >= 1)
+                for one, ratio, certainty in zip(group, found, certain, strict=True)
             ]
         )
     return {
@@ -64,8 +64,7 @@ def evaluate_dtr(context: Context, ref: str, on: str, tasks: int, samples: int) 
         "on": on,
         "tasks": tasks,
         "samples": samples,
-        "threshold": measure.threshold,
-        "rho": measure.rho,
+        **measure.model_dump(),
         "temperature": settings.temperature,
         **asdict(by_correctness(rated, alpha=_ALPHA)),
     }

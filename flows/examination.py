@@ -14,6 +14,8 @@ from tasks.core.digest import canonical_json, sha256_bytes
 from tasks.core.errors import UsageError
 from tasks.core.stages import once
 
+_FIGURES = 2  # what they mean; in 1 valid_format was what valid_action is
+
 
 @dataclass(frozen=True, slots=True)
 class Terms:
@@ -63,6 +65,7 @@ def examine(
     agent = context.agent(ref).payload
     inputs = {
         "agent": agent["digest"],
+        "figures": _FIGURES,
         "terms": {**asdict(terms), "envs": list(terms.envs)},
         "verifiers": {name: verifier_digest(get(name)) for name in terms.envs},
         "device": [context.device(), context.dtype(), context.settings.evaluation.batch_rows],

@@ -45,9 +45,9 @@ def evaluate_think(
             1, or `eta` outside (0, 1].
     """
     from models.causal_lm import ModelError
-    from models.deep_thinking import Lens
     from tasks.arena.environment import get
     from tasks.evaluation.selection import compare
+    from tasks.rollout.deep_thinking import lens_of
 
     if prefix < 1:
         raise UsageError(f"Scores need a prefix of one token at least, not {prefix}.")
@@ -58,7 +58,7 @@ def evaluate_think(
             f"{on} has up to {turns} turns; the votes of samples are compared in environments of one turn."
         )
     measure = context.settings.collect.deep_thinking or DeepThinking()
-    lens = Lens(threshold=measure.threshold, rho=measure.rho)
+    lens = lens_of(measure)
     questions: dict[str, list[list[Any]]] = {method: [] for method in METHODS.values()}
     lengths: list[int] = []
     for model, group in answered(context, ref, on, tasks, samples):

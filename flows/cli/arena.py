@@ -150,7 +150,7 @@ def _show(board: dict[str, Any], as_json: bool) -> None:
                 str(line["seeds"]),
                 _mean(figures["success"]),
                 _mean(line["gain"], "+"),
-                *(_mean(figures[name]) for name in (widest, "turns", "valid_format")),
+                *(_mean(figures[name]) for name in (widest, "turns", "valid_action")),
                 counted(line["collapses"]),
                 counted(line["stopped"]),
             )

@@ -79,7 +79,7 @@ def evaluate_attempts(
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Let an agent attempt held-out tasks several times: success, score, pass@k, turns, tokens, valid format, cost.
+    """Let an agent attempt held-out tasks several times: success, score, pass@k, turns, tokens, valid format and action, cost.
 
     Every figure has its 95 % interval, over families of tasks; score is avg@k. Beside each environment stand the best constant
     action and a blind choice. The same request again finds the figures in the ledger.
@@ -125,8 +125,9 @@ def evaluate_dtr(
 ) -> None:
     """Measure the deep-thinking ratio of an agent's answers: does it tell right ones from wrong ones?
 
-    The ratio is the share of a response's tokens that the model settles on in its last layers (arXiv 2602.13517). Answers are
-    sampled at collect.temperature; intervals are 95 %, over tasks. Nothing is written, and nothing is decided by it.
+    The ratio is the share of a response's tokens that the model settles on in its last layers (arXiv 2602.13517). Beside it stand
+    its baselines, length and self-certainty. collect.deep_thinking says how layers are read: threshold, rho, unit (bits, nats), norm.
+    Answers are sampled at collect.temperature; intervals are 95 %, over tasks. Nothing is written, and nothing is decided by it.
 
     Examples: `forebay evaluate dtr` · `forebay evaluate dtr agent/3 --on reasoning_gym/chain_sum --samples 16 --json`
     """
@@ -139,7 +140,7 @@ def evaluate_dtr(
         return
     out.print(
         f"{found['agent']} on {found['on']}: {found['answers']} answers to {found['tasks']} tasks, "
-        f"threshold {found['threshold']:g} bit, rho {found['rho']:g}",
+        f"threshold {found['threshold']:g} {found['unit']}, rho {found['rho']:g}, norm {found['norm']}",
         highlight=False,
     )
     table = Table("", "mean", "95 % interval", "tasks", box=None, pad_edge=False)
@@ -209,7 +210,10 @@ _DTR_ROWS = {
     "wrong": "ratio of wrong answers",
     "difference": "right less wrong, same task",
     "auroc": "AUROC of the ratio, same task",
+    "length": "length, tokens",
     "auroc_shorter": "AUROC of being shorter, same task",
+    "certainty": "self-certainty, nats",
+    "auroc_certainty": "AUROC of self-certainty, same task",
 }
 
 

@@ -8,7 +8,15 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from models.objectives.batch import LOG_RATIO_BOUND, Batch, Losses, lengths, log_ratio, sequence_log_ratio
+from models.objectives.batch import (
+    LOG_RATIO_BOUND,
+    Batch,
+    Losses,
+    lengths,
+    log_ratio,
+    per_sequence,
+    sequence_log_ratio,
+)
 
 QUANTILES: Final = (1, 5, 25, 50, 75, 95, 99)
 """Per cent."""
@@ -27,7 +35,7 @@ def token_statistics(batch: Batch, entropies: Tensor) -> dict[str, Tensor]:
     k1 = mu - l is unbiased and may be negative, k3 = exp(l - mu) - 1 - (l - mu) never is.
     """
     difference = log_ratio(batch, batch.behaviour_logprobs).detach()
-    return {"kl_k1": -difference, "kl_k3": difference.expm1() - difference, "entropy": entropies.detach()}
+    return {"kl_k1": -difference, "kl_k3": _k3(difference), "entropy": entropies.detach()}
 
 
 def summarise(log_ratio: Tensor, phi: Tensor, tokens: Mapping[str, Tensor]) -> dict[str, float]:
@@ -74,21 +82,60 @@ def coefficients(losses: Losses, batch: Batch) -> Tensor:
     return -gradient
 
 
+def kl_mass(batch: Batch) -> dict[str, float]:
+    """Where the policy has left its behaviour: shares of sum k3, the KL estimate whose mean is `kl_k3`, by sign of
+    the advantage and side of the ratio pi / behaviour (ARLArena, arXiv 2602.21534, tells a collapse by them).
+
+    Unlike the push this does not ask what the objective makes of a token: one that a clip or a mask leaves without
+    gradient counts too.
+
+    Args:
+        batch: with behaviour log-probabilities, and entropies [N] or none; no gradient is needed.
+
+    Returns:
+        kl_mass_positive_above and three more, of tokens with A > 0 or < 0 and a ratio above 1 or at most 1; where
+        there are entropies also kl_mass_positive_above_high and three more, the part of each that lies on
+        tokens whose entropy is above the batch's median. What is missing to 1 lies on tokens with A = 0. Shares of
+        nothing are 0.
+
+    Raises:
+        ValueError: no behaviour log-probabilities.
+    """
+    if batch.behaviour_logprobs is None:
+        raise ValueError("the KL mass needs behaviour_logprobs")
+    tokens = log_ratio(batch, batch.behaviour_logprobs).detach().double()
+    found = _by_bin("kl_mass", _k3(tokens), batch.advantages, tokens)
+    if batch.entropies is None:
+        return found
+    entropies = batch.entropies.detach()
+    high = entropies > entropies.median()
+    parts = _by_bin("kl_mass", _k3(tokens), batch.advantages, tokens, high)
+    return found | {f"{name}_high": share for name, share in parts.items()}
+
+
+def masked_sequences(batch: Batch, kept: Tensor) -> float:
+    """The share of sequences of which `corrections.sequence_mask` ([N] of 1 and 0) removes a token; 0 of none."""
+    removed = per_sequence(1 - kept, batch)[lengths(batch) > 0] > 0
+    return _share(removed.sum(), torch.tensor(len(removed)))
+
+
 def staleness(batch: Batch, phi: Tensor, pushes: Tensor) -> dict[str, float]:
     """The report of a batch whose tokens and sequences have all been scored.
 
     Args:
-        batch: the whole batch, with behaviour log-probabilities; no gradient is needed.
+        batch: the whole batch, with behaviour log-probabilities, and entropies or none; no gradient is needed.
         phi: [sequences], from the objective's `Losses`.
         pushes: [N], from `coefficients`.
 
     Returns:
         ess, chi2 of sequences and ess_token, chi2_token of tokens; log_ratio_q01 .. _q99, quantiles of the
-        tokens' log ratio, and log_w_q01 .. of the sequences'; phi_dead; mass_positive_above and three more,
-        the share of sum |c A| from tokens with A > 0 or < 0 and pi / behaviour above 1 or at most 1; far_negative, the
-        share from tokens with A < 0 of sequences with W < e^-2;
-        clipped_positive, clipped_negative, the share of tokens of that sign that have no gradient. Shares of
-        nothing are 0.
+        tokens' log ratio, and log_w_q01 .. of the sequences'; phi_dead; the push by bin: mass_positive_above and three more,
+        the share of sum |c A| from tokens with A > 0 or < 0 and pi / behaviour above 1 or at most 1; the KL by the
+        same bins, see `kl_mass`; far_negative, the share of the push from tokens with A < 0 of sequences with W < e^-2;
+        clipped_positive, clipped_negative, the share of tokens of that sign that have no gradient: outside the
+        objective's band, or masked. An objective that only bounds its weights (CISPO, TIS, TOPR) leaves every token
+        some, however far it is outside, and one that lets them fade (SAPO, VESPO) nearly every: only a mask brings
+        these off 0 there. Shares of nothing are 0.
 
     Raises:
         ValueError: no behaviour log-probabilities, or no tokens.
@@ -98,8 +145,7 @@ def staleness(batch: Batch, phi: Tensor, pushes: Tensor) -> dict[str, float]:
     tokens = log_ratio(batch, batch.behaviour_logprobs).detach().double()
     taught = lengths(batch) > 0
     sequences = sequence_log_ratio(batch)[taught].double()
-    signs = {"positive": batch.advantages > 0, "negative": batch.advantages < 0}
-    sides = {"above": tokens > 0, "below": tokens <= 0}
+    signs = _signs(batch.advantages)
     mass = pushes.detach().double().abs()
     given_up = (sequence_log_ratio(batch) < FAR)[batch.sequence]
     return (
@@ -113,16 +159,34 @@ def staleness(batch: Batch, phi: Tensor, pushes: Tensor) -> dict[str, float]:
         }
         | _quantiles("log_ratio", tokens)
         | _quantiles("log_w", sequences)
-        | {
-            f"mass_{sign}_{side}": _share(mass[of_sign & of_side].sum(), mass.sum())
-            for sign, of_sign in signs.items()
-            for side, of_side in sides.items()
-        }
+        | _by_bin("mass", mass, batch.advantages, tokens)
+        | kl_mass(batch)
         | {
             f"clipped_{sign}": _share((of_sign & (mass == 0)).sum(), of_sign.sum())
             for sign, of_sign in signs.items()
         }
     )
+
+
+def _k3(log_ratios: Tensor) -> Tensor:
+    return log_ratios.expm1() - log_ratios
+
+
+def _signs(advantages: Tensor) -> dict[str, Tensor]:
+    return {"positive": advantages > 0, "negative": advantages < 0}
+
+
+def _by_bin(
+    name: str, mass: Tensor, advantages: Tensor, log_ratios: Tensor, where: Tensor | None = None
+) -> dict[str, float]:
+    """Shares of all `mass` by sign of the advantage and side of the ratio, of the tokens `where` (None: of all)."""
+    counted = mass if where is None else mass * where
+    sides = {"above": log_ratios > 0, "below": log_ratios <= 0}
+    return {
+        f"{name}_{sign}_{side}": _share(counted[of_sign & of_side].sum(), mass.sum())
+        for sign, of_sign in _signs(advantages).items()
+        for side, of_side in sides.items()
+    }
 
 
 def _bounded(log_ratios: Tensor) -> Tensor:

@@ -50,12 +50,21 @@ class EngineServer(Section):
 
 
 class DeepThinking(Section):
-    """How the deep-thinking ratio of a response is measured (arXiv 2602.13517); the paper's values."""
+    """How the deep-thinking ratio of a response is measured (arXiv 2602.13517): the paper's values, and what it leaves
+    open as `models.deep_thinking.Lens` reads it."""
 
     threshold: float = Field(
-        0.5, ge=0, le=1, description="bits of Jensen-Shannon divergence at which a layer has settled"
+        0.5,
+        ge=0,
+        le=1,
+        description="Jensen-Shannon divergence, in `unit`, at which a layer has settled; none is above 1 bit, 0.693 nats",
     )
     rho: float = Field(0.85, ge=0, le=1, description="where the deep layers begin, as a share of all")
+    unit: Literal["bits", "nats"] = Field("bits", description="of divergences and `threshold`")
+    norm: Literal["raw/raw", "raw/normed", "normed/normed"] = Field(
+        "normed/normed",
+        description="inner layers/last one: the residual stream is unembedded as it is, or after the model's final norm",
+    )
 
 
 class Collect(Section):

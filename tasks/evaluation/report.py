@@ -6,6 +6,7 @@ et al., arXiv 2107.03374), avg@k the mean reward of its attempts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,7 +34,8 @@ class Slice:
     Attributes:
         tasks, samples: how many tasks, and how often each was attempted.
         figures: success (full reward), score (reward; with its k attempts avg@k), pass@1, pass@2, pass@4 … pass@k,
-            turns, tokens (written by the policy) and valid_format (share of the turns in the right form).
+            turns, tokens (written by the policy), valid_format (share of the turns in the right form) and valid_action
+            (of those whose action was possible too).
     """
 
     tasks: int
@@ -76,9 +78,8 @@ def report(attempts: Sequence[Sequence[Outcome]], *, max_turns: int, max_tokens:
             **{f"pass@{k}": figure(partial(_passed, k)) for k in _ks(samples)},
             "turns": figure(lambda outcomes: _mean(one.turns for one in outcomes), max_turns),
             "tokens": figure(lambda outcomes: _mean(one.tokens for one in outcomes), max_tokens),
-            "valid_format": figure(
-                lambda outcomes: _mean(1 - one.invalid_turns / max(one.turns, 1) for one in outcomes)
-            ),
+            "valid_format": figure(lambda outcomes: _mean(map(valid_format, outcomes))),
+            "valid_action": figure(lambda outcomes: _mean(map(valid_action, outcomes))),
         },
     )
 
@@ -86,6 +87,20 @@ def report(attempts: Sequence[Sequence[Outcome]], *, max_turns: int, max_tokens:
 def succeeded(outcome: Outcome) -> bool:
     """Tell whether the episode earned the full reward."""
     return outcome.reward >= 1.0
+
+
+def valid_action(outcome: Outcome) -> float:
+    """Share of the turns whose action had the right form and was possible, which is what `Step.valid` says."""
+    return 1 - outcome.invalid_turns / max(outcome.turns, 1)
+
+
+def valid_format(outcome: Outcome) -> float:
+    """Share of the turns in the right form, whether possible or not: the environment's component `valid_format`.
+
+    An environment that does not tell the two apart has no such share; there it is `valid_action`.
+    """
+    told = outcome.components.get("valid_format", math.nan)
+    return told if 0 <= told <= 1 else valid_action(outcome)
 
 
 def _passed(k: int, outcomes: Sequence[Outcome]) -> float:

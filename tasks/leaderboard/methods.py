@@ -1,7 +1,8 @@
-"""The methods that ARLArena compares, with its settings, and VESPO: points in four independent dimensions.
+"""The methods that ARLArena compares, with its settings for ALFWorld, and VESPO: points in four independent
+dimensions.
 
 Aggregation, clipping of the importance weight, filtering with resampling, advantage (arXiv 2602.21534, section 3 and table
-S1; VESPO: 2602.10693). SAMPO is the combination that it ends with.
+S1; VESPO: 2602.10693). SAMPO is the combination that it ends with. `_sm` is with the sequence mask of DeepSeek-V3.2.
 """
 
 from __future__ import annotations
@@ -16,20 +17,31 @@ from tasks.training.settings import TrainingSettings
 from tasks.training.stability import Dimension
 
 _WIDE: Final = {"eps_lo": 0.2, "eps_hi": 0.2}
+_HIGHER: Final = {"eps_lo": 0.2, "eps_hi": 0.28}  # DAPO's own (2503.14476); table S1 has none for text games
 _SEQUENCE: Final = {"eps_lo": 3e-3, "eps_hi": 4e-3}
+_SAPO: Final = {"tau_pos": 1.0, "tau_neg": 1.05}
+_CISPO: Final = {"eps_lo": 1.0, "eps_hi": 0.2}
+
+# Nats a token. Table S1 has no mask: the default of ARLArena's code, ln 1.25, and what its ALFWorld recipes give to
+# the two methods that collapse there.
+_MASK: Final = 0.223
+_TIGHT_MASK: Final = 3e-3
 
 METHODS: Final[dict[str, Method]] = {
     "grpo": Method(clipping=Clipping(objective="grpo", options=_WIDE)),
     "grpo_st": Method(aggregation="seq-mean-token-mean", clipping=Clipping(objective="grpo", options=_WIDE)),
-    "grpo_sm": Method(clipping=Clipping(objective="grpo", options=_WIDE, sequence_mask=0.15)),
-    "dapo": Method(
-        clipping=Clipping(objective="dapo", options={"eps_lo": 0.2, "eps_hi": 0.28}), filtering=True
+    "grpo_sm": Method(clipping=Clipping(objective="grpo", options=_WIDE, sequence_mask=_MASK)),
+    "dapo": Method(clipping=Clipping(objective="dapo", options=_HIGHER), filtering=True),
+    "dapo_gigpo": Method(
+        clipping=Clipping(objective="dapo", options=_HIGHER), advantage="gigpo", filtering=True
     ),
     "gspo": Method(
         aggregation="seq-mean-token-mean", clipping=Clipping(objective="gspo_token", options=_SEQUENCE)
     ),
-    "sapo": Method(clipping=Clipping(objective="sapo", options={"tau_pos": 1.0, "tau_neg": 1.05})),
-    "cispo": Method(clipping=Clipping(objective="cispo", options={"eps_lo": 1.0, "eps_hi": 0.2})),
+    "sapo": Method(clipping=Clipping(objective="sapo", options=_SAPO)),
+    "sapo_sm": Method(clipping=Clipping(objective="sapo", options=_SAPO, sequence_mask=_TIGHT_MASK)),
+    "cispo": Method(clipping=Clipping(objective="cispo", options=_CISPO)),
+    "cispo_sm": Method(clipping=Clipping(objective="cispo", options=_CISPO, sequence_mask=_TIGHT_MASK)),
     "vespo": Method(clipping=Clipping(objective="vespo", unit="trajectory")),
     "gigpo": Method(clipping=Clipping(objective="grpo", options=_WIDE), advantage="gigpo"),
     "empg": Method(clipping=Clipping(objective="grpo", options=_WIDE), advantage="empg_per_turn"),

@@ -19,7 +19,7 @@ from scipy import special
 
 CONFIDENCE = 0.95
 _RESAMPLED = 10_000
-_SHOWN = ("success", "score", "turns", "tokens", "valid_format")
+_SHOWN = ("success", "score", "turns", "tokens", "valid_format", "valid_action")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Line:
 
     Attributes:
         figures: of the trained policies on held-out tasks, by the names of `tasks.evaluation.report.Slice`, the widest
-            pass@k among them.
+            pass@k among them. Results from before `valid_action` had a name of its own lack `valid_format`.
         gain: in success, over the start of the same seed.
         seeds: how many.
         collapses: {driver: runs} of those with a finding; stopped: {reason: runs} of those that a guard ended, whose last good
@@ -78,6 +78,9 @@ class Rank:
 def lines(results: Sequence[Mapping[str, Any]]) -> list[Line]:
     """Return the rows of a comparison, environments and methods in the order in which they come."""
     found = []
+    # What older results call valid_format is the share of Step.valid, so that they do not tell it.
+    older = any("valid_action" not in one["after"]["figures"] for one in results)
+    shown = [name for name in _SHOWN if not (older and name == "valid_format")]
     for env, method in dict.fromkeys((one["env"], one["method"]) for one in results):
         runs = [one for one in results if (one["env"], one["method"]) == (env, method)]
         named = runs[0]["after"]["figures"]
@@ -90,7 +93,7 @@ def lines(results: Sequence[Mapping[str, Any]]) -> list[Line]:
                 method=method,
                 figures={
                     name: over_seeds([_figure(one["after"], name) for one in runs])
-                    for name in (*_SHOWN, widest)
+                    for name in (*shown, widest)
                 },
                 gain=over_seeds(
                     [_figure(one["after"], "success") - _figure(one["before"], "success") for one in runs]
@@ -172,4 +175,7 @@ def _ranked(success: np.ndarray) -> np.ndarray:
 
 
 def _figure(part: Mapping[str, Any], name: str) -> float:
-    return float(part["figures"][name]["estimate"])
+    figures = part["figures"]
+    if name == "valid_action" and name not in figures:
+        name = "valid_format"
+    return float(figures[name]["estimate"])

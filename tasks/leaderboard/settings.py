@@ -67,7 +67,9 @@ class Recipe(Section):
     group_size: int = Field(8, ge=2)
     learning_rate: FiniteFloat = Field(5e-4, gt=0)
     kl: FiniteFloat = Field(0.01, ge=0, description="coefficient of k3 to the start")
-    format_penalty: FiniteFloat = Field(0.1, ge=0, description="of a turn that is not in the right form")
+    format_penalty: FiniteFloat = Field(
+        0.1, ge=0, description="of a turn that has a wrong form or is impossible"
+    )
     tries: int = Field(3, ge=1, description="samplings at most, where a method filters")
     first_groups: int = Field(32, ge=1, description="of the start, to fill up what filtering leaves out")
     temperature: FiniteFloat = Field(1.0, gt=0)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEMA_VERSION = 1
-INVALID_TURNS = "invalid_turns"  # of `reward_components`: numbers of the turns whose action broke the format
+INVALID_TURNS = "invalid_turns"  # of `reward_components`: numbers of the turns without `Step.valid`
 MEMORY_TURNS = (
     "memory_turns"  # of `reward_components`: how many turns the policy read beside the prompt, if not all
 )

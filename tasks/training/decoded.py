@@ -98,7 +98,7 @@ _TOKENS = pa.schema(
         ("loss_mask", pa.list_(pa.uint8())),  # bytes, for bits cannot be mapped as an array
         ("turn_ids", pa.list_(pa.int16())),
         ("behaviour_logprobs", pa.list_(pa.float32())),
-        ("invalid_turns", pa.list_(pa.int16())),  # whose action broke the format
+        ("invalid_turns", pa.list_(pa.int16())),  # whose action had a wrong form or was impossible
         ("response_text", pa.string()),
     ]
 )

@@ -95,7 +95,7 @@ def entropy_shares(episodes: Episodes, settings: TrainingSettings, diversity: Te
 
 
 def valid_share(episodes: Episodes) -> float:
-    """Share of the turns whose action kept the environment's format; 1 where nobody judged it."""
+    """Share of the turns whose action had the right form and was possible (`Step.valid`); 1 where nobody judged it."""
     if episodes.valid is None:
         return 1.0
     _, _, place = advantages.turn_table(sequence(episodes), episodes.turns)

@@ -69,7 +69,7 @@ class Episodes:
     behaviour_logprobs: Tensor | None  # [N] float32; None if the dataset has rows without them
     group_ids: tuple[str, ...]
     texts: tuple[str, ...]  # [B] what was answered, observations included
-    valid: Tensor | None = None  # [N] bool, the turn of the token kept the format; None: all did
+    valid: Tensor | None = None  # [N] bool, `Step.valid` of the token's turn; None: all were valid
     deep_thinking: Tensor | None = None  # [B] float64, ratio of the response; None if one was not measured
     parts: Passes | None = None  # None: every episode is one pass, for the policy read all of it
 

@@ -18,15 +18,24 @@ _CURVES = (
     ("ess", "Effective sample size, a share of the batch"),
     ("entropy", "Entropy, nats a token"),
     ("grad_norm", "Norm of the gradient"),
-    ("mass_negative_below", "Push on tokens with A < 0 and a ratio below 1"),
+    ("mass_negative_below", "Push on tokens with A < 0 and a ratio below 1, a share of all"),
     ("mass_negative_above", "Push on tokens with A < 0 and a ratio above 1"),
     ("mass_positive_below", "Push on tokens with A > 0 and a ratio below 1"),
     ("mass_positive_above", "Push on tokens with A > 0 and a ratio above 1"),
-    ("clipped_negative", "Tokens with A < 0 that teach nothing"),
-    ("clipped_positive", "Tokens with A > 0 that teach nothing"),
+    ("kl_mass_negative_below", "KL on tokens with A < 0 and a ratio below 1, a share of all"),
+    ("kl_mass_negative_above", "KL on tokens with A < 0 and a ratio above 1"),
+    ("kl_mass_positive_below", "KL on tokens with A > 0 and a ratio below 1"),
+    ("kl_mass_positive_above", "KL on tokens with A > 0 and a ratio above 1"),
+    (
+        "kl_mass_negative_below_high",
+        "KL on tokens with A < 0, a ratio below 1 and an entropy above the median",
+    ),
+    ("clipped_negative", "Tokens with A < 0 without a gradient"),
+    ("clipped_positive", "Tokens with A > 0 without a gradient"),
+    ("masked_sequences", "Sequences that the sequence mask removed"),
     ("phi_dead", "Sequences that teach nothing"),
     ("response_length", "Tokens an episode"),
-    ("valid_format", "Share of turns in the right form"),
+    ("valid_format", "Turns whose action had the right form and was possible"),
 )
 """What ARLArena tracks (arXiv 2602.21534), as far as every update reports it."""
 

@@ -122,11 +122,12 @@ def accumulate_gradients(
     Returns:
         The numbers of `objectives.summarise` (ess, phi, kl_k1, kl_k3, entropy, ratios) and, where behaviour
         log-probabilities are known, of `objectives.staleness`, over what `settings.unit` calls a sequence. And: loss;
-        grad_norm (before clipping); kl_reference (the penalty's estimate, where there is one); reward (mean of the
+        grad_norm (before clipping); masked_sequences (their share, where there is a sequence mask); kl_reference (the penalty's estimate, where there is one); reward (mean of the
         episodes), deep_thinking_ratio (mean, where every episode has one) and reward_estimate (self-normalised importance-sampling estimate of the policy's own); policy_lag
         (registry versions behind the newest behaviour in the dataset, mean); tokens (prompt and response, as stored),
         tokens_packed (run through the model), tokens_trained and response_length (of these, an episode);
-        valid_format (share of the turns whose action had the right form). The same in every process.
+        valid_format (share of the turns whose action had the right form and was possible: that of `Step.valid`, the
+        `valid_action` of an evaluation; the key is older than the distinction). The same in every process.
 
     Raises:
         ValueError: the settings name what does not exist or does not go together, or a field is missing.
@@ -282,6 +283,9 @@ def _report(
     found = objectives.summarise(objectives.sequence_log_ratio(units), losses.phi, tokens)
     if whole.behaviour_logprobs is not None:
         found |= objectives.staleness(units, losses.phi, pushes)
+    if settings.correction.sequence_mask is not None:
+        kept = objectives.sequence_mask(units, settings.correction.sequence_mask)
+        found["masked_sequences"] = objectives.masked_sequences(units, kept)
     if settings.penalties.kl:
         divergence = objectives.kl(whole, settings.penalties.kl_estimator)
         found["kl_reference"] = float(divergence.detach().mean())

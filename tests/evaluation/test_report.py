@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from tasks.evaluation.report import report
+from tasks.evaluation.report import report, valid_action, valid_format
 from tasks.evaluation.statistics import clustered_mean
 from tasks.rollout.rollout import Outcome
 
@@ -47,8 +48,21 @@ def test_the_figures_by_hand():
             "turns": (2 + 2.5 + 2) / 3,
             "tokens": 3 * (2 + 2.5 + 2) / 3,
             "valid_format": (1 + (0.75 + 3) / 4 + 1) / 3,
+            "valid_action": (1 + (0.75 + 3) / 4 + 1) / 3,
         }
     )
+
+
+def test_form_is_the_environments_to_tell_and_possible_is_more():
+    """Of four actions one was no word of the game and one was impossible: 3/4 in form, 2/4 possible."""
+    spoken = replace(outcome(0, 0.0, turns=4, invalid=2), components={"valid_format": 0.75, "success": 0.0})
+    assert (valid_format(spoken), valid_action(spoken)) == (0.75, 0.5)
+    silent = replace(spoken, components={"success": 0.0, "valid_action": 0.5})
+    assert (valid_format(silent), valid_action(silent)) == (0.5, 0.5)
+    counted = replace(spoken, components={"valid_format": 3.0})  # not a share: some environment's own number
+    assert valid_format(counted) == 0.5
+    figures = report([[spoken], [outcome(1, 1.0)]], max_turns=5, max_tokens=50).figures
+    assert (figures["valid_format"].estimate, figures["valid_action"].estimate) == (0.875, 0.75)
 
 
 def test_intervals_count_families_and_not_attempts():

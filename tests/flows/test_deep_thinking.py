@@ -76,14 +76,21 @@ def test_the_command_compares_right_and_wrong_answers(context: Context) -> None:
     assert told.returncode == 0, told.stderr
     found = json.loads(told.stdout)
     assert (found["agent"], found["answers"], found["threshold"], found["rho"]) == ("agent/1", 16, 0.5, 0.85)
+    assert (found["unit"], found["norm"]) == ("bits", "normed/normed")
     assert 0 <= found["ratio"]["low"] <= found["ratio"]["estimate"] <= found["ratio"]["high"] <= 1
     again = json.loads(
-        forebay(folder, *words, "--json", "--set", "collect.deep_thinking={threshold: 1}").stdout
+        forebay(folder, *words, "--json", "--set", "collect.deep_thinking={threshold: 1, unit: nats}").stdout
     )
-    assert again["threshold"] == 1
-    assert again["ratio"]["estimate"] == 0  # every layer is within 1 bit
-    assert again["accuracy"] == found["accuracy"]
-    assert "AUROC of being shorter" in forebay(folder, *words).stdout
+    assert (again["threshold"], again["unit"], again["norm"]) == (1, "nats", "normed/normed")
+    assert again["ratio"]["estimate"] == 0  # every layer is within 1 nat
+    for name in ("accuracy", "length", "certainty", "auroc_certainty"):
+        assert again[name] == found[name]
+    assert found["length"]["estimate"] >= 1
+    assert found["certainty"]["estimate"] > 0
+    shown = forebay(folder, *words).stdout
+    assert "threshold 0.5 bits" in shown
+    assert "AUROC of being shorter" in shown
+    assert "self-certainty, nats" in shown
 
 
 def test_bad_requests(context: Context) -> None:

@@ -56,7 +56,7 @@ def test_the_dimensions_are_independent_and_sampo_is_their_combination():
 def test_coordinates_are_equal_where_the_settings_are():
     placed = {name: coordinates(method) for name, method in METHODS.items()}
     assert placed["grpo_sm"] == placed["grpo"] | {
-        "clipping": "grpo eps_lo=0.2, eps_hi=0.2, unit turn, mask 0.15"
+        "clipping": "grpo eps_lo=0.2, eps_hi=0.2, unit turn, mask 0.223"
     }
     assert placed["grpo_st"] == placed["grpo"] | {"aggregation": "seq-mean-token-mean"}
     assert placed["vespo"]["clipping"] == "vespo unit trajectory"
@@ -75,6 +75,23 @@ def test_what_a_cell_does_about_a_collapse_is_the_recipes_and_part_of_its_key():
     assert other.key() != plan().key()
     with pytest.raises(ValueError, match="collapse"):
         Recipe(collapse="pray")
+
+
+def test_the_named_combinations_are_their_parts():
+    """`_sm` changes the mask and nothing else; DAPO with GiGPO changes the advantage alone."""
+    for base, mask in (("grpo", 0.223), ("sapo", 3e-3), ("cispo", 3e-3)):
+        plain, masked = (training_settings(METHODS[name], Recipe()) for name in (base, f"{base}_sm"))
+        assert plain.correction.sequence_mask is None
+        assert masked.correction.sequence_mask == mask
+        assert masked.model_copy(update={"correction": plain.correction}) == plain
+    dapo, both = (training_settings(METHODS[name], Recipe()) for name in ("dapo", "dapo_gigpo"))
+    assert (both.objective, both.options, both.advantage) == (
+        "dapo",
+        {"eps_lo": 0.2, "eps_hi": 0.28},
+        "gigpo",
+    )
+    assert both.admission.min_reward_std == 0.0
+    assert both.model_copy(update={"advantage": dapo.advantage}) == dapo
 
 
 def own_advantage(outcomes, *, scale: float = 1.0, penalty: float = 0.0):

@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.leaderboard import load, markdown
 from tasks.leaderboard import causes
 from tasks.leaderboard.causes import contrasts, troubles
 from tasks.leaderboard.methods import METHODS
 from tasks.leaderboard.page import Board, Failure, Floor, leaderboard_page, verdict
 from tasks.leaderboard.ranking import lines, over_seeds, ranks
 
+BASELINES = Path(__file__).parents[2] / "benchmarks" / "baselines"
+
 
 def _slice(success: float) -> dict:
-    names = ("success", "score", "pass@1", "pass@4", "turns", "tokens", "valid_format")
+    names = ("success", "score", "pass@1", "pass@4", "turns", "tokens", "valid_format", "valid_action")
     return {
         "tasks": 10,
         "samples": 4,
@@ -168,8 +172,28 @@ def test_gains_are_paired_with_the_start_and_collapses_counted():
     (line,) = lines(ill)
     assert line.gain.estimate == pytest.approx(0.2)
     assert (line.collapses, line.stopped, line.seeds) == ({"policy drift": 1}, {"kl_blow_up": 1}, 2)
-    assert set(line.figures) == {"success", "score", "pass@4", "turns", "tokens", "valid_format"}
+    shared = {"success", "score", "pass@4", "turns", "tokens"}
+    assert set(line.figures) == shared | {"valid_format", "valid_action"}
     assert (line.cpu_seconds, line.episodes) == (3.0, 128)
+
+
+def test_results_from_before_valid_action_had_a_name_tell_it_and_no_valid_format():
+    """Their `valid_format` was the share of `Step.valid`. Beside newer ones all lack the column that they lack."""
+    old = result("a", "old", 0, 0.5)
+    del old["after"]["figures"]["valid_action"]
+    old["after"]["figures"]["valid_format"]["estimate"] = 0.9
+    first, second = lines([old, result("a", "new", 0, 0.6)])
+    assert first.figures["valid_action"].estimate == 0.9
+    assert second.figures["valid_action"].estimate == 0.6
+    assert first.figures.keys() == second.figures.keys()
+    assert "valid_format" not in first.figures
+
+
+@pytest.mark.parametrize("path", sorted(BASELINES.glob("leaderboard*.json")), ids=lambda path: path.stem)
+def test_kept_results_still_make_their_tables_and_page(path):
+    board = load(path)
+    assert "| valid_action |" in markdown(board)
+    assert "valid_action" in leaderboard_page(board)
 
 
 def test_the_page_says_who_leads_and_against_what():

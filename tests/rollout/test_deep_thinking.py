@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from models.deep_thinking import Lens, deep, jensen_shannon
 from models.packing import Sample
 from tasks.arena.calculator import Calculator
 from tasks.arena.environment import get
 from tasks.core.settings import DeepThinking
 from tasks.replay.passes import passes
 from tasks.replay.schema import DEEP_THINKING, Episode
-from tasks.rollout.deep_thinking import measured
+from tasks.rollout.deep_thinking import certainties, lens_of, measured
 from tasks.rollout.rollout import BehaviourIdentity, rollout
 from tests.tiny import make_tiny_model
 
@@ -48,17 +51,41 @@ def group(model: PreTrainedModel) -> list[Episode]:
     return found
 
 
-def by_definition(model: PreTrainedModel, episode: Episode, threshold: float, first_deep: int) -> float:
+def played(model: PreTrainedModel, name: str) -> list[Episode]:
+    env = get(name)
+    identity = BehaviourIdentity("agent/1", "a" * 64, "b" * 64, "c" * 64)
+    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    tasks = env.tasks("train", 1, seed=1)
+    (group,) = rollout(
+        model, tokenizer, env, tasks, group_size=6, temperature=1.0, seed=7, batch_rows=8, identity=identity
+    )
+    return group
+
+
+def by_definition(
+    model: PreTrainedModel,
+    episode: Episode,
+    threshold: float,
+    first_deep: int,
+    *,
+    base: float = 2.0,
+    normed: bool = True,
+) -> float:
     """Share of the tokens that the policy wrote whose first settled layer, from 1, is in the deep regime."""
-    deep = [one for sample in passes(episode) for one in _deep(model, sample, threshold, first_deep)]
+    deep = [
+        one for sample in passes(episode) for one in _deep(model, sample, threshold, first_deep, base, normed)
+    ]
     return sum(deep) / len(deep)
 
 
-def _deep(model: PreTrainedModel, sample: Sample, threshold: float, first_deep: int) -> list[bool]:
+def _deep(
+    model: PreTrainedModel, sample: Sample, threshold: float, first_deep: int, base: float, normed: bool
+) -> list[bool]:
+    """Divergences to `base`; inner layers after the final norm or, without `normed`, as they are."""
     with torch.no_grad():
         ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
         states = model(ids, output_hidden_states=True).hidden_states
-        layers = [model.lm_head(model.model.norm(h)).softmax(-1) for h in states[1:-1]]
+        layers = [model.lm_head(model.model.norm(h) if normed else h).softmax(-1) for h in states[1:-1]]
         layers.append(model.lm_head(states[-1]).softmax(-1))  # normed already
     deep = []
     for at, mine in enumerate(sample.trained):
@@ -69,9 +96,8 @@ def _deep(model: PreTrainedModel, sample: Sample, threshold: float, first_deep: 
         for layer, values in enumerate(layers, start=1):
             p, q = values[0, place], last
             middle = (p + q) / 2
-            divergence = sum(torch.special.xlogy(one, one / middle).sum() / 2 for one in (p, q)) / torch.log(
-                torch.tensor(2.0)
-            )
+            divergence = sum(torch.special.xlogy(one, one / middle).sum() / 2 for one in (p, q))
+            divergence = divergence / math.log(base)
             if divergence <= threshold:
                 deep.append(layer >= first_deep)
                 break
@@ -89,15 +115,61 @@ def test_the_ratio_of_an_episode_is_that_of_its_definition(
     assert not all(all(one.loss_mask) for one in group)  # observations do not count
 
 
+def test_unit_and_norm_are_settings() -> None:
+    """(.9, .1) against (.1, .9): 0.531004 bit is above the threshold of 0.5, 0.368064 nat is not."""
+    far = [torch.tensor(p, dtype=torch.float64).log() for p in ((0.9, 0.1), (0.1, 0.9))]
+    for unit, want, late in (("bits", 0.531004, True), ("nats", 0.368064, False)):
+        lens = lens_of(DeepThinking(unit=unit, rho=1))
+        divergence = float(jensen_shannon(*far, lens.unit))
+        assert divergence == pytest.approx(want, abs=1e-6)
+        assert bool(deep(torch.tensor([divergence, 0.0]), lens)) is late
+    assert lens_of(DeepThinking()) == Lens()
+    assert lens_of(DeepThinking(norm="raw/normed")).norm == "raw/normed"
+    for wrong in ({"unit": "bit"}, {"norm": "normed"}, {"threshold": 1.1}):
+        with pytest.raises(ValidationError):
+            DeepThinking(**wrong)
+
+
+def test_unit_and_norm_change_the_ratio_as_their_definitions_do(
+    model: PreTrainedModel, group: list[Episode]
+) -> None:
+    found = set()
+    for unit, norm in (("bits", "normed/normed"), ("nats", "normed/normed"), ("bits", "raw/normed")):
+        read = {"base": 2.0 if unit == "bits" else math.e, "normed": norm == "normed/normed"}
+        several = []
+        for threshold in (0.02, 0.05, 0.1, 0.3):
+            settings = DeepThinking(threshold=threshold, rho=0.5, unit=unit, norm=norm)
+            rated = measured(model, group, settings)
+            ratios = [json.loads(one.reward_components)[DEEP_THINKING] for one in rated]
+            assert ratios == pytest.approx([by_definition(model, one, threshold, 3, **read) for one in group])
+            several += ratios
+        found.add(tuple(several))
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize("name", [None, "memory_1/feedback/number"])
+def test_self_certainty_is_of_the_tokens_that_the_policy_wrote(
+    model: PreTrainedModel, group: list[Episode], name: str | None
+) -> None:
+    episodes = group if name is None else played(model, name)
+    want = []
+    for episode in episodes:
+        each = []
+        for sample in passes(episode):
+            with torch.no_grad():
+                logits = model(torch.tensor([[*sample.prompt_ids, *sample.response_ids]])).logits[0]
+            for at, mine in enumerate(sample.trained):
+                if mine:
+                    p = logits[len(sample.prompt_ids) + at - 1].double().softmax(-1)
+                    each.append(-float((len(p) * p).log().mean()))  # KL(uniform, p)
+        want.append(sum(each) / len(each))
+    assert certainties(model, episodes) == pytest.approx(want, rel=1e-5)
+    assert len(set(want)) > 1
+
+
 def test_the_ratio_is_of_what_was_read(model: PreTrainedModel) -> None:
     """With a memory of one turn, of four."""
-    env = get("memory_1/feedback/number")
-    identity = BehaviourIdentity("agent/1", "a" * 64, "b" * 64, "c" * 64)
-    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
-    tasks = env.tasks("train", 1, seed=1)
-    (group,) = rollout(
-        model, tokenizer, env, tasks, group_size=6, temperature=1.0, seed=7, batch_rows=8, identity=identity
-    )
+    group = played(model, "memory_1/feedback/number")
     assert max(turn for one in group for turn in one.turn_ids) == 3
     differ = 0
     for threshold in (0.05, 0.1, 0.2, 0.4):

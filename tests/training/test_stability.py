@@ -110,6 +110,10 @@ def test_the_page_says_it_and_marks_the_onset():
     assert page.count("<figure>") == len(HEALTHY)
     assert page.count('class="margin"') == len(HEALTHY)  # the upright line
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
+    more = [row | {"kl_mass_negative_below": 0.25, "masked_sequences": 0.5} for row in rows]
+    page = stability_page(Run("ab" * 32, 200, "finished"), more, found)
+    assert "KL on tokens with A &lt; 0 and a ratio below 1, a share of all: 0.25 to 0.25." in page
+    assert "Sequences that the sequence mask removed: 0.5 to 0.5." in page
     healthy = stability_page(Run("ab" * 32, 200, "finished"), curve(), ())
     assert "no signal of a collapse" in healthy
     assert 'class="margin"' not in healthy

@@ -148,7 +148,7 @@ def test_every_term_by_hand(scorer, near):
     right = torch.tensor(EPISODES.rewards) == 1
     earned = torch.tensor(EPISODES.rewards, dtype=torch.float64) + 0.5 * diversity * right
     advantages = _advantages(replace(EPISODES, rewards=tuple(earned.tolist())))
-    loss, local, kls, turns = torch.zeros(()), torch.zeros(()), [], 0
+    loss, local, kls, turns, masked = torch.zeros(()), torch.zeros(()), [], 0, 0
     rows = zip(
         *_alone(scorer),
         *map(_per_sample, (near, reference, EPISODES.behaviour_logprobs, EPISODES.turns)),
@@ -166,6 +166,7 @@ def test_every_term_by_hand(scorer, near):
             stale = (mu[here].double() - new[here]).mean() > 0.1
             if a < 0 and stale:
                 weight = weight * 0
+                masked += 1
             d = ref[here] - new[here]
             kls.append(d.exp() - 1 - d)
             loss = loss + (surrogate * weight + 0.3 * kls[-1] - 0.02 * h[here]).sum()
@@ -175,6 +176,8 @@ def test_every_term_by_hand(scorer, near):
             local = local + share * ((new - mu.double()).exp() * new).mean()
     _check(scorer, update, loss / turns + 0.4 * local / 3)
     assert update.metrics["kl_reference"] == pytest.approx(torch.cat(kls).mean().item(), rel=1e-9)
+    assert 0 < masked < turns
+    assert update.metrics["masked_sequences"] == pytest.approx(masked / turns)
 
 
 def test_the_policy_as_it_is_stands_in_for_the_proximal_one(scorer):

@@ -77,6 +77,73 @@ def test_report_by_hand():
     assert report["far_negative"] == 0.0
 
 
+BINS = [f"{sign}_{side}" for sign in ("positive", "negative") for side in ("above", "below")]
+
+
+def test_kl_mass_by_hand():
+    """k3 of a log ratio of -0.3, 0.2, 1.0 is 0.040818, 0.021403, 0.718282; of 0 it is 0; of -1 it is 1/e."""
+    logs = [[-0.3, 1.0], [0.2, -1.0], [0.0, 1.0]]
+    entropies = [[0.1, 2.0], [0.3, 1.5], [0.2, 0.9]]  # median of torch: 0.3
+    batch = batch_of(logs, [[0.0, 0.0]] * 3, [1.0, -1.0, 0.0], entropies=entropies)
+    found = objectives.kl_mass(batch)
+    whole = 0.040818 + 0.718282 + 0.021403 + math.exp(-1) + 0.0 + 0.718282
+    assert found == pytest.approx(
+        {
+            "kl_mass_positive_above": 0.718282 / whole,
+            "kl_mass_positive_below": 0.040818 / whole,
+            "kl_mass_negative_above": 0.021403 / whole,
+            "kl_mass_negative_below": math.exp(-1) / whole,
+            "kl_mass_positive_above_high": 0.718282 / whole,
+            "kl_mass_positive_below_high": 0.0,
+            "kl_mass_negative_above_high": 0.0,
+            "kl_mass_negative_below_high": math.exp(-1) / whole,
+        },
+        abs=1e-6,
+    )
+    assert sum(found[f"kl_mass_{name}"] for name in BINS) == pytest.approx(1 - 0.718282 / whole, abs=1e-6)
+    bare = objectives.kl_mass(replace(batch, entropies=None))
+    assert bare == {f"kl_mass_{name}": found[f"kl_mass_{name}"] for name in BINS}
+    with pytest.raises(ValueError, match="behaviour_logprobs"):
+        objectives.kl_mass(replace(batch, behaviour_logprobs=None))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kl_mass_against_a_loop_and_the_mean_that_it_divides(seed):
+    batch = random_batch(seed, sequences=40, spread=1.0)
+    found = objectives.kl_mass(batch)
+    logs = (batch.logprobs - batch.behaviour_logprobs).tolist()
+    middle = sorted(batch.entropies.tolist())[(len(logs) - 1) // 2]
+    sums = dict.fromkeys(found, 0.0)
+    for log, a, entropy in zip(logs, batch.advantages.tolist(), batch.entropies.tolist(), strict=True):
+        name = f"kl_mass_{'positive' if a > 0 else 'negative'}_{'above' if log > 0 else 'below'}"
+        k3 = math.exp(log) - 1 - log
+        sums[name] += k3
+        sums[f"{name}_high"] += k3 * (entropy > middle)
+    mean = float(objectives.token_statistics(batch, batch.entropies)["kl_k3"].mean())
+    assert found == pytest.approx({name: total / (mean * len(logs)) for name, total in sums.items()})
+
+
+def test_the_kl_of_a_clipped_token_counts_though_nothing_pushes_it():
+    batch = batch_of([[-0.9], [-2.0]], [[-1.0]] * 2, [1.0, -1.0])
+    losses = objectives.grpo(batch)
+    report = staleness(batch, losses.phi, coefficients(losses, batch))
+    assert report["mass_negative_below"] == 0.0
+    assert report["kl_mass_negative_below"] > 0.98
+    assert report["clipped_negative"] == 1.0
+    losses = objectives.cispo(batch)
+    assert staleness(batch, losses.phi, coefficients(losses, batch))["clipped_negative"] == 0.0
+
+
+def test_masked_sequences_are_counted_among_those_that_have_tokens():
+    """The worked mask: mean log(behaviour / pi) = .35, -.15, .35 and A = -1, -1, 1 at delta .223."""
+    rows = [[-0.4, -0.3], [0.1, 0.2], [-0.4, -0.3]]
+    batch = batch_of(rows, [[0.0, 0.0]] * 3, [-1.0, -1.0, 1.0])
+    kept = objectives.sequence_mask(batch, 0.223)
+    assert objectives.masked_sequences(batch, kept) == pytest.approx(1 / 3)
+    assert objectives.masked_sequences(replace(batch, sequences=5), kept) == pytest.approx(1 / 3)
+    assert objectives.masked_sequences(batch, objectives.sequence_mask(batch, 0.36)) == 0.0
+
+
 def test_the_push_on_bad_answers_that_are_nearly_given_up():
     """log W = (.2, -1, -3), A = (+, -, -), one token each: reinforce pushes W |A| or, without weights, |A|."""
     batch = batch_of([[-0.8], [-2.0], [-4.0]], [[-1.0]] * 3, [1.0, -1.0, -2.0])
@@ -120,6 +187,7 @@ def test_a_batch_that_teaches_nothing_has_no_shares():
     losses = objectives.vespo(batch)
     report = staleness(batch, losses.phi, coefficients(losses, batch))
     assert all(v == 0 for k, v in report.items() if k.startswith(("mass", "clipped")))
+    assert all(v == 0 for k, v in report.items() if k.startswith("kl_mass"))  # of tokens with A = 0
     with pytest.raises(ValueError, match="behaviour_logprobs"):
         staleness(replace(batch, behaviour_logprobs=None), losses.phi, batch.advantages)
 
