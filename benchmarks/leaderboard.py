@@ -16,7 +16,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tasks.leaderboard.page import Board, Floor, counted, firmness, leaderboard_page, verdict
+from tasks.arena.floors import Floor
+from tasks.leaderboard.page import Board, counted, firmness, leaderboard_page, verdict
 from tasks.leaderboard.ranking import Mean, lines, ranks, starts
 from tasks.pages.parts import number
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from flows.cli.console import (
     HERE,
@@ -80,12 +81,13 @@ def evaluate_attempts(
     """Let an agent attempt held-out tasks several times: success, score, pass@k, turns, tokens, valid format, cost.
 
     Every figure has its 95 % interval, over families of tasks; score is avg@k. Beside each environment stand the best constant
-    action and a blind choice. The same request again finds the figures in the ledger.
+    action and a blind choice, or why they could not be measured. The same request again finds the figures in the ledger.
 
     Examples: `forebay evaluate attempts` · `forebay evaluate attempts agent/3 --envs calculator,textarena/Sokoban --samples 8` ·
     `forebay evaluate attempts --json`
     """
     from flows.examination import Terms, examine
+    from flows.show import baselines
 
     watch(as_json)
     context = open_context(workspace, overrides)
@@ -97,9 +99,11 @@ def evaluate_attempts(
         return
     for one in found["slices"]:
         out.print(
-            f"[bold]{one['env']}[/]: {one['tasks']} held-out tasks, {one['samples']} attempts each; constant "
-            f"{one['constant']:.3f}, random {one['random']:.3f}; {one['cpu_seconds']:.2f} CPU s an episode",
-            highlight=False,
+            Text.assemble(
+                (one["env"], "bold"),
+                f": {one['tasks']} held-out tasks, {one['samples']} attempts each; {one['cpu_seconds']:.2f} CPU s an "
+                f"episode; {baselines(one)}",
+            )
         )
         table = Table("", "estimate", "95 %", box=None, pad_edge=False)
         for name, figure in one["figures"].items():

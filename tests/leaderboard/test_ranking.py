@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from tasks.leaderboard.page import Board, Failure, Floor, leaderboard_page, verdict
+from tasks.arena.floors import Floor
+from tasks.leaderboard.page import Board, Failure, leaderboard_page, verdict
 from tasks.leaderboard.ranking import lines, over_seeds, ranks
 
 
