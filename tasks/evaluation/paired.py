@@ -284,6 +284,7 @@ def table(outcomes: PairedOutcomes, *, alpha: float) -> list[SliceRow]:
 def _row(outcomes: PairedOutcomes, env: str | None, alpha: float) -> SliceRow:
     candidate, champion, _ = outcomes.rewards(env)
     gain = outcomes.difference(env, alpha=alpha)
+    baseline = None if env is None else outcomes.baselines.get(env)
     return SliceRow(
         env or "all",
         gain.n,
@@ -291,7 +292,7 @@ def _row(outcomes: PairedOutcomes, env: str | None, alpha: float) -> SliceRow:
         float(champion.mean()),
         outcomes.constant(env),
         outcomes.random(env),
-        outcomes.baselines[env].error if env in outcomes.baselines else "",
+        "" if baseline is None else baseline.error,
         gain.estimate,
         gain.low,
         gain.high,
