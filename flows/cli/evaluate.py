@@ -81,7 +81,7 @@ def evaluate_attempts(
     """Let an agent attempt held-out tasks several times: success, score, pass@k, turns, tokens, valid format, cost.
 
     Every figure has its 95 % interval, over families of tasks; score is avg@k. Beside each environment stand the best constant
-    action and a blind choice, or why they could not be measured. The same request again finds the figures in the ledger.
+    action and a blind choice. The same request again finds the figures in the ledger.
 
     Examples: `forebay evaluate attempts` · `forebay evaluate attempts agent/3 --envs calculator,textarena/Sokoban --samples 8` ·
     `forebay evaluate attempts --json`
