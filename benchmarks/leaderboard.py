@@ -16,10 +16,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tasks.arena.floors import Floor
 from tasks.leaderboard.causes import meanings, troubles
 from tasks.leaderboard.causes import verdict as told_of_runs
 from tasks.leaderboard.methods import METHODS
-from tasks.leaderboard.page import Board, Floor, counted, firmness, leaderboard_page, verdict
+from tasks.leaderboard.page import Board, counted, firmness, leaderboard_page, verdict
 from tasks.leaderboard.ranking import Mean, lines, ranks, starts
 from tasks.leaderboard.settings import Method
 from tasks.pages.parts import number

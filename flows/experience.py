@@ -58,6 +58,7 @@ def finished_collections(context: Context) -> int:
 def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -> dict[str, Any]:
     from flows.hybrid import allowed
     from models.causal_lm import load_policy, load_tokenizer
+    from tasks.arena.floors import floor_of
     from tasks.lineage.revocation import revoked
     from tasks.replay.segments import SegmentWriter, open_folder
     from tasks.rollout.deep_thinking import measured
@@ -83,6 +84,7 @@ def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -
                 for task in env.tasks("train", groups, seed)
                 if not now.prompt(sha256_bytes(task.prompt.encode()))
             ]
+            floor = floor_of(env, tasks, seed)
             wanted = {task.id for task in tasks}
             rewards: dict[str, list[float]] = {}
             for row in _open_rows(segment):
@@ -107,14 +109,15 @@ def _collect(context: Context, agent: Mapping[str, Any], key: str, round: int) -
                     writer.append(group)
                     rewards[group[0].task_id] = [episode.reward for episode in group]
                     report(len(rewards), groups, f"mean reward {_mean(rewards):.3f}")
-            answer, constant = env.constant_baseline(tasks)
             summary[name] = {
                 "groups": len(rewards),
                 "episodes": sum(len(r) for r in rewards.values()),
                 "reward": _mean(rewards),
                 "mixed": sum(len(set(r)) > 1 for r in rewards.values()) / max(len(rewards), 1),
-                "constant": constant,
-                "constant_answer": answer,
+                "constant": floor.constant,
+                "constant_answer": floor.constant_action,
+                "random": floor.random,
+                "baseline_error": floor.error,
             }
     return {
         "agent": agent["digest"],

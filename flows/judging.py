@@ -19,6 +19,7 @@ from tasks.core.stages import derive_seed, once
 
 if TYPE_CHECKING:
     from tasks.arena.environment import Task
+    from tasks.arena.guarded import Environments
     from tasks.core.settings import EarlyStop
     from tasks.evaluation.paired import Agent, Baseline, PairedOutcomes, Plan
     from tasks.promotion.budget import Spent
@@ -113,7 +114,7 @@ def evaluate_pair(context: Context, candidate: int, champion: int) -> dict[str, 
     `evaluation.early_stop` they answer in turn, and stop when the verdict stands.
     """
     from tasks.arena.environment import get, verifier_digest
-    from tasks.evaluation.paired import Agent, Baseline, pair_outcomes, table, write_outcomes
+    from tasks.evaluation.paired import Agent, pair_outcomes, table, write_outcomes
 
     check_evaluation(context)
     agents = [context.agent(str(version)).payload for version in (candidate, champion)]
@@ -132,15 +133,17 @@ def evaluate_pair(context: Context, candidate: int, champion: int) -> dict[str, 
 
     def work(key: str) -> dict[str, Any]:
         names = (Agent(candidate, agents[0]["digest"]), Agent(champion, agents[1]["digest"]))
-        baselines = {name: Baseline(*get(name).constant_baseline(found)) for name, found in tasks.items()}
-        if early is None:
-            sides = [
-                _answer(context, agent, tasks, role)
-                for agent, role in zip(agents, ("candidate", "champion"), strict=True)
-            ]
-            paired = pair_outcomes(sides[0], sides[1], names, baselines)
-        else:
-            paired = _watched(context, agents, tasks, early, partial(_paired, names, baselines))
+        with context.environments() as environments:
+            baselines = _baselines(environments, tasks, context.settings.seed)
+            if early is None:
+                sides = [
+                    _answer(context, environments, agent, tasks, role)
+                    for agent, role in zip(agents, ("candidate", "champion"), strict=True)
+                ]
+                paired = pair_outcomes(sides[0], sides[1], names, baselines)
+            else:
+                pair = partial(_paired, names, baselines)
+                paired = _watched(context, environments, agents, tasks, early, pair)
         path, sha256 = write_outcomes(context.workspace.evidence, paired)
         rows = table(paired, alpha=context.policy.errors.share)
         outputs = {
@@ -148,7 +151,7 @@ def evaluate_pair(context: Context, candidate: int, champion: int) -> dict[str, 
             "champion": champion,
             "tasks_digest": tasks_digest,
             "outcomes": {"path": context.workspace.relative(path), "sha256": sha256},
-            "slices": {row.env: _slice(asdict(row)) for row in rows},
+            "slices": {row.env: asdict(row) for row in rows},
             "planned": sum(map(len, tasks.values())),
         }
         context.ledger.append("evaluation.done", sha256, outputs)
@@ -333,8 +336,25 @@ def check_lineage(context: Context, candidate: int) -> Any:
     return Finding("FAIL" if flagged else "PASS", agent, evidence, reasons)
 
 
+def _baselines(
+    environments: Environments, tasks: Mapping[str, Sequence[Task]], seed: int
+) -> dict[str, Baseline]:
+    from tasks.arena.floors import floor_of
+    from tasks.evaluation.paired import Baseline
+
+    floors = {name: floor_of(environments(name), found, seed) for name, found in tasks.items()}
+    return {
+        name: Baseline(floor.constant_action, floor.constant, floor.random, floor.error)
+        for name, floor in floors.items()
+    }
+
+
 def _answer(
-    context: Context, agent: Mapping[str, Any], tasks: Mapping[str, Sequence[Task]], role: str
+    context: Context,
+    environments: Environments,
+    agent: Mapping[str, Any],
+    tasks: Mapping[str, Sequence[Task]],
+    role: str,
 ) -> list[Outcome]:
     from models.causal_lm import load_policy, load_tokenizer
     from tasks.rollout.rollout import evaluate
@@ -342,7 +362,7 @@ def _answer(
     folder = context.weights(agent)
     model, tokenizer = load_policy(folder, context.device(), context.dtype()), load_tokenizer(folder)
     rows, total, answered = context.settings.evaluation.batch_rows, sum(map(len, tasks.values())), []
-    with progress.current().bar(f"evaluate {role}") as report, context.environments() as environments:
+    with progress.current().bar(f"evaluate {role}") as report:
         for name, found in tasks.items():
             for start in range(0, len(found), rows):
                 answered += evaluate(model, tokenizer, environments(name), found[start : start + rows], rows)
@@ -353,6 +373,7 @@ def _answer(
 
 def _watched(
     context: Context,
+    environments: Environments,
     agents: Sequence[Mapping[str, Any]],
     tasks: Mapping[str, Sequence[Task]],
     early: EarlyStop,
@@ -368,7 +389,7 @@ def _watched(
     folders = [context.weights(agent) for agent in agents]
     players = [(load_policy(f, context.device(), context.dtype()), load_tokenizer(f)) for f in folders]
     sides: tuple[list[Outcome], list[Outcome]] = ([], [])
-    with progress.current().bar("evaluate, watched") as report, context.environments() as environments:
+    with progress.current().bar("evaluate, watched") as report:
         for chunk in chunks(tasks, early.first, early.every):
             for side, (model, tokenizer) in zip(sides, players, strict=True):
                 for name, found in chunk.items():
@@ -397,7 +418,3 @@ def _paired(
     from tasks.evaluation.paired import pair_outcomes
 
     return pair_outcomes(sides[0], sides[1], agents, baselines, plan)
-
-
-def _slice(row: dict[str, Any]) -> dict[str, Any]:
-    return {"constant": row.pop("baseline"), **row}

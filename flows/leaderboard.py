@@ -18,8 +18,9 @@ from tasks.core.errors import Conflict, Corrupt, NotFound, Refused, UsageError
 from tasks.core.stages import code_digest, lock_digest, once
 
 if TYPE_CHECKING:
+    from tasks.arena.floors import Floor
     from tasks.leaderboard.cell import Plan
-    from tasks.leaderboard.page import Failure, Floor
+    from tasks.leaderboard.page import Failure
 
 STAGE = "arena"
 _TAG = 5000  # characters that MLflow takes
@@ -130,20 +131,14 @@ def require_same(context: Context, question: Question, began: Sequence[Plan]) ->
 
 def floors_of(context: Context, envs: Sequence[str]) -> dict[str, Floor]:
     """Return what the held-out tasks of each environment give without any skill."""
-    from tasks.arena.guarded import StepFault
+    from tasks.arena.floors import floor_of
     from tasks.leaderboard.cell import heldout_of
-    from tasks.leaderboard.page import Floor
 
-    floors = {}
+    floors, wanted = {}, context.settings.arena.judging.tasks
     with context.environments() as environments:
         for name in envs:
             env = environments(name)
-            tasks = heldout_of(env, context.settings.arena.judging.tasks)
-            try:
-                action, constant = env.constant_baseline(tasks)
-                floors[name] = Floor(len(tasks), constant, action, env.random_baseline(tasks, 0))
-            except StepFault as fault:
-                floors[name] = Floor(len(tasks), None, None, None, str(fault))
+            floors[name] = floor_of(env, heldout_of(env, wanted), 0)
     return floors
 
 

@@ -132,10 +132,11 @@ def _rehearse(context: Context, run_id: str | None) -> None:
 
 def summary(stage: str, outputs: dict[str, Any]) -> str:
     """Return one line about what a stage gave."""
+    from flows.show import baselines
+
     if stage == "collect" and "environments" in outputs:
         rows = (
-            f"{name} {row['reward']:.3f} (constant {row['constant']:.3f})"
-            for name, row in outputs["environments"].items()
+            f"{name} {row['reward']:.3f} ({baselines(row)})" for name, row in outputs["environments"].items()
         )
         return f"{outputs['episodes']} episodes by agent/{outputs['version']}; mean reward {', '.join(rows)}"
     if stage == "seal":
@@ -151,7 +152,7 @@ def summary(stage: str, outputs: dict[str, Any]) -> str:
         return f"agent/{outputs['version']}"
     if stage == "evaluate":
         rows = (
-            f"{name} {row['champion']:.3f} → {row['candidate']:.3f}"
+            f"{name} {row['champion']:.3f} → {row['candidate']:.3f} ({baselines(row)})"
             for name, row in outputs["slices"].items()
         )
         answered, planned = outputs["slices"]["all"]["n"], outputs.get("planned")

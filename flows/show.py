@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.context import Context
+from tasks.arena.floors import beside
 from tasks.core.digest import sha256_file
 from tasks.core.errors import Corrupt
 from tasks.core.ledger import Entry
@@ -266,19 +267,31 @@ def export_view(report: Mapping[str, Any]) -> RenderableType:
     return table
 
 
+def baselines(row: Mapping[str, Any]) -> str:
+    """Say what the tasks of `row` give without any skill, or why it is not known."""
+    return beside(row["constant"], row.get("random"), row.get("baseline_error", ""))
+
+
 def scores_table(evaluation: Mapping[str, Any]) -> RenderableType:
-    """Draw candidate, champion and constant answer side by side, per environment."""
-    table = _table("held-out tasks", "n:n", "constant answer:n", "champion:n", "candidate:n", "difference:n")
+    """Draw candidate, champion and both baselines side by side, per environment; why one has none stands below."""
+    table = _table(
+        "held-out tasks", "n:n", "constant answer:n", "random:n", "champion:n", "candidate:n", "difference:n"
+    )
     for name, row in evaluation["slices"].items():
         table.add_row(
             name,
             str(row["n"]),
-            f"{row['constant']:.3f}",
+            *("–" if value is None else f"{value:.3f}" for value in (row["constant"], row.get("random"))),
             f"{row['champion']:.3f}",
             f"{row['candidate']:.3f}",
             f"{row['candidate'] - row['champion']:+.3f}",
         )
-    return table
+    lacking = [
+        Text(f"{name}: {baselines(row)}", style="dim")
+        for name, row in evaluation["slices"].items()
+        if row.get("baseline_error")
+    ]
+    return Group(table, *lacking) if lacking else table
 
 
 def cycle_report(context: Context, result: Mapping[str, Any]) -> RenderableType:

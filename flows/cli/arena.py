@@ -106,6 +106,7 @@ def _show(board: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(board)
         return
+    from tasks.arena.floors import beside
     from tasks.leaderboard.page import counted, firmness
     from tasks.leaderboard.ranking import Rank
 
@@ -124,7 +125,7 @@ def _show(board: dict[str, Any], as_json: bool) -> None:
             Text.assemble(
                 "\n",
                 (env, "bold"),
-                f": {floor['tasks']} held-out tasks; start {_mean(board['starts'][env])}, {_floor(floor)}",
+                f": {floor['tasks']} held-out tasks; start {_mean(board['starts'][env])}, {beside(floor['constant'], floor['random'], floor.get('error', ''))}",
             ),
             soft_wrap=True,
         )
@@ -192,12 +193,6 @@ def _tell(troubles: list[dict[str, Any]], contrasts: list[dict[str, Any]]) -> No
             soft_wrap=True,
             highlight=False,
         )
-
-
-def _floor(floor: dict[str, Any]) -> str:
-    if floor.get("error"):
-        return f"no baselines: {floor['error']}"
-    return f"constant {floor['constant']:.3f}, random {floor['random']:.3f}"
 
 
 def _mean(value: dict[str, Any], sign: str = "") -> str:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from flows.cli.console import (
     HERE,
@@ -88,6 +89,7 @@ def evaluate_attempts(
     `forebay evaluate attempts --json`
     """
     from flows.examination import Terms, examine
+    from flows.show import baselines
     from tasks.arena.environment import named
 
     watch(as_json)
@@ -100,9 +102,11 @@ def evaluate_attempts(
         return
     for one in found["slices"]:
         out.print(
-            f"[bold]{one['env']}[/]: {one['tasks']} held-out tasks, {one['samples']} attempts each; constant "
-            f"{one['constant']:.3f}, random {one['random']:.3f}; {one['cpu_seconds']:.2f} CPU s an episode",
-            highlight=False,
+            Text.assemble(
+                (one["env"], "bold"),
+                f": {one['tasks']} held-out tasks, {one['samples']} attempts each; {one['cpu_seconds']:.2f} CPU s an "
+                f"episode; {baselines(one)}",
+            )
         )
         table = Table("", "estimate", "95 %", box=None, pad_edge=False)
         for name, figure in one["figures"].items():

@@ -44,6 +44,7 @@ def collect(
     Example: `forebay collect --set collect.environments.calculator=16`
     """
     from flows.experience import collect_into_segment
+    from flows.show import baselines
 
     watch(as_json)
     context = open_context(workspace, overrides)
@@ -57,8 +58,9 @@ def collect(
     )
     for env, row in result["environments"].items():
         out.print(
-            f"  {env:<28} mean reward {row['reward']:.3f}   constant answer {row['constant']:.3f}   groups with signal {row['mixed']:.0%}",
+            f"  {env:<28} mean reward {row['reward']:.3f}   groups with signal {row['mixed']:.0%}   {baselines(row)}",
             highlight=False,
+            markup=False,
         )
 
 

@@ -93,12 +93,19 @@ class Guarded(Wrapper):
         Raises:
             StepFault: it failed.
         """
-        action, reward = self._ask(self.limits.seconds * max(1, len(tasks)), "constant_baseline", tasks)
-        return str(action), float(reward)
+        call = "constant_baseline"
+        answer = self._ask(self.limits.seconds * max(1, len(tasks)), call, tasks)
+        try:
+            action, reward = answer
+            str(action).encode()
+        except (TypeError, ValueError):
+            raise self._fault("gave no pair of an action and its mean reward", call) from None
+        return str(action), self._mean_reward(reward, call)
 
     def random_baseline(self, tasks: Sequence[Task], seed: int) -> float:
         """See `Environment.random_baseline`; limits and failures as for `constant_baseline`."""
-        return float(self._ask(self.limits.seconds * max(1, len(tasks)), "random_baseline", tasks, seed))
+        call = "random_baseline"
+        return self._mean_reward(self._ask(self.limits.seconds * max(1, len(tasks)), call, tasks, seed), call)
 
     def step(self, task: Task, actions: Sequence[str]) -> Step:
         """See `Environment.step`.
@@ -178,7 +185,10 @@ class Guarded(Wrapper):
             Unavailable: no worker could be started.
         """
         self._require_open()
-        order = pickle.dumps((call, *words))
+        try:
+            order = pickle.dumps((call, *words))
+        except Exception as error:  # as in `steps`
+            raise self._fault(f"could not be sent to its process: {error}", call) from None
         try:
             ready = wait([self._send(0, order)], seconds)
             answer = self._received(0, call) if ready else self._hung(0, seconds, call)
@@ -188,6 +198,19 @@ class Guarded(Wrapper):
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+    def _mean_reward(self, value: Any, call: str) -> float:
+        """The mean reward that a method gave.
+
+        Raises:
+            StepFault: it is none.
+        """
+        least, greatest = self.limits.rewards
+        if not isinstance(value, int | float) or not least <= value <= greatest:
+            raise self._fault(
+                f"gave the mean reward {value!r:.100}, which is not in [{least}, {greatest}]", call
+            )
+        return float(value)
 
     def _require_open(self) -> None:
         if not self._workers:
@@ -226,7 +249,10 @@ class Guarded(Wrapper):
         return self._fault(f"took more than {seconds:g} s and was ended", call)
 
     def _fault(self, what: str, call: str = "step") -> StepFault:
-        return StepFault(f"{'A step' if call == 'step' else f'{call}()'} of {self.name} {what}.")
+        says = f"{'A step' if call == 'step' else f'{call}()'} of {self.name} {what}."
+        return StepFault(
+            says.encode(errors="replace").decode()
+        )  # a sentence that can be kept, whatever was raised
 
     def _replace(self, place: int) -> int:
         """End the worker at `place`, start another; the exit status of the old one."""

@@ -12,6 +12,7 @@ import torch
 
 from models.causal_lm import load_policy, load_tokenizer
 from tasks.arena.environment import plain_name, tasks_digest
+from tasks.arena.floors import floor_of
 from tasks.arena.guarded import Environments, Limits
 from tasks.core.stages import derive_seed
 from tasks.evaluation.report import report
@@ -52,7 +53,7 @@ def sit(exam: Exam) -> dict[str, Any]:
 
     Returns:
         {env, tasks, tasks_digest, samples, figures, cpu_seconds (of an episode, without its environment's process), constant,
-        constant_action, random}.
+        constant_action, random, baseline_error (why there are no baselines, "" where there are)}.
 
     Raises:
         UsageError: the environment has fewer held-out tasks. Unavailable: its package is missing.
@@ -63,6 +64,7 @@ def sit(exam: Exam) -> dict[str, Any]:
     with Environments(exam.limits) as environments:
         env = environments(exam.env)
         tasks = env.tasks("heldout", exam.tasks, derive_seed(exam.seed, plain_name(exam.env), "exam"))
+        floor = floor_of(env, tasks, exam.seed)
         began = time.process_time()
         with torch.inference_mode():
             found = attempts(
@@ -77,9 +79,13 @@ def sit(exam: Exam) -> dict[str, Any]:
             )
         spent = time.process_time() - began
         figures = report(found, max_turns=env.max_turns, max_tokens=env.max_turns * env.max_new_tokens)
-        action, constant = env.constant_baseline(tasks)
-        random = env.random_baseline(tasks, exam.seed)
-    episodes = len(tasks) * exam.samples
-    floors: Mapping[str, Any] = {"constant": constant, "constant_action": action, "random": random}
-    asked = {"env": exam.env, "tasks_digest": tasks_digest(exam.env, tasks)}
-    return {**asked, **figures.to_json(), "cpu_seconds": spent / episodes, **floors}
+    return {
+        "env": exam.env,
+        "tasks_digest": tasks_digest(exam.env, tasks),
+        **figures.to_json(),
+        "cpu_seconds": spent / (len(tasks) * exam.samples),
+        "constant": floor.constant,
+        "constant_action": floor.constant_action,
+        "random": floor.random,
+        "baseline_error": floor.error,
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,10 +53,17 @@ class Agent:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The best constant answer to an environment's tasks and its mean reward."""
+    """What an environment's tasks give without any skill; no number where it did not live through it, but an `error`.
 
-    answer: str
-    score: float
+    Attributes:
+        answer, score: the best constant answer and its mean reward.
+        random: mean reward of a blind choice; None in outcomes of earlier releases, too.
+    """
+
+    answer: str | None
+    score: float | None
+    random: float | None = None
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -157,24 +164,44 @@ class PairedOutcomes:
         ids = {env: sorted({p.task_id for p in self.pairs if p.env == env}) for env in self.slices()}
         return {env: digest_json(found) for env, found in ids.items()}
 
+    def constant(self, env: str | None = None) -> float | None:
+        """What the best constant answers earn, over all environments weighted by answers; None where one is unknown."""
+        return self._without_skill(lambda baseline: baseline.score, env)
+
+    def random(self, env: str | None = None) -> float | None:
+        """What blind choices earn, as `constant`."""
+        return self._without_skill(lambda baseline: baseline.random, env)
+
     def difference(self, env: str | None = None, *, alpha: float, power: float = 0.8) -> Estimate:
         """Estimate the mean reward of the candidate less the champion's."""
         candidate, champion, clusters = self.rewards(env)
         return paired_difference(candidate, champion, clusters, alpha=alpha, power=power)
+
+    def _without_skill(self, figure: Callable[[Baseline], float | None], env: str | None) -> float | None:
+        scores = {name: figure(baseline) for name, baseline in self.baselines.items()}
+        if env is not None:
+            return scores.get(env)
+        known = [score for pair in self.pairs if (score := scores.get(pair.env)) is not None]
+        return float(np.mean(known)) if len(known) == len(self.pairs) else None
 
 
 @dataclass(frozen=True)
 class SliceRow:
     """One line of the table: mean rewards in one environment (or "all"), and the paired difference.
 
-    `baseline` is the constant answer's score (for "all" the mean weighted by tasks), None where unknown.
+    Attributes:
+        constant, random: what the best constant answer and blind choices earn (for "all" the mean weighted by answers),
+            None where unknown.
+        baseline_error: why this environment has neither, "" where it has.
     """
 
     env: str
     n: int
     candidate: float
     champion: float
-    baseline: float | None
+    constant: float | None
+    random: float | None
+    baseline_error: str
     difference: float
     low: float
     high: float
@@ -212,7 +239,7 @@ def write_outcomes(evidence: Path, outcomes: PairedOutcomes) -> tuple[Path, str]
         "schema": SCHEMA,
         "candidate": asdict(outcomes.candidate),
         "champion": asdict(outcomes.champion),
-        "baselines": {env: asdict(baseline) for env, baseline in outcomes.baselines.items()},
+        "baselines": {env: _kept(baseline) for env, baseline in outcomes.baselines.items()},
         "plan": outcomes.plan and asdict(outcomes.plan),
     }
     lines = [head, *(asdict(pair) for pair in outcomes.pairs)]
@@ -251,25 +278,35 @@ def read_outcomes(path: Path, sha256: str) -> PairedOutcomes:
 
 def table(outcomes: PairedOutcomes, *, alpha: float) -> list[SliceRow]:
     """Return one row per environment and one for all, with intervals of one-sided error `alpha`."""
-    rows = [
-        _row(outcomes, env, env, alpha, _baseline(outcomes.baselines, [env])) for env in outcomes.slices()
-    ]
-    everything = _baseline(outcomes.baselines, [pair.env for pair in outcomes.pairs])
-    return [*rows, _row(outcomes, "all", None, alpha, everything)]
+    return [*(_row(outcomes, env, alpha) for env in outcomes.slices()), _row(outcomes, None, alpha)]
 
 
-def _row(
-    outcomes: PairedOutcomes, name: str, env: str | None, alpha: float, baseline: float | None
-) -> SliceRow:
+def _row(outcomes: PairedOutcomes, env: str | None, alpha: float) -> SliceRow:
     candidate, champion, _ = outcomes.rewards(env)
     gain = outcomes.difference(env, alpha=alpha)
-    means = float(candidate.mean()), float(champion.mean())
-    return SliceRow(name, gain.n, *means, baseline, gain.estimate, gain.low, gain.high)
+    baseline = None if env is None else outcomes.baselines.get(env)
+    return SliceRow(
+        env or "all",
+        gain.n,
+        float(candidate.mean()),
+        float(champion.mean()),
+        outcomes.constant(env),
+        outcomes.random(env),
+        "" if baseline is None else baseline.error,
+        gain.estimate,
+        gain.low,
+        gain.high,
+    )
 
 
-def _baseline(baselines: Mapping[str, Baseline], envs: Iterable[str]) -> float | None:
-    scores = [baselines[env].score if env in baselines else None for env in envs]
-    return None if None in scores else float(np.mean([score for score in scores if score is not None]))
+def _kept(baseline: Baseline) -> dict[str, Any]:
+    """The fields of a baseline; those that earlier releases did not know are left out where they say nothing."""
+    fields = asdict(baseline)
+    return {
+        name: value
+        for name, value in fields.items()
+        if name in ("answer", "score") or value not in (None, "")
+    }
 
 
 def _pair(key: tuple[str, str, int], candidate: Any, champion: Any) -> Pair:

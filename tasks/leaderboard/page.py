@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
+from tasks.arena.floors import Floor
 from tasks.leaderboard import causes
 from tasks.leaderboard.methods import coordinates
 from tasks.leaderboard.ranking import Line, Mean, Rank
@@ -17,20 +18,6 @@ from tasks.pages.parts import Chart, Group, Row, Section, Strips, Table, listed,
 from tasks.pages.templates import template
 
 _PLAUSIBLE = 0.05  # share of the resamples in which another method is first, above which the page says so
-
-
-@dataclass(frozen=True, slots=True)
-class Floor:
-    """What an environment's held-out tasks give without any skill: the best constant action and a blind choice.
-
-    None where the environment did not live through it; then `error` says why.
-    """
-
-    tasks: int
-    constant: float | None
-    constant_action: str | None
-    random: float | None
-    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ svg .bar { stroke: currentColor; stroke-width: 2; } svg .fill { fill: currentCol
 svg .grid { stroke: var(--line); stroke-width: 1; shape-rendering: crispEdges; }
 svg .zero { stroke: var(--soft); stroke-width: 1; shape-rendering: crispEdges; }
 svg .margin { stroke: var(--ink); stroke-width: 1.5; stroke-dasharray: 3 2; }
-svg .margin.baseline { stroke: currentColor; } .faint { opacity: 0.5; }
+svg .margin.baseline { stroke: currentColor; } svg .margin.blind { stroke-dasharray: 1.5 3; } .faint { opacity: 0.5; }
 """
 _SHAPES = {
     "circle": "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0Z",
@@ -204,13 +204,20 @@ def forest(groups: Sequence[tuple[str, Axis, tuple[str, str], Sequence[Item]]]) 
     return ElementTree.tostring(picture, encoding="unicode")
 
 
-def means(axis: Axis, candidate: Interval, champion: Interval, baseline: float | None, label: str) -> Markup:
-    """Draw two agents' means with intervals, one above the other, and the constant answer as a line."""
+def means(
+    axis: Axis,
+    candidate: Interval,
+    champion: Interval,
+    baselines: tuple[float | None, float | None],
+    label: str,
+) -> Markup:
+    """Draw two agents' means with intervals, one above the other; as lines a constant answer (dashed) and a blind choice (dotted)."""
     height = 36
     picture = _picture(height, label)
     picture.extend(_grid(axis, 0, height))
-    if baseline is not None:
-        picture.append(_line(axis.at(baseline), 2, axis.at(baseline), height - 2, "margin baseline"))
+    for baseline, dashes in zip(baselines, ("margin baseline", "margin baseline blind"), strict=True):
+        if baseline is not None:
+            picture.append(_line(axis.at(baseline), 2, axis.at(baseline), height - 2, dashes))
     for value, y, tone, shape in ((candidate, 11, "candidate", "mark"), (champion, 25, "champion", "hollow")):
         if value.low is not None and value.high is not None:
             picture.append(_line(axis.at(value.low), y, axis.at(value.high), y, f"bar {tone}"))

@@ -11,7 +11,7 @@ from tasks.core.errors import Corrupt, NotFound, UsageError
 from tasks.evaluation.paired import Agent, Baseline, pair_outcomes, read_outcomes, table, write_outcomes
 
 AGENTS = Agent(2, "b" * 64), Agent(1, "a" * 64)
-BASELINES = {"calculator": Baseline("calc(1 + 1)", 0.25), "sums": Baseline("0", 0.1)}
+BASELINES = {"calculator": Baseline("calc(1 + 1)", 0.25, 0.4), "sums": Baseline("0", 0.1, 0.7)}
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ def answers(env, rewards):
     return [Answer(f"t{i}", env, reward) for i, reward in enumerate(rewards)]
 
 
-def outcomes():
+def outcomes(baselines=BASELINES):
     candidate = answers("calculator", [1, 1, 1, 0]) + answers("sums", [0, 1])
     champion = answers("sums", [0, 1]) + answers("calculator", [0, 0, 1, 0])
-    return pair_outcomes(candidate, champion, AGENTS, BASELINES)
+    return pair_outcomes(candidate, champion, AGENTS, baselines)
 
 
 def test_answers_are_matched_by_task_whatever_their_order():
@@ -76,15 +76,48 @@ def test_a_changed_byte_is_found(tmp_path):
         read_outcomes(tmp_path / "none.jsonl", digest)
 
 
-def test_the_table_shows_both_agents_and_the_constant_answer():
+# As an earlier release wrote them, which knew no random baseline.
+OLD = (
+    b'{"baselines":{"sums":{"answer":"0","score":0.1}},"candidate":{"digest":"'
+    + b"b" * 64
+    + b'","version":2},'
+    b'"champion":{"digest":"' + b"a" * 64 + b'","version":1},"plan":null,"schema":"forebay.outcomes/2"}\n'
+    b'{"candidate_components":{},"candidate_finish":"","candidate_response":"text","candidate_reward":1.0,'
+    b'"candidate_tokens":0,"champion_components":{},"champion_finish":"","champion_response":"text",'
+    b'"champion_reward":0.0,"champion_tokens":0,"env":"sums","family":"t0","sample":0,"task_id":"t0"}\n'
+)
+
+
+def test_outcomes_of_an_earlier_release_are_read_and_give_the_same_bytes(tmp_path):
+    path = tmp_path / "old.jsonl"
+    path.write_bytes(OLD)
+    old = read_outcomes(path, sha256_file(path))
+    assert old.baselines == {"sums": Baseline("0", 0.1)}
+    assert (old.constant(), old.random(), old.random("sums")) == (0.1, None, None)
+    again, digest = write_outcomes(tmp_path, old)
+    assert again.read_bytes() == OLD
+    assert digest == sha256_file(path)
+
+
+def test_baselines_that_are_missing_are_kept_with_the_reason(tmp_path):
+    lacking = outcomes({**BASELINES, "sums": Baseline(None, None, None, "it hung.")})
+    assert read_outcomes(*write_outcomes(tmp_path, lacking)) == lacking
+    rows = {row.env: row for row in table(lacking, alpha=0.05)}
+    assert (rows["sums"].constant, rows["sums"].random, rows["sums"].baseline_error) == (
+        None,
+        None,
+        "it hung.",
+    )
+    assert (rows["calculator"].constant, rows["calculator"].random) == (0.25, 0.4)
+    assert (rows["all"].constant, rows["all"].random) == (None, None)
+
+
+def test_the_table_shows_both_agents_and_both_baselines():
     rows = {row.env: row for row in table(outcomes(), alpha=0.05)}
     assert list(rows) == ["calculator", "sums", "all"]
-    assert (rows["calculator"].candidate, rows["calculator"].champion, rows["calculator"].baseline) == (
-        0.75,
-        0.25,
-        0.25,
-    )
-    assert rows["calculator"].low < rows["calculator"].difference == 0.5
-    assert rows["all"].baseline == pytest.approx((4 * 0.25 + 2 * 0.1) / 6)
-    unknown = pair_outcomes(answers("sums", [1, 0]), answers("sums", [0, 0]), AGENTS, {})
-    assert table(unknown, alpha=0.05)[0].baseline is None
+    one = rows["calculator"]
+    assert (one.candidate, one.champion, one.constant, one.random) == (0.75, 0.25, 0.25, 0.4)
+    assert one.low < one.difference == 0.5
+    assert rows["all"].constant == pytest.approx((4 * 0.25 + 2 * 0.1) / 6)
+    assert rows["all"].random == pytest.approx((4 * 0.4 + 2 * 0.7) / 6)
+    assert table(outcomes({}), alpha=0.05)[0].constant is None

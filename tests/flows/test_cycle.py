@@ -51,13 +51,15 @@ def test_a_second_cycle_finds_everything_done(cycled: Context):
     assert cycled.ledger.head() == before
 
 
-def test_the_candidate_is_better_by_a_paired_interval_and_the_constant_answer_is_shown(cycled: Context):
+def test_the_candidate_is_better_by_a_paired_interval_and_both_baselines_are_shown(cycled: Context):
     ended = cycled.ledger.last("cycle.finished")
     assert ended is not None
     row = ended.payload["evaluation"]["slices"][ENVIRONMENT]
     assert row["low"] > 0
     assert row["candidate"] > row["champion"]
     assert 0 < row["constant"] < 1
+    assert 0 < row["random"] < 1
+    assert row["baseline_error"] == ""
 
 
 def test_the_agent_loads_with_plain_transformers_and_plain_mlflow(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ class Doors:
     max_new_tokens = 8
 
     def __init__(self, factory: str, *others: str) -> None:
-        """`others` are further actions, which end nothing; "sleep" never comes back."""
+        """`others` are further actions, which end nothing; "sleep" never comes back, "exit" ends the process."""
         self.name = f"{__name__}:{factory}"
         self._others = others
 
@@ -35,6 +36,8 @@ class Doors:
         last = actions[-1].strip()
         while last == "sleep" and self._others:
             time.sleep(1)
+        if last == "exit" and self._others:
+            os._exit(3)
         right = last == task.payload["side"]
         done = right or last in SIDES or len(actions) == self.max_turns
         return Step("", done, float(right), {"correct": float(right)}, last in self.choices(task))
@@ -60,6 +63,10 @@ def plain() -> Doors:
 
 def sleepy() -> Doors:
     return Doors("sleepy", "sleep", "wait")
+
+
+def trap() -> Doors:
+    return Doors("trap", "exit")
 
 
 def shut() -> Doors:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from benchmarks.leaderboard import load, markdown
+from tasks.arena.floors import Floor
 from tasks.leaderboard import causes
 from tasks.leaderboard.causes import contrasts, troubles
 from tasks.leaderboard.methods import METHODS
-from tasks.leaderboard.page import Board, Failure, Floor, leaderboard_page, verdict
+from tasks.leaderboard.page import Board, Failure, leaderboard_page, verdict
 from tasks.leaderboard.ranking import lines, over_seeds, ranks
 
 BASELINES = Path(__file__).parents[2] / "benchmarks" / "baselines"

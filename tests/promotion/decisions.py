@@ -20,6 +20,7 @@ from tests.reward.report import make_report
 
 NASTY = "<script>alert('x')</script>\u202egnp.exe\x00 & \"quotes\""
 ENVIRONMENTS = ("calculator", "largest", "reasoning_gym/chain_sum")
+LACKING = ENVIRONMENTS[-1]  # it has no baselines
 
 
 def outcomes(folder: Path, *, graded: bool = False, n: int = 40, gain: float = 0.5) -> dict[str, str]:
@@ -59,7 +60,10 @@ def outcomes(folder: Path, *, graded: bool = False, n: int = 40, gain: float = 0
     found = PairedOutcomes(
         Agent(3, "c" * 64),
         Agent(2, "b" * 64),
-        {env: Baseline("7", 0.1) for env in ENVIRONMENTS},
+        {
+            **{env: Baseline("7", 0.1, 0.2) for env in ENVIRONMENTS},
+            LACKING: Baseline(None, None, None, f"it hung: {NASTY}"),
+        },
         tuple(sorted(pairs, key=lambda p: (p.env, p.task_id))),
     )
     path, digest = write_outcomes(folder, found)

@@ -28,6 +28,8 @@ from tests.reward.report import make_report, sure_margins
 
 SOUND = Finding("PASS", "d" * 64, "e" * 64)
 
+BASELINE = Baseline("0", 0.1, 0.2)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -41,12 +43,12 @@ def answers(env, right, n):
     return [Answer(f"{i:03d}", env, float(i < right)) for i in range(n)]
 
 
-def outcomes_file(folder, candidate, champion):
+def outcomes_file(folder, candidate, champion, baseline=BASELINE):
     """Sides are {env: (right, of)}; the right ones are nested, so differences have one sign."""
     sides = [
         [a for env, (k, n) in side.items() for a in answers(env, k, n)] for side in (candidate, champion)
     ]
-    baselines = {env: Baseline("0", 0.1) for env in candidate}
+    baselines = dict.fromkeys(candidate, baseline)
     path, digest = write_outcomes(
         folder, pair_outcomes(*sides, (Agent(2, "b" * 64), Agent(1, "a" * 64)), baselines)
     )
@@ -95,6 +97,20 @@ def test_a_better_agent_passes(tmp_path):
         "safety/empty", "hacking/proxy", "hacking/length", "hacking/format", "serving", "replay value", "divergence",
         "resources",
     ]  # fmt: skip
+
+
+def test_no_baseline_is_weighed_so_one_that_is_missing_changes_no_verdict(tmp_path):
+    sides = {"calculator": (110, 120)}, {"calculator": (80, 120)}
+
+    def found(baseline):
+        file = outcomes_file(tmp_path, *sides, baseline)
+        decision = decide(tmp_path, inputs_of(tmp_path, outcomes=file), Policy())
+        return decision.verdict, [(e.name, e.verdict, e.estimate, e.low, e.says) for e in decision.evidence]
+
+    measured = found(BASELINE)
+    assert measured[0] == "PASS"
+    assert found(Baseline("0", 0.1)) == measured
+    assert found(Baseline(None, None, None, "it hung.")) == measured
 
 
 def test_an_equal_agent_stays_inconclusive_and_hears_what_would_have_been_found(tmp_path):

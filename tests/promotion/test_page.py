@@ -25,6 +25,7 @@ from tasks.reward import metrics
 from tasks.reward.checks import judge_report
 from tests.promotion.decisions import (
     ENVIRONMENTS,
+    LACKING,
     NASTY,
     any_evidence,
     decided,
@@ -161,8 +162,9 @@ def test_means_of_the_environments_are_those_of_the_outcomes_and_differences_tho
         sides = [sum(row[f"{who}_reward"] for row in of) / len(of) for who in ("candidate", "champion")]
         won = sum(row["candidate_reward"] > row["champion_reward"] for row in of)
         lost = sum(row["candidate_reward"] < row["champion_reward"] for row in of)
-        shown = rf"{sides[0]:.3f}\s*{sides[1]:.3f}\s*0\.100\s*\+{sides[0] - sides[1]:.3f} {re.escape(bounds)}\s*{won}\s*{lost}\s*{len(of)}"
+        shown = rf"{sides[0]:.3f}\s*{sides[1]:.3f}\s*0\.100\s*0\.200\s*\+{sides[0] - sides[1]:.3f} {re.escape(bounds)}\s*{won}\s*{lost}\s*{len(of)}"
         assert re.search(shown, text), env
+    assert f"{LACKING}: no baselines: it hung: <script>alert" in text
 
 
 def test_what_agents_wrote_is_text_and_is_cut(page: str):

@@ -39,10 +39,11 @@ class Examples:
 
 
 def score(outcomes: PairedOutcomes) -> str:
-    """Say in a sentence what both agents and the best constant answers earn."""
+    """Say in a sentence what both agents, the best constant answers and blind choices earn."""
     candidate, champion, _ = outcomes.rewards()
-    constant = _constant(outcomes, None)
+    constant, random = outcomes.constant(), outcomes.random()
     beside = "" if constant is None else f", the best constant answers {constant:.3f}"
+    beside += "" if random is None else f", blind choices {random:.3f}"
     return (
         f"On {len(candidate):,} held-out answers the candidate earns {candidate.mean():.3f} of 1, "
         f"the champion {champion.mean():.3f}{beside}."
@@ -64,22 +65,29 @@ def environments(outcomes: PairedOutcomes, evidence: Sequence[Mapping[str, Any]]
         sides = [clustered_mean(x, clusters, alpha=alpha, support=(0.0, 1.0)) for x in (candidate, champion)]
         gain = weighed.get(f"guard/{env}" if env else "quality", {})
         value = Interval(float((candidate - champion).mean()), gain.get("low"), gain.get("high"))
-        constant, name = _constant(outcomes, env), plain(env or "all")
+        constant, random, name = outcomes.constant(env), outcomes.random(env), plain(env or "all")
         told = f"{name}: candidate {sides[0].estimate:.3f}, champion {sides[1].estimate:.3f}"
         told += "" if constant is None else f", constant answer {constant:.3f}"
+        told += "" if random is None else f", blind choice {random:.3f}"
         cells = (
             *(number(side.estimate) for side in sides),
             number(constant),
+            number(random),
             bounded(value, signed=True),
             f"{int((candidate > champion).sum())}",
             f"{int((candidate < champion).sum())}",
             f"{len(candidate):,}",
         )
-        rows.append(
-            Row(name, figures.means(axis, interval(sides[0]), interval(sides[1]), constant, told), cells)
-        )
-    heads = ("mean reward", "candidate", "champion", "constant", "difference", "won", "lost", "n")
+        drawn = figures.means(axis, interval(sides[0]), interval(sides[1]), (constant, random), told)
+        rows.append(Row(name, drawn, cells))
+    heads = ("mean reward", "candidate", "champion", "constant", "random", "difference", "won", "lost", "n")
     return Strips(heads, (Group(tuple(rows), figures.ruler(axis)),))
+
+
+def without_baselines(outcomes: PairedOutcomes) -> list[str]:
+    """Say of each environment whose baselines could not be measured why they are missing."""
+    errors = {env: outcomes.baselines[env].error for env in outcomes.slices() if env in outcomes.baselines}
+    return [plain(f"{env}: no baselines: {error}") for env, error in errors.items() if error]
 
 
 def differences(outcomes: PairedOutcomes) -> tuple[str, Chart | None]:
@@ -130,10 +138,3 @@ def _gain(pair: Pair) -> float:
 def _telling(pair: Pair) -> tuple[float, str]:
     """Order by how much the agents differ; among equals by a digest, which no one has chosen."""
     return -abs(_gain(pair)), sha256_bytes(f"{pair.env}/{pair.task_id}/{pair.sample}".encode())
-
-
-def _constant(outcomes: PairedOutcomes, env: str | None) -> float | None:
-    """Return what the best constant answer earns; over all environments weighted by answers, None where one is unknown."""
-    known: Mapping[str, Any] = outcomes.baselines
-    asked = [pair.env for pair in outcomes.pairs if env in (None, pair.env)]
-    return float(np.mean([known[name].score for name in asked])) if all(n in known for n in asked) else None

@@ -210,6 +210,7 @@ class _Outcomes:
 
     score: str
     environments: Strips
+    without_baselines: list[str]
     says: str
     chart: Chart | None
     examples: list[answers.Examples]
@@ -219,6 +220,7 @@ class _Outcomes:
         return cls(
             answers.score(outcomes),
             answers.environments(outcomes, evidence, policy.guards.alpha),
+            answers.without_baselines(outcomes),
             *answers.differences(outcomes),
             answers.examples(outcomes),
         )
