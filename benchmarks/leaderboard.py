@@ -19,8 +19,7 @@ from typing import Any
 from tasks.arena.floors import Floor
 from tasks.leaderboard.causes import meanings, troubles
 from tasks.leaderboard.causes import verdict as told_of_runs
-from tasks.leaderboard.methods import METHODS
-from tasks.leaderboard.page import Board, counted, firmness, leaderboard_page, verdict
+from tasks.leaderboard.page import Board, Failure, counted, firmness, leaderboard_page, verdict
 from tasks.leaderboard.ranking import Mean, lines, ranks, starts
 from tasks.leaderboard.settings import Method
 from tasks.pages.parts import number
@@ -33,7 +32,7 @@ def keep(board: Path, workspace: Path, baseline: Path) -> None:
     told = json.loads(board.read_text())
     results = json.loads((workspace / told["results"]["path"]).read_text())["results"]
     kept = {name: told[name] for name in ("floors", "machine")} | {"recipe": told.get("recipe", "")}
-    kept["methods"] = told.get("methods", {})
+    kept |= {name: told[name] for name in ("methods", "failures")}
     baseline.write_text(json.dumps({**kept, "results": results}, indent=1, sort_keys=True) + "\n")
 
 
@@ -43,11 +42,7 @@ def load(baseline: Path) -> Board:
     results: list[dict[str, Any]] = kept["results"]
     floors = {env: Floor(**floor) for env, floor in kept["floors"].items()}
     spent = sum(one["cpu_seconds"] for one in results)
-    # Before comparisons told their methods only the project's own were kept, and those among them are still what they were.
-    names = dict.fromkeys(one["method"] for one in results)
-    methods = {name: Method(**one) for name, one in kept.get("methods", {}).items()} or {
-        name: METHODS[name] for name in names if name in METHODS
-    }
+    methods = {name: Method(**one) for name, one in kept["methods"].items()}
     return Board(
         ranks(results),
         lines(results),
@@ -57,6 +52,7 @@ def load(baseline: Path) -> Board:
         spent,
         kept["machine"],
         kept["recipe"],
+        failures=[Failure(**one) for one in kept.get("failures", [])],
         methods=methods,
     )
 
@@ -72,8 +68,12 @@ def markdown(board: Board) -> str:
     for env, floor in board.floors.items():
         told += [
             "",
-            f"`{env}`: {floor.tasks} held-out tasks; start {_mean(board.starts[env])}, always `{floor.constant_action}` "
-            f"{number(floor.constant)}, a blind choice {number(floor.random)}.",
+            f"`{env}`: {floor.tasks} held-out tasks; start {_mean(board.starts[env])}, "
+            + (
+                f"no baselines: {floor.error}"
+                if floor.error
+                else f"always `{floor.constant_action}` {number(floor.constant)}, a blind choice {number(floor.random)}."
+            ),
             "",
         ]
         found = [line for line in board.lines if line.env == env]
@@ -90,6 +90,9 @@ def markdown(board: Board) -> str:
     told += ["", told_of_runs(ailing)]
     told += [f"- {one.method}, `{one.env}`, seed {one.seed}: {one.course()}" for one in ailing]
     told += [f"- {meaning}" for meaning in meanings(ailing)]
+    told += [
+        f"- not finished: {one.method}, `{one.env}`, seed {one.seed}: {one.error}" for one in board.failures
+    ]
     told += [
         "",
         f"{len(board.results)} runs, {board.cpu_seconds / 60:.0f} CPU minutes on {board.machine}. {board.recipe}",

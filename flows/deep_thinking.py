@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,8 @@ def evaluate_dtr(context: Context, ref: str, on: str, tasks: int, samples: int) 
     measure = settings.deep_thinking or DeepThinking()
     lens = lens_of(measure)
     rated: list[list[Rated]] = []
-    for model, group in answered(context, ref, on, tasks, samples):
+    agent = context.agent(ref)
+    for model, group in answered(context, agent.payload, on, tasks, samples):
         try:
             found, certain = ratios(model, group, lens), certainties(model, group)
         except ModelError as error:
@@ -60,9 +61,9 @@ def evaluate_dtr(context: Context, ref: str, on: str, tasks: int, samples: int) 
             ]
         )
     return {
-        "agent": context.agent(ref).subject,
+        "agent": agent.subject,
         "on": on,
-        "tasks": tasks,
+        "tasks": len(rated),
         "samples": samples,
         **measure.model_dump(),
         "temperature": settings.temperature,
@@ -71,14 +72,17 @@ def evaluate_dtr(context: Context, ref: str, on: str, tasks: int, samples: int) 
 
 
 def answered(
-    context: Context, ref: str, on: str, tasks: int, samples: int
+    context: Context, agent: Mapping[str, Any], on: str, tasks: int, samples: int
 ) -> Iterator[tuple[PreTrainedModel, list[Episode]]]:
     """Yield the model and its answers to each of some held-out tasks, which are not those of the gate.
 
     Answers that met a fault of the environment are left out, and tasks where all did.
 
+    Args:
+        agent: payload of its registration.
+
     Raises:
-        NotFound: no such agent. UsageError: no such environment, too few tasks in it, or numbers below 1.
+        UsageError: no such environment, too few tasks in it, or numbers below 1.
     """
     from flows.experience import identity
     from models.causal_lm import load_policy, load_tokenizer
@@ -86,7 +90,7 @@ def answered(
 
     if tasks < 1 or samples < 1:
         raise UsageError(f"Give at least one task and one sample, not {tasks} and {samples}.")
-    agent, settings = context.agent(ref).payload, context.settings.collect
+    settings = context.settings.collect
     seed = derive_seed(context.settings.seed, on, "deep thinking")
     folder = context.weights(agent)
     with progress.current().bar(f"answer {on}") as report, context.environments() as environments:

@@ -273,6 +273,11 @@ def last_board(context: Context) -> dict[str, Any]:
             }
             if "troubles" not in board:
                 board["troubles"] = [asdict(one) for one in troubles(results_of(context, board))]
+            # What they called the form of an action was whether it was possible.
+            board["lines"] = [
+                {**line, "figures": {"valid_action": line["figures"].get("valid_format"), **line["figures"]}}
+                for line in board["lines"]
+            ]
             return board
     raise NotFound("Nothing was compared here yet; `forebay arena run` does it.")
 

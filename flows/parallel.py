@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
@@ -59,7 +60,9 @@ def isolated(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     if _INTERRUPTED.is_set():
         return {"error": "It was not begun: the flow was interrupted."}
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = _server(work.__module__).Process(target=_work, args=(theirs, work, args, dict(os.environ)))
+    with _REAPING:
+        context = _server(work.__module__)
+        process = context.Process(target=_work, args=(theirs, work, args, dict(os.environ)))
     try:
         with _REAPING:
             process.start()
@@ -82,19 +85,23 @@ def isolated(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     return result
 
 
+@cache
 def _server(module: str) -> ForkServerContext:
-    """Start once what forks the processes: it has imported `module`, from the same places as this process."""
+    """Start what forks the processes: it has imported `module`, if it is the first, from the same places as this process."""
     context = multiprocessing.get_context("forkserver")
-    with _REAPING:
-        before = dict(os.environ)
-        # Python 3.11 does not tell it the path, and it would import what lies in the working directory.
-        os.environ |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        try:
-            context.set_forkserver_preload([__name__, module])
-            forkserver.ensure_running()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+    # Python 3.11 does not tell it the path, and it would import what lies in the working directory.
+    path = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    before = {name: os.environ.get(name) for name in path}
+    os.environ |= path
+    try:
+        context.set_forkserver_preload([__name__, module])
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
     return context
 
 

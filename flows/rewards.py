@@ -15,7 +15,7 @@ from flows import progress
 from flows.context import Context
 from flows.registry import enter
 from tasks.core.atomic import whole_directory
-from tasks.core.digest import digest_files, digest_tree, sha256_file
+from tasks.core.digest import digest_files, digest_json, digest_tree, sha256_file
 from tasks.core.errors import Corrupt, NotFound, Refused, UsageError
 from tasks.core.ledger import Entry
 from tasks.core.locks import file_lock
@@ -269,14 +269,14 @@ def train_reward(
         folder = context.workspace.root / outputs["path"]
         return folder.is_dir() and digest_files(digest_tree(folder)) == str(outputs["digest"])
 
-    with _alone(context):
+    with _alone(context, digest_json(inputs)):
         outputs, _ = once(context.ledger, "train reward", inputs, work, stands)
     return outputs
 
 
-def _alone(context: Context) -> AbstractContextManager[None]:
-    """Whoever asks for the same source meanwhile waits, and finds it then: one process at a time may write a folder."""
-    return file_lock(context.workspace.locks / "rewards.lock", timeout=math.inf)
+def _alone(context: Context, what: str) -> AbstractContextManager[None]:
+    """Whoever asks for the same meanwhile waits, and finds it then: one process at a time may write a folder."""
+    return file_lock(context.workspace.locks / f"reward-{what[:16]}.lock", timeout=math.inf)
 
 
 def register_reward(
@@ -337,7 +337,7 @@ def register_untrained(context: Context, model: VerifierModel | JudgeModel) -> d
     from tasks.reward.open import describe_untrained
 
     described = describe_untrained(model)
-    with _alone(context):
+    with _alone(context, digest_json(described)):
         folder = lay_about(context.workspace.models, described)
     serving = model.model_dump(mode="json", include={"url", "api_key_env"})
     return register_reward(context, folder, model.kind, parents={}, serving=serving)
@@ -355,7 +355,7 @@ def _backbone(context: Context, model: HeadModel | ClassifierModel, agent: str) 
         if isinstance(model, ClassifierModel):
             return {"agent": None, "base": model.base, "digest": source, "path": None}
         folder = context.workspace.models / f"encoder-{source[:16]}"
-        with _alone(context):
+        with _alone(context, source):
             if not folder.exists():
                 _lay_encoder(model.base, folder)
     except ModelError as error:

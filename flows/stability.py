@@ -49,7 +49,7 @@ def stability(context: Context, ref: str | None = None, target: Path | None = No
     curve = read_curve(asked.folder)
     if not curve:
         raise NotFound(
-            f"{asked.what.capitalize()} {asked.key[:12]} left no metrics here; it has made no update, or its folder is gone."
+            f"{asked.what[:1].upper()}{asked.what[1:]} {asked.key[:12]} left no metrics here; it has made no update, or its folder is gone."
         )
     findings = find_collapse(curve)
     run = Run(asked.key, int(curve[-1]["step"]), asked.stop_reason, asked.what)
@@ -81,7 +81,7 @@ def _cell_of(context: Context, ref: str) -> _Asked:
     folder, what, reason = cells / key[:16], "cell", "not finished"
     if (done := folder / "result.json").exists():
         result = json.loads(done.read_text())
-        what = f"cell {result['method']} on {result['env']} with seed {result['seed']},"
+        what = f"cell {result['method']} on {result['env']} with seed {result['seed']}"
         key, reason = result["key"], result["stop_reason"]
     return _Asked(what, key, folder, reason)
 
@@ -108,7 +108,7 @@ def _key_of(context: Context, ref: str) -> str:
 def _only(cells: Path, digits: str) -> str:
     """The one folder among `cells` whose name begins with `digits`; a name has 16 of them."""
     names = sorted(path.name for path in cells.iterdir()) if cells.exists() else []
-    fits = [name for name in names if digits and name.startswith(digits[:16])]
+    fits = [name for name in names if digits and name.startswith(digits[:16]) and _is(cells / name, digits)]
     if not fits:
         told = (
             f"those here begin with {', '.join(name[:12] for name in names[:_TOLD])}"
@@ -122,6 +122,12 @@ def _only(cells: Path, digits: str) -> str:
     if len(fits) > 1:
         raise UsageError(f"{len(fits)} cells begin with {digits}; give more digits.")
     return fits[0]
+
+
+def _is(folder: Path, digits: str) -> bool:
+    """Whether the key, where a finished cell has written it, goes on as `digits` do."""
+    done = folder / "result.json"
+    return not done.exists() or str(json.loads(done.read_text())["key"]).startswith(digits)
 
 
 def _run_of(context: Context, ref: str | None) -> str:

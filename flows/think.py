@@ -61,7 +61,8 @@ def evaluate_think(
     lens = lens_of(measure)
     questions: dict[str, list[list[Any]]] = {method: [] for method in METHODS.values()}
     lengths: list[int] = []
-    for model, group in answered(context, ref, on, tasks, samples):
+    agent = context.agent(ref)
+    for model, group in answered(context, agent.payload, on, tasks, samples):
         try:
             scores = _scores(model, group, prefix, lens)
         except ModelError as error:
@@ -71,15 +72,16 @@ def evaluate_think(
             questions[method].append(
                 [_sample(one, score[name]) for one, score in zip(group, scores, strict=True)]
             )
+    rows = compare(questions, eta=eta, prefix=prefix, alpha=_ALPHA)
     return {
-        "agent": f"agent/{context.agent(ref).payload['version']}",
+        "agent": agent.subject,
         "on": on,
         "tasks": len(questions["Think@n"]),
         "samples": samples,
         "prefix": prefix,
         "eta": eta,
         "shorter": sum(length <= prefix for length in lengths) / len(lengths),
-        "methods": [asdict(row) for row in compare(questions, eta=eta, prefix=prefix, alpha=_ALPHA)],
+        "methods": [asdict(row) for row in rows],
     }
 
 

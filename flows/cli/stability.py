@@ -37,8 +37,9 @@ def stability(
     if as_json:
         print_json(found)
         return
+    what = found["what"] if found["what"] == "run" else f"{found['what']},"
     out.print(
-        f"{found['what']} {found['run'][:12]}: {found['steps']} updates, {found['stop_reason']}",
+        f"{what} {found['run'][:12]}: {found['steps']} updates, {found['stop_reason']}",
         highlight=False,
     )
     out.print(found["says"], style="bold red" if found["findings"] else "bold green", highlight=False)

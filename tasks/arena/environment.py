@@ -421,16 +421,18 @@ def named(text: str) -> list[str]:
     """The names of environments joined by commas, as a command takes them.
 
     What comes before a slash names all that begin so (`textarena`), `tools` those with a tool, and a last part in any case
-    the first of `names()` that has it (`sokoban`: the game, not reasoning-gym's riddle); anything else is a name already.
+    the first of `names()` that has it (`sokoban`); reasoning-gym's riddles, one of them a sokoban too, are named in full.
+    Anything else is a name already.
     """
     known = names()
+    short = [name for name in known if not name.startswith("reasoning_gym/")]
     groups = {prefix: [name for name in known if name.startswith(f"{prefix}/")] for prefix in _SOURCES}
     groups |= {"safety": [name for name in known if name.startswith("safety/")], "tools": list(_TOOLS)}
     found: list[str] = []
     for word in filter(None, map(str.strip, text.split(","))):
         plain = plain_name(word)
         memory = word.removesuffix(plain)
-        ends = [name for name in known if name.rpartition("/")[2].casefold() == plain.casefold()]
+        ends = [name for name in short if name.rpartition("/")[2].casefold() == plain.casefold()]
         meant = groups.get(plain) or (ends[:1] if ends and plain not in known else [plain])
         found += [memory + name for name in meant]
     return found

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tasks.arena.environment import Environment, Task
 from tasks.arena.guarded import StepFault
+from tasks.core.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,20 +25,17 @@ class Floor:
 
 
 def floor_of(env: Environment, tasks: Sequence[Task], seed: int) -> Floor:
-    """Measure both baselines on `tasks`; a guarded `env` that fails costs its floor and no more.
+    """Measure both baselines on `tasks`; a guarded `env` that fails, or has none to give, costs its floor and no more.
 
     Args:
         seed: of the blind choices.
-
-    Raises:
-        UsageError: the environment's own word, that it names no actions for one.
     """
     if not tasks:
         return Floor(0, None, None, None, "there are no tasks to measure them on.")
     try:
         action, constant = env.constant_baseline(tasks)
         return Floor(len(tasks), constant, action, env.random_baseline(tasks, seed))
-    except StepFault as fault:
+    except (StepFault, UsageError) as fault:
         return Floor(len(tasks), None, None, None, str(fault))
 
 

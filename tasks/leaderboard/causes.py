@@ -95,7 +95,7 @@ def contrasts(methods: Mapping[str, Method], results: Sequence[Mapping[str, Any]
 
     They are counts of few runs, without a test: a pair says where the difference lies, more seeds how firm it is.
     """
-    placed = {name: coordinates(method) for name, method in methods.items()}
+    placed = {name: _places(method) for name, method in methods.items()}
     ill = {(one.method, one.env, one.seed) for one in troubles(results)}
     cells: dict[str, set[tuple[str, int]]] = {name: set() for name in placed}
     for one in results:
@@ -106,9 +106,23 @@ def contrasts(methods: Mapping[str, Method], results: Sequence[Mapping[str, Any]
         shared = cells[worse] & cells[better]
         wrong = tuple(sum((name, *cell) in ill for cell in shared) for name in (worse, better))
         if len(apart) == 1 and wrong[0] > wrong[1]:
-            settings = (placed[worse][apart[0]], placed[better][apart[0]])
-            found.append(Contrast(apart[0], worse, better, settings, (wrong[0], wrong[1]), len(shared)))
+            settings = tuple(coordinates(methods[name])[apart[0]] for name in (worse, better))
+            found.append(
+                Contrast(
+                    apart[0], worse, better, (settings[0], settings[1]), (wrong[0], wrong[1]), len(shared)
+                )
+            )
     return sorted(found, key=lambda one: one.wrong[1] - one.wrong[0])
+
+
+def _places(method: Method) -> dict[Dimension, object]:
+    """The settings of each dimension, equal where the methods are."""
+    return {
+        "aggregation": method.aggregation,
+        "clipping": method.clipping,
+        "filtering": method.filtering,
+        "advantage": (method.advantage, method.advantage_options),
+    }
 
 
 def verdict(found: Sequence[Trouble]) -> str:

@@ -52,7 +52,7 @@ METHODS: Final[dict[str, Method]] = {
 
 
 def coordinates(method: Method) -> dict[Dimension, str]:
-    """Write where a method stands in each dimension; equal words are equal settings."""
+    """Write where a method stands in each dimension."""
     clipping = method.clipping
     parts = [*_constants(clipping.options), f"unit {clipping.unit}"]
     if clipping.sequence_mask is not None:

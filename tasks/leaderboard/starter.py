@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 FULL = 1.0  # reward of an episode that is worth cloning
 SOURCE = "demonstration"  # of what is shown to a model from scratch
 EPOCH = "1970-01-01T00:00:00+00:00"  # a start is a function of its inputs, the time is none of them
-_TRIES = 16  # demonstrations at most for each that is wanted: the others do not earn the full reward
+_TRIES = 128  # demonstrations at most for each that is wanted: the others do not earn the full reward
+_HOPELESS = 4096  # of which not one did
 _FAULTS = 20  # demonstrations in a row that the environment did not live through: each may cost as long as a step may take
 _TOKENISED = 2000  # episodes from whose texts the vocabulary is made
 
@@ -172,7 +173,8 @@ def demonstrations(
     kept: list[tuple[Task, list[tuple[str, Step]]]] = []
     faults = 0
     tries = _TRIES * settings.demonstrations
-    for task in islice(cycle(tasks), tries):
+    played = 0
+    for played, task in enumerate(islice(cycle(tasks), tries), start=1):
         try:
             turns = list(_demonstrated(env, task, rng, settings.noise))
         except StepFault as fault:
@@ -185,9 +187,12 @@ def demonstrations(
             kept.append((task, turns))
         if len(kept) == settings.demonstrations:
             return kept
+        if played == _HOPELESS and not kept:
+            break
+    remedy = "lower arena.start.noise" if isinstance(env, Expert) else "it has no expert, so choose another"
     raise Refused(
-        f"Of {tries} demonstrations of {env.name} only {len(kept)} earned the full reward; lower "
-        "arena.start.noise or arena.start.demonstrations."
+        f"Of {played} demonstrations of {env.name} only {len(kept)} earned the full reward, and {settings.demonstrations} "
+        f"are to be cloned; {remedy}, or set arena.start.policy to a language model."
     )
 
 

@@ -111,7 +111,7 @@ def test_names_are_all_found() -> None:
         ("memory_2/sokoban", ["memory_2/textarena/Sokoban"]),
         ("memory_2/textarena/Sokoban,largest", ["memory_2/textarena/Sokoban", "largest"]),
         ("safety", ["safety/lax_checker", "safety/leaky_tool", "safety/shortcut"]),
-        ("babyai-opendoor,GCD", ["minigrid/BabyAI-OpenDoor", "reasoning_gym/gcd"]),
+        ("babyai-opendoor,gcd", ["minigrid/BabyAI-OpenDoor", "gcd"]),
         ("number,nothing", ["feedback/number", "nothing"]),
         ("my.module:Factory", ["my.module:Factory"]),
         ("", []),

@@ -129,6 +129,13 @@ def test_a_comparison_that_is_older_than_its_parts_is_shown(compared):
         if key not in ("methods", "troubles", "tasks_digest", "found")
     }
     told["results"] = {"path": context.workspace.relative(file), "sha256": sha256_bytes(data)}
+    told["lines"] = [
+        {
+            **line,
+            "figures": {name: value for name, value in line["figures"].items() if name != "valid_action"},
+        }
+        for line in board["lines"]
+    ]
     with pytest.MonkeyPatch.context() as patched:
         entries = [SimpleNamespace(payload={"stage": "arena", "outputs": told})]
         patched.setattr(type(context.ledger), "entries", lambda *_: entries)
@@ -137,6 +144,8 @@ def test_a_comparison_that_is_older_than_its_parts_is_shown(compared):
         with pytest.raises(Corrupt, match="is not the results that the ledger recorded"):
             last_board(context)
     assert (shown["methods"], shown["tasks_digest"]) == ({}, {})
+    for line, before in zip(shown["lines"], board["lines"], strict=True):
+        assert line["figures"]["valid_action"] == before["figures"]["valid_format"]
     assert [(one["method"], one["driver"], one["onset"]) for one in shown["troubles"]] == [
         ("grpo", "format loss", 2)
     ]

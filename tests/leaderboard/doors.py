@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tasks.arena.environment import Split, Step, Task, draw_tasks
 from tasks.arena.playing import best_repeated, random_play
@@ -82,3 +83,18 @@ class Bed(Doors):
 
 def bed() -> Doors:
     return Bed("bed", "sleep")
+
+
+class Locked:
+    """No action opens a door, and nobody knows one."""
+
+    def __init__(self, factory: str) -> None:
+        self._inside = Doors(factory)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "expert":
+            raise AttributeError(name)
+        return getattr(self._inside, name)
+
+    def step(self, task: Task, actions: Sequence[str]) -> Step:
+        return Step("", True, 0.0)

@@ -130,6 +130,13 @@ def test_an_environment_without_expert_and_list_of_actions_cannot_be_shown():
         demonstrations(get("largest"), ARENA.start, 0)
 
 
+def test_an_environment_that_chance_never_solves_is_given_up_early():
+    with pytest.raises(
+        Refused, match=r"Of 4096 demonstrations .* only 0 .* it has no expert, so choose another"
+    ):
+        demonstrations(doors.Locked("plain"), ARENA.start, 0)
+
+
 def test_an_expert_shows_an_environment_without_a_list_of_actions():
     """Whatever the noise: there is nothing to draw."""
     env = get("calculator")

@@ -323,3 +323,14 @@ def test_a_comparison_of_failures_alone_still_has_a_page():
     page = leaderboard_page(Board([], [], {}, {}, [], 0.0, "", "", failures))
     assert "No order: no method has every cell." in page
     assert "It hung." in page
+
+
+def test_methods_that_differ_in_the_order_of_their_options_alone_are_no_contrast():
+    one = METHODS["grpo"]
+    options = dict(reversed(one.clipping.options.items()))
+    same = one.model_copy(update={"clipping": one.clipping.model_copy(update={"options": options})})
+    results = [result("a", "grpo", 0, 0.5, **COLLAPSED), result("a", "other", 0, 0.5)]
+    assert contrasts({"grpo": one, "other": same}, results) == []
+    assert [pair.dimension for pair in contrasts({"grpo": one, "other": METHODS["grpo_sm"]}, results)] == [
+        "clipping"
+    ]
