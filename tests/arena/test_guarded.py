@@ -55,7 +55,7 @@ def test_a_healthy_environment_is_the_same_with_a_guard(name: str) -> None:
 
 def test_choices_expert_and_baselines_are_those_of_the_environment() -> None:
     env = doors.sleepy()
-    with Guarded(env, QUICK) as guarded, Guarded(Calculator()) as another:
+    with Guarded(env, QUICK) as guarded, Guarded(Largest()) as another:
         assert isinstance(guarded, Listed)
         assert isinstance(guarded, Expert)
         assert not isinstance(another, Listed | Expert)

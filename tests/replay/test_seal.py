@@ -16,7 +16,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.core import digest
 from tasks.core.digest import sha256_file
 from tasks.core.errors import Conflict, Corrupt, NotFound, Unavailable, UsageError
 from tasks.core.ledger import Ledger
@@ -334,7 +333,6 @@ def test_a_full_disk_leaves_nothing_half_written(
     full: str, workspace: Workspace, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     append(workspace, groups("g", 6))
-    owner = {"shard": shards, "manifest": digest}[full]
     if full == "shard":
         real = pq.write_table
 
@@ -352,7 +350,7 @@ def test_a_full_disk_leaves_nothing_half_written(
                 raise OSError(errno.ENOSPC, "No space left on device")
             fsync(handle)
 
-        monkeypatch.setattr(owner.os, "fsync", fail)
+        monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(Unavailable, match=r"is full: .* was not written; free some space"):
         seal.seal(workspace, ledger, SETTINGS)
     monkeypatch.undo()
