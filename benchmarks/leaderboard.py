@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.arena.floors import Floor
-from tasks.leaderboard.causes import meanings, troubles
+from tasks.leaderboard.causes import contrasts, meanings, troubles
 from tasks.leaderboard.causes import verdict as told_of_runs
 from tasks.leaderboard.page import Board, Failure, counted, firmness, leaderboard_page, verdict
 from tasks.leaderboard.ranking import Mean, lines, ranks, starts
@@ -90,6 +90,11 @@ def markdown(board: Board) -> str:
     told += ["", told_of_runs(ailing)]
     told += [f"- {one.method}, `{one.env}`, seed {one.seed}: {one.course()}" for one in ailing]
     told += [f"- {meaning}" for meaning in meanings(ailing)]
+    told += [
+        f"- {pair.dimension} alone tells {pair.worse} ({pair.wrong[0]} of {pair.runs} runs went wrong) from {pair.better} "
+        f"({pair.wrong[1]})"
+        for pair in contrasts(board.methods, board.results)
+    ]
     told += [
         f"- not finished: {one.method}, `{one.env}`, seed {one.seed}: {one.error}" for one in board.failures
     ]

@@ -107,7 +107,7 @@ def _show(board: dict[str, Any], as_json: bool) -> None:
         print_json(board)
         return
     from tasks.arena.floors import beside
-    from tasks.leaderboard.page import counted, firmness
+    from tasks.leaderboard.page import firmness
     from tasks.leaderboard.ranking import Rank
 
     order = Table("method", "mean rank", "95 %", "best in", "success", box=None, pad_edge=False)
@@ -139,8 +139,6 @@ def _show(board: dict[str, Any], as_json: bool) -> None:
             widest,
             "turns",
             "valid",
-            "collapses",
-            "stopped",
             box=None,
             pad_edge=False,
         )
@@ -152,8 +150,6 @@ def _show(board: dict[str, Any], as_json: bool) -> None:
                 _mean(figures["success"]),
                 _mean(line["gain"], "+"),
                 *(_mean(figures[name]) for name in (widest, "turns", "valid_action")),
-                counted(line["collapses"]),
-                counted(line["stopped"]),
             )
         out.print(table)
     if board["lines"]:
