@@ -188,22 +188,10 @@ def evaluate_think(
         f"{found['shorter']:.0%} of them are no longer than the prefix of {found['prefix']} tokens",
         highlight=False,
     )
-    table = Table(
-        "",
-        "accuracy",
-        "95 % interval",
-        "tokens",
-        "less Cons@n",
-        "less random votes",
-        box=None,
-        pad_edge=False,
-    )
+    table = Table("", "accuracy", "tokens", "less Cons@n", "less random votes", box=None, pad_edge=False)
     for row in found["methods"]:
-        estimate, interval, _ = _interval(row["accuracy"])
-        apart = (_interval(row[name], "+")[:2] for name in ("less_cons", "less_random"))
-        table.add_row(
-            row["method"], estimate, interval, f"{row['tokens']:.0f}", *(" ".join(one) for one in apart)
-        )
+        apart = (_short(row[name], "+") for name in ("less_cons", "less_random"))
+        table.add_row(row["method"].split(",")[0], _short(row["accuracy"]), f"{row['tokens']:.0f}", *apart)
     out.print(table, highlight=False)
 
 
@@ -221,8 +209,17 @@ _DTR_ROWS = {
 }
 
 
-def _interval(found: dict[str, Any] | None, sign: str = "") -> tuple[str, str, str]:
+def _short(found: dict[str, Any] | None, sign: str = "") -> str:
+    """An interval where several stand in a line of 80 columns."""
+    if found is None:
+        return ""
+    estimate, low, high = (
+        f"{found[name]:{sign}.2f}".replace("0.", ".", 1) for name in ("estimate", "low", "high")
+    )
+    return f"{estimate} [{low}, {high}]"
+
+
+def _interval(found: dict[str, Any] | None) -> tuple[str, str, str]:
     if found is None:
         return "-", "-", "0"
-    estimate, low, high = (f"{found[name]:{sign}.3f}" for name in ("estimate", "low", "high"))
-    return estimate, f"[{low}, {high}]", str(found["n"])
+    return f"{found['estimate']:.3f}", f"[{found['low']:.3f}, {found['high']:.3f}]", str(found["n"])
