@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
@@ -85,9 +84,8 @@ def isolated(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     return result
 
 
-@cache
 def _server(module: str) -> ForkServerContext:
-    """Start what forks the processes: it has imported `module`, if it is the first, from the same places as this process."""
+    """Start what forks the processes, unless it runs: it has imported the first `module`, from where this process imports."""
     context = multiprocessing.get_context("forkserver")
     # Python 3.11 does not tell it the path, and it would import what lies in the working directory.
     path = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -111,9 +109,8 @@ def _work(
     args: tuple[Any, ...],
     environment: Mapping[str, str],
 ) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # whoever waits for the work is interrupted too, and ends this process
+    # Whoever waits for the work is interrupted too, and ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.clear()
     os.environ.update(environment)
     end_with_parent()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from flows.context import Context
@@ -12,13 +11,10 @@ from tasks.core.errors import UsageError
 from tasks.core.settings import DeepThinking
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from models.deep_thinking import Lens
+    from tasks.arena.best_of import Sample
     from tasks.replay.schema import Episode
 
 _ALPHA = 0.025  # of each bound: 95 % intervals
-METHODS = {"ratio": "Think@n", "certainty": "Self-Certainty@n"}
 
 
 def evaluate_think(
@@ -47,7 +43,7 @@ def evaluate_think(
     from models.causal_lm import ModelError
     from tasks.arena.environment import get
     from tasks.evaluation.selection import compare
-    from tasks.rollout.deep_thinking import lens_of
+    from tasks.rollout.deep_thinking import certainties, lens_of, ratios
 
     if prefix < 1:
         raise UsageError(f"Scores need a prefix of one token at least, not {prefix}.")
@@ -59,19 +55,18 @@ def evaluate_think(
         )
     measure = context.settings.collect.deep_thinking or DeepThinking()
     lens = lens_of(measure)
-    questions: dict[str, list[list[Any]]] = {method: [] for method in METHODS.values()}
+    questions: dict[str, list[list[Sample]]] = {"Think@n": [], "Self-Certainty@n": []}
     lengths: list[int] = []
     agent = context.agent(ref)
     for model, group in answered(context, agent.payload, on, tasks, samples):
+        begun = [_begun(one, prefix) for one in group]
         try:
-            scores = _scores(model, group, prefix, lens)
+            found = ratios(model, begun, lens), certainties(model, begun)
         except ModelError as error:
             raise UsageError(str(error)) from error
         lengths += [len(one.response_ids) for one in group]
-        for name, method in METHODS.items():
-            questions[method].append(
-                [_sample(one, score[name]) for one, score in zip(group, scores, strict=True)]
-            )
+        for asked, scores in zip(questions.values(), found, strict=True):
+            asked.append([_sample(one, score) for one, score in zip(group, scores, strict=True)])
     rows = compare(questions, eta=eta, prefix=prefix, alpha=_ALPHA)
     return {
         "agent": agent.subject,
@@ -85,21 +80,13 @@ def evaluate_think(
     }
 
 
-def _scores(
-    model: PreTrainedModel, group: Sequence[Episode], prefix: int, lens: Lens
-) -> list[dict[str, float]]:
-    """The deep-thinking ratio and the self-certainty of each beginning."""
-    from models.deep_thinking import deep_thinking_ratio, deep_tokens, log_probs, self_certainty
-
-    prompt, begun = group[0].prompt_ids, [one.response_ids[:prefix] for one in group]
-    flags, logs = deep_tokens(model, prompt, begun, lens), log_probs(model, prompt, begun)
-    return [
-        {"ratio": deep_thinking_ratio(deep), "certainty": self_certainty(log)}
-        for deep, log in zip(flags, logs, strict=True)
-    ]
+def _begun(episode: Episode, prefix: int) -> Episode:
+    """The episode as far as its first tokens."""
+    told = ("response_ids", "loss_mask", "turn_ids", "behaviour_logprobs")
+    return replace(episode, **{name: getattr(episode, name)[:prefix] for name in told})
 
 
-def _sample(episode: Episode, score: float) -> Any:
+def _sample(episode: Episode, score: float) -> Sample:
     from tasks.arena.best_of import Sample
 
     text = None if episode.finish_reason == "length" else episode.response_text.strip()

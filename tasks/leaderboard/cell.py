@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,15 +152,15 @@ def _run(plan: Plan, root: Path, folder: Path) -> dict[str, Any]:
             fresh=fresh_source(sampling, load_tokenizer(start)),
             on_metrics=on_metrics,
         )
-        after = _judged(plan, made.export_dir, env)
-        asked = tasks_digest(plan.env, heldout_of(env, plan.arena.judging.tasks))
+        heldout = heldout_of(env, plan.arena.judging.tasks)
+        after = _judged(plan, made.export_dir, env, heldout)
     curve = [{**values, "step": step} for step, values in sorted(metrics.items())]
     return {
         "env": plan.env,
         "method": plan.name,
         "seed": plan.seed,
         "key": plan.key(),
-        "tasks_digest": asked,
+        "tasks_digest": tasks_digest(plan.env, heldout),
         "before": before,
         "after": after.to_json(),
         "curve": [row["reward"] for row in curve],
@@ -196,7 +196,7 @@ def _made_start(plan: Plan, env: Environment, folder: Path) -> tuple[Path, dict[
             temperature=plan.arena.recipe.temperature, batch_rows=_BATCH_ROWS,
             device=plan.device, dtype=plan.dtype, without=plan.without,
         )  # fmt: skip
-    return start, _judged(plan, start, env).to_json()
+    return start, _judged(plan, start, env, heldout_of(env, plan.arena.judging.tasks)).to_json()
 
 
 def _first_groups(plan: Plan, start: Path, env: Environment, folder: Path) -> ShardRef:
@@ -215,9 +215,8 @@ def _first_groups(plan: Plan, start: Path, env: Environment, folder: Path) -> Sh
     return ShardRef(path.name, sha256_file(path))
 
 
-def _judged(plan: Plan, policy: Path, env: Environment) -> Slice:
+def _judged(plan: Plan, policy: Path, env: Environment, tasks: Sequence[Task]) -> Slice:
     judging = plan.arena.judging
-    tasks = heldout_of(env, judging.tasks)
     with torch.inference_mode():
         found = attempts(
             load_policy(policy, plan.device, plan.dtype), load_tokenizer(policy), env, tasks, samples=judging.samples,

@@ -78,9 +78,9 @@ def test_what_was_judged_stays_and_the_page_says_why_there_is_no_floor(context: 
     assert (slices["all"]["n"], slices["all"]["constant"], slices["all"]["random"]) == (12, None, None)
     assert f"no baselines: {WHY}" in summary("evaluate", told)
 
-    console = Console(width=200, file=StringIO())
-    console.print(scores_table(told))
-    table = console.file.getvalue()  # type: ignore[attr-defined]
+    shown = StringIO()
+    Console(width=200, file=shown).print(scores_table(told))
+    table = shown.getvalue()
     assert f"{TRAP}: no baselines: {WHY}" in table
     assert f"{slices[PLAIN]['constant']:.3f}" in table
     assert f"{slices[PLAIN]['random']:.3f}" in table
